@@ -1,0 +1,273 @@
+"""The models: CLIP (images and texts to unit vectors) and the captioner (table to caption), and the captioner's checkpoints."""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.utils import logging
+
+from utils import InputError, atomic, read_image
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+CLIP_NAMES = {  # OpenAI's names of its weights: the same on the hub
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+
+
+def load(loader, name, what, **options):
+    """loader.from_pretrained(name): the local copy at once where there is one, else from the hub. Raises InputError."""
+    try:
+        try:
+            return loader.from_pretrained(name, local_files_only=True, **options)
+        except OSError:
+            if Path(name).exists() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+                raise
+            return loader.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"the {what} {name} could not be loaded: it is neither a folder with a model nor, as far as "
+                         f"can be seen from here, a name on the Hugging Face hub") from error
+
+
+def identity(name):
+    """What files made with a model are stamped with: the hub's name, or a folder's name and weights' digest."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
+
+
+# --------------------------------------------------------------------------------------------------- CLIP
+
+class Clip:
+    """A frozen CLIP with its preprocessing.
+
+    name: one of CLIP_NAMES, a hub id, or a folder. identity: the stamp of caches made with it. dim: of its vectors.
+    """
+
+    def __init__(self, name, device="cpu"):
+        name = CLIP_NAMES.get(name, name)
+        what = "CLIP model"
+        self.model = load(AutoModel, name, what, dtype=torch.float32).to(device).eval().requires_grad_(False)
+        if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
+            raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
+        self.tokenizer = load(AutoTokenizer, name, what)
+        self.processor = load(AutoImageProcessor, name, what)
+        self.identity, self.device = identity(name), device
+        self.max_length = self.model.config.text_config.max_position_embeddings
+        self.dim = self.model.config.projection_dim
+
+    @torch.inference_mode()
+    def encode_images(self, images):
+        """images: PIL images (RGB). Returns unit vectors, float32 (len(images), dim), on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)  # (B, 3, H, W)
+        return unit(self.model.get_image_features(pixel_values=pixels))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts, batch_size=128, progress=None):
+        """Returns unit vectors, float32 (len(texts), dim), on the CPU, in the order of texts.
+
+        Texts are sorted by length and each batch is trimmed to its longest. That is exact: the text tower is causal
+        and is read at the end token, so padding behind it changes nothing.
+        """
+        tokens = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        vectors = torch.empty(len(tokens), self.dim)
+        for start in tqdm(range(0, len(order), batch_size), progress, disable=progress is None, unit="batch"):
+            rows = order[start:start + batch_size]
+            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, return_tensors="pt").to(self.device)
+            vectors[rows] = unit(self.model.get_text_features(**batch))
+        return vectors
+
+
+def unit(output):
+    """Features of transformers 4 (a tensor) or 5 (an object) as float32 unit vectors (B, dim) on the CPU."""
+    features = output if torch.is_tensor(output) else output.pooler_output
+    return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+
+
+def image_features(clip, pictures, folder, batch_size=64):
+    """CLIP vectors of all images that can be read, from a file in folder where an earlier run left one.
+
+    The file is keyed by the CLIP model and by each image's path, size and time of change.
+    Returns (features, float32 (n, dim); the n Pictures that they belong to; bad, a list of (path, reason)).
+    """
+    stats = []
+    for picture in pictures:
+        try:
+            stat = picture.path.stat()
+            stats.append((str(picture.path.resolve()), stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            stats.append((str(picture.path), 0, 0))
+    key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
+    path = Path(folder) / f"features-{key}.safetensors"
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            bad = {row: reason for row, reason in json.loads(file.metadata()["bad"])}
+            features = file.get_tensor("features")
+    else:
+        features, bad = encode_files(clip, [p.path for p in pictures], batch_size)
+        with atomic(path, "wb") as file:
+            save_file({"features": features}, file.name, {"clip_model": clip.identity, "bad": json.dumps(sorted(bad.items()))})
+    good = [picture for row, picture in enumerate(pictures) if row not in bad]
+    return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
+
+
+def encode_files(clip, paths, batch_size):
+    """(vectors of the images that can be read, {row of a bad one: reason})."""
+    vectors, bad, batch = [torch.empty(0, clip.dim)], {}, []
+    for row, path in enumerate(tqdm(paths, "encoding images", unit="image")):
+        try:
+            batch.append(read_image(path))
+        except OSError as error:
+            bad[row] = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        if batch and (len(batch) == batch_size or row == len(paths) - 1):
+            vectors.append(clip.encode_images(batch))
+            batch = []
+    if batch:
+        vectors.append(clip.encode_images(batch))
+    return torch.cat(vectors), bad
+
+
+# ---------------------------------------------------------------------------------------------- captioner
+
+def is_layernorm(name):
+    """Whether a parameter is trained: the layernorms of BART's encoder, and the decoder's that follow its attention to
+    the encoder (`encoder_attn_layer_norm`). 73,728 numbers of bart-large."""
+    return "layer_norm" in name and "encoder" in name
+
+
+class Captioner:
+    """A sequence-to-sequence language model that writes captions from tables.
+
+    name: a hub id or folder of a BART. dtype: of the arithmetic (torch.float32, or torch.bfloat16 by autocast);
+    the weights are float32.
+    """
+
+    def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=128, maxlen_dec=32):
+        # On a CPU the fused attention's backward pass is slow (8 times the plain one's time in bfloat16).
+        attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
+        self.model = load(AutoModelForSeq2SeqLM, name, "language model", dtype=torch.float32, **attention).to(device).eval()
+        self.tokenizer = load(AutoTokenizer, name, "language model")
+        self.identity, self.device, self.dtype = identity(name), torch.device(device), dtype
+        self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
+        longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)
+        if max(maxlen_enc, maxlen_dec) > longest:
+            raise InputError(f"the language model {name} reads and writes {longest} tokens at most; "
+                             f"--maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for more")
+
+    def train_only(self, wanted):
+        """Freezes all parameters but those whose name wanted(name) picks. Returns {name: parameter} of the trained."""
+        trained = {}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(wanted(name))
+            if parameter.requires_grad:
+                trained[name] = parameter
+        return trained
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def tokenize(self, texts, max_length):
+        """Token ids, a list for each text, cut at max_length."""
+        return self.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+
+    def pad(self, rows):
+        """Lists of token ids to {input_ids, attention_mask}, each int64 (B, longest)."""
+        return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
+
+    def loss(self, tables, captions):
+        """Mean cross-entropy a caption token. tables, captions: lists of token ids, one pair an image.
+
+        The decoder's input is the model's own shift of the labels, so that training and generation start alike.
+        """
+        labels = self.pad(captions)
+        labels = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)  # (B, caption)
+        with self.autocast():
+            return self.model(**self.pad(tables), labels=labels).loss
+
+    @torch.inference_mode()
+    def generate(self, tables, num_beams=3, num_return_sequences=3, do_sample=False, temperature=1.0, top_p=1.0):
+        """Candidates for each table: a list of lists of (text, mean log-probability a token), best first for beams.
+
+        tables: lists of token ids. do_sample: num_return_sequences samples by temperature and nucleus (Holtzman et al.
+        2019, https://arxiv.org/abs/1904.09751) in place of beam search.
+        """
+        how = (dict(do_sample=True, num_beams=1, temperature=temperature, top_p=top_p, top_k=0) if do_sample
+               else dict(do_sample=False, num_beams=num_beams, length_penalty=1.0, early_stopping=False))
+        config = self.model.config
+        with self.autocast():
+            output = self.model.generate(
+                **self.pad(tables), **how, num_return_sequences=num_return_sequences, max_length=self.maxlen_dec, min_length=0,
+                forced_bos_token_id=config.bos_token_id, forced_eos_token_id=config.eos_token_id, no_repeat_ngram_size=0,
+                return_dict_in_generate=True, output_scores=True)
+        steps = self.model.compute_transition_scores(output.sequences, output.scores, getattr(output, "beam_indices", None),
+                                                     normalize_logits=do_sample)  # (B n, steps)
+        real = steps.isfinite() & (steps < 0)
+        likelihood = (steps.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)).tolist()
+        texts = [" ".join(text.split()) for text in self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)]
+        pairs = list(zip(texts, likelihood))
+        return [pairs[i:i + num_return_sequences] for i in range(0, len(pairs), num_return_sequences)]
+
+
+def rescore(clip, features, candidates):
+    """CLIP's cosine of each candidate with its image; a text that comes several times is encoded once.
+
+    features: (B, dim) unit vectors. candidates: B lists of texts. Returns B lists of floats.
+    """
+    distinct = list(dict.fromkeys(text for texts in candidates for text in texts))
+    vectors = clip.encode_texts(distinct)
+    place = {text: row for row, text in enumerate(distinct)}
+    return [(vectors[[place[t] for t in texts]] @ image).tolist() if texts else [] for image, texts in zip(features, candidates)]
+
+
+# --------------------------------------------------------------------------------------------- checkpoint
+
+def save_checkpoint(path, trained, settings):
+    """Writes the trained tensors alone. trained: {name: parameter}. settings: a JSON-able dict, kept as metadata."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
+    with atomic(path, "wb") as file:
+        save_file(tensors, file.name, {"antarctic_captions": json.dumps(settings)})
+
+
+def checkpoint_settings(path):
+    """The settings that a checkpoint was trained with. Raises InputError where it is no checkpoint of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["antarctic_captions"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
+
+
+def load_checkpoint(path, captioner):
+    """Puts a checkpoint's tensors into the captioner. Raises InputError where it is of another language model."""
+    settings = checkpoint_settings(path)
+    if settings["lm"] != captioner.identity:
+        raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, not to {captioner.identity}")
+    parameters = dict(captioner.model.named_parameters())
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise InputError(f"the checkpoint {path} does not fit the language model {captioner.identity} (at {name})")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    return settings

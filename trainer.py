@@ -1,0 +1,181 @@
+"""Trains the layernorms of a language model to write captions from tables of cache entries.
+
+    python trainer.py --datadir coco --textfile cache.txt --embfile cache.npy --savedir checkpoints
+    python trainer.py --datadir world --textfile cache.txt --embfile cache.npy --clip_model snowglobe/weights/clip \\
+        --lm snowglobe/weights/bart --topk 24 --lrate 2e-2 --batch_size 64
+"""
+
+import argparse
+import csv
+import math
+import random
+
+import torch
+from tqdm import tqdm
+
+from utils import (
+    InputError, atomic, choose_device, choose_dtype, existing_file, linearize, output_folder, read_cache, read_coco,
+    report_bad_images, run, search,
+)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # What it reads and writes.
+    parser.add_argument("--datadir", required=True, help="folder in COCO's layout (annotations/, train2017/, val2017/)")
+    parser.add_argument("--split", default="train2017", help="split to train on (default %(default)s)")
+    parser.add_argument("--val_split", default="val2017", help="split to validate on (default %(default)s)")
+    parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
+    parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
+    parser.add_argument("--savedir", default="checkpoints", help="folder for best.safetensors, last.safetensors, image "
+                        "features, loss.csv and loss.png (default %(default)s)")
+    # The models.
+    parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name, hub id or folder of a CLIP (default %(default)s)")
+    parser.add_argument("--lm", default="facebook/bart-large", help="hub id or folder of a BART (default %(default)s)")
+    parser.add_argument("--trained", default="layernorms", choices=("layernorms", "all"), help="what of the language model is "
+                        "trained; all is there for comparison (default %(default)s)")
+    # The table and the caption.
+    parser.add_argument("--topk", type=int, default=10, help="entries in a table (default %(default)s)")
+    parser.add_argument("--maxlen_enc", type=int, default=128, help="longest table, in tokens (default %(default)s)")
+    parser.add_argument("--maxlen_dec", type=int, default=32, help="longest caption, in tokens (default %(default)s)")
+    # The training.
+    parser.add_argument("--batch_size", type=int, default=16, help="images a step (default %(default)s)")
+    parser.add_argument("--lrate", type=float, default=3e-4, help="highest learning rate of AdamW (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises from 0 (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the images, one caption each time (default %(default)s)")
+    parser.add_argument("--tmax", type=int, default=100000, help="most steps; the rate falls as a cosine to 0 at the last step "
+                        "(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of images and captions (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="arithmetic of the language "
+                        "model; auto: bfloat16 on a GPU that has it, else float32 (default %(default)s)")
+    return parser.parse_args()
+
+
+def cosine_rate(step, steps, warmup):
+    """Share of the highest learning rate at a step of 0 .. steps - 1: linear up over warmup steps, cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def tokenized_tables(captioner, features, entries, embeddings, topk):
+    """The table of each image as token ids: a list of lists. features: (n, dim) unit vectors."""
+    tables = []
+    for rows in features.split(256):
+        _, indices = search(rows, embeddings, topk)  # (256, k)
+        tables += [linearize([entries[i] for i in row]) for row in indices.tolist()]
+    return captioner.tokenize(tables, captioner.maxlen_enc)
+
+
+def validate(captioner, tables, captions, batch_size):
+    """Mean loss over a fixed set: each image with its first caption, weighted by images."""
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(tables), batch_size):
+            batch = slice(start, start + batch_size)
+            total += captioner.loss(tables[batch], [c[0] for c in captions[batch]]).item() * len(tables[batch])
+    return total / len(tables)
+
+
+def write_curve(folder, history):
+    """loss.csv and loss.png. history: (step, training loss, validation loss or None, learning rate)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with atomic(folder / "loss.csv") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "train_loss", "val_loss", "lrate"))
+        writer.writerows((s, f"{t:.5f}", "" if v is None else f"{v:.5f}", f"{r:.3e}") for s, t, v, r in history)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([h[0] for h in history], [h[1] for h in history], label="training", linewidth=1)
+    validated = [(h[0], h[2]) for h in history if h[2] is not None]
+    axes.plot(*zip(*validated), "o-", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.legend()
+    with atomic(folder / "loss.png", "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def main():
+    args = parse()
+    for name in ("topk", "maxlen_enc", "maxlen_dec", "batch_size", "epochs", "tmax"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for path in args.textfile + args.embfile:
+        existing_file(path, "cache file")
+    train, val = read_coco(args.datadir, args.split), read_coco(args.datadir, args.val_split)
+    train, val = ([p for p in pictures if p.captions] for pictures in (train, val))
+    if not train or not val:
+        raise InputError(f"no image of {args.split if not train else args.val_split} has a caption")
+    savedir = output_folder(args.savedir)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    from model import Captioner, Clip, image_features, is_layernorm, save_checkpoint
+
+    # The models, and every image as a vector: encoded once, found again by later runs.
+    clip = Clip(args.clip_model, device)
+    entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity)
+    captioner = Captioner(args.lm, device, dtype, args.maxlen_enc, args.maxlen_dec)
+    trained = captioner.train_only(is_layernorm if args.trained == "layernorms" else lambda name: True)
+    count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), captioner.model.parameters()))
+    print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: training {count:,} of {total:,} parameters")
+    features, train, bad = image_features(clip, train, savedir)
+    val_features, val, val_bad = image_features(clip, val, savedir)
+    report_bad_images(bad + val_bad)
+    if not train or not val:
+        raise InputError("none of the images can be read")
+
+    # The tables and captions as tokens, once.
+    tables = tokenized_tables(captioner, features, entries, embeddings, args.topk)
+    val_tables = tokenized_tables(captioner, val_features, entries, embeddings, args.topk)
+    captions, val_captions = ([captioner.tokenize(p.captions, args.maxlen_dec) for p in ps] for ps in (train, val))
+
+    # The training.
+    settings = {"lm": captioner.identity, "clip_model": clip.identity, "topk": args.topk, "maxlen_enc": args.maxlen_enc,
+                "maxlen_dec": args.maxlen_dec, "trained": args.trained, "seed": args.seed}
+    del clip
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lrate)
+    steps_an_epoch = math.ceil(len(train) / args.batch_size)
+    steps = min(args.tmax, args.epochs * steps_an_epoch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, steps, min(args.warmup, steps // 4)))
+    best, step, recent, history = math.inf, 0, [], []
+    with tqdm(total=steps * args.batch_size, unit="image", desc="training") as bar:
+        for epoch in range(math.ceil(steps / steps_an_epoch)):
+            rng = random.Random(f"{args.seed}/{epoch}")
+            order = rng.sample(range(len(train)), len(train))
+            for start in range(0, len(order), args.batch_size):
+                if step == steps:
+                    break
+                rows = order[start:start + args.batch_size]
+                loss = captioner.loss([tables[i] for i in rows], [rng.choice(captions[i]) for i in rows])
+                loss.backward()
+                rate = schedule.get_last_lr()[0]
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                step += 1
+                recent.append(loss.item())
+                if not math.isfinite(recent[-1]):
+                    raise InputError(f"the loss became {recent[-1]} at step {step}; the checkpoints in {savedir} are of the last "
+                                     f"good epoch (try a lower --lrate than {args.lrate})")
+                bar.update(len(rows))
+                if step % 10 == 0:
+                    history.append((step, sum(recent[-10:]) / 10, None, rate))
+                    bar.set_postfix(loss=f"{history[-1][1]:.3f}", refresh=False)
+            val_loss = validate(captioner, val_tables, val_captions, args.batch_size)
+            history.append((step, sum(recent[-10:]) / len(recent[-10:]), val_loss, rate))
+            settings |= {"step": step, "epoch": epoch + 1, "val_loss": round(val_loss, 6)}
+            save_checkpoint(savedir / "last.safetensors", trained, settings)
+            if val_loss < best:
+                best = val_loss
+                save_checkpoint(savedir / "best.safetensors", trained, settings)
+            write_curve(savedir, history)
+            bar.write(f"epoch {epoch + 1}: step {step}, validation loss {val_loss:.4f}, best {best:.4f}")
+    print(f"wrote {savedir / 'best.safetensors'} (validation loss {best:.4f}), last.safetensors, loss.csv and loss.png")
+
+
+if __name__ == "__main__":
+    run(main)

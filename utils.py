@@ -1,0 +1,359 @@
+"""What the scripts share around the models: the cache on disk, search, the table, images, COCO, safe writing, the gallery.
+
+Nothing here imports from this project or knows a model.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SEPARATOR = " | "
+
+
+class InputError(Exception):
+    """What a user gave cannot be used. The message is one sentence that says what was tried and what to do."""
+
+
+def run(main):
+    """Runs a script's main(). InputError becomes one sentence and exit code 2, Ctrl-C one sentence and 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; finished files are whole, run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------ safe writing
+
+@contextmanager
+def atomic(path, mode="w"):
+    """Opens a temporary file beside path and renames it to path at the end, so that path is never half-written.
+
+    mode: "w" (UTF-8 text) or "wb". If the body raises, path stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_lines(path, lines):
+    """One text a line; line breaks inside a text become spaces, so that line i stays text i."""
+    with atomic(path) as file:
+        file.writelines(" ".join(line.split()) + "\n" for line in lines)
+
+
+def write_json(path, data, indent=None):
+    with atomic(path) as file:
+        json.dump(data, file, ensure_ascii=False, indent=indent)
+        file.write("\n")
+
+
+def output_folder(path):
+    """Makes a folder and proves that it can be written to, before hours of work go into it. Raises InputError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {path} ({error.strerror})") from error
+    return path
+
+
+def existing_file(path, what):
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no {what} at {path}")
+    return path
+
+
+# --------------------------------------------------------------------------------------- device and dtype
+
+def choose_device(name):
+    """torch.device for "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"the device {name} cannot be used here; try --device cpu") from error
+
+
+def choose_dtype(name, device):
+    """torch.float32 or torch.bfloat16; "auto" takes bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+# -------------------------------------------------------------------------------------------------- cache
+
+def text_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix):
+    """Writes entries (one a line), embeddings (entries, dim) float32 .npy, and what they were made with (.npy.json).
+
+    The JSON goes last: it holds the text's sha256, so files of two different runs are never taken for one cache.
+    """
+    write_lines(textfile, entries)
+    with atomic(embfile, "wb") as file:
+        np.save(file, np.ascontiguousarray(embeddings, dtype=np.float32))
+    write_json(f"{embfile}.json", {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
+                                   "prefix": prefix, "text_sha256": text_sha256(textfile)}, indent=1)
+
+
+def read_cache(textfiles, embfiles, clip_model):
+    """Reads caches one after the other as one; an entry that comes again is kept once, at its first place.
+
+    textfiles, embfiles: paths, in pairs. clip_model: identity of the CLIP in use (Clip.identity).
+    Returns (entries, a list of N texts; embeddings, float32 tensor (N, dim) of unit rows).
+    Raises InputError: a file is missing or empty, lengths differ, another CLIP model or text, not finite.
+    """
+    if len(textfiles) != len(embfiles):
+        raise InputError(f"{len(textfiles)} --textfile stand beside {len(embfiles)} --embfile; they go in pairs")
+    entries, parts, seen = [], [], set()
+    for textfile, embfile in zip(textfiles, embfiles):
+        lines, rows = read_one_cache(existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings"), clip_model)
+        if parts and rows.shape[1] != parts[0].shape[1]:
+            raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but {embfiles[0]} has {parts[0].shape[1]}: not of one CLIP model")
+        fresh = [i for i, line in enumerate(lines) if not (line in seen or seen.add(line))]
+        entries += [lines[i] for i in fresh]
+        parts.append(torch.from_numpy(rows[fresh] if len(fresh) < len(lines) else rows))
+    return entries, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def read_one_cache(textfile, embfile, clip_model):
+    """One cache, checked: (lines, float32 array (lines, dim)). Raises InputError, see read_cache."""
+    try:
+        text = textfile.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{textfile} is not UTF-8 text") from error
+    lines = text.removesuffix("\n").split("\n") if text else []
+    if not lines:
+        raise InputError(f"the cache {textfile} is empty")
+    try:
+        rows = np.load(embfile, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{embfile} is not a .npy file of numbers") from error
+    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
+        raise InputError(f"{embfile} does not hold a table of real numbers, one row an entry")
+    if len(lines) != len(rows):
+        raise InputError(f"{textfile} has {len(lines)} entries, but {embfile} has {len(rows)} rows: not the same cache")
+    side = Path(f"{embfile}.json")
+    if side.is_file():
+        try:
+            made = json.loads(side.read_text(encoding="utf-8"))
+            made_by, made_text = made["clip_model"], made["text_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{side} is not the description of a cache; delete it to load the cache unchecked") from error
+        if made_by != clip_model:
+            raise InputError(f"the cache {embfile} was made with the CLIP model {made_by}, not with {clip_model}")
+        if made_text != text_sha256(textfile):
+            raise InputError(f"{textfile} is not the text that {embfile} was made from; compute the cache again")
+    else:
+        print(f"warning: {side} is missing, so it is not checked that {embfile} was made with {clip_model}", file=sys.stderr)
+    rows = rows.astype(np.float32, copy=False)
+    if not np.isfinite(rows).all():
+        raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
+    return lines, rows
+
+
+def search(queries, embeddings, k, chunk=16384):
+    """The k nearest rows by inner product, best first; a tie goes to the lower index within a chunk.
+
+    queries: (B, dim) float32. embeddings: (N, dim) float32. Returns (scores (B, k), indices (B, k) int64), k <= N.
+    Only B x chunk products exist at a time, so memory does not grow with N.
+    """
+    k = min(k, len(embeddings))
+    best = indices = None
+    for start in range(0, len(embeddings), chunk):
+        scores = queries @ embeddings[start:start + chunk].T  # (B, chunk)
+        top, where = scores.topk(min(k, scores.shape[1]), dim=1)
+        where = where + start
+        if best is not None:
+            top, where = torch.cat((best, top), 1), torch.cat((indices, where), 1)
+            top, order = top.topk(min(k, top.shape[1]), dim=1)
+            where = where.gather(1, order)
+        best, indices = top, where
+    return best, indices  # (B, k), (B, k) indices into the cache
+
+
+def linearize(entries):
+    """The table as the language model reads it: each entry followed by a bar, the last one too."""
+    return "".join(entry + SEPARATOR for entry in entries)
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+class Picture(NamedTuple):
+    id: int | str  # COCO's number, or the path where there is none
+    path: Path
+    captions: tuple = ()  # the references, if any
+
+
+def read_image(path):
+    """An image file as an upright RGB picture: EXIF rotation applied, transparency laid on white, first frame.
+
+    Raises OSError where the file is no whole image.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                if image.mode.startswith("I;16"):
+                    image = image.point(lambda v: v / 256).convert("L")
+                return image.convert("RGB")
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise OSError("the image is too large") from error
+        except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
+            raise OSError(f"the image is damaged: {error}") from error
+
+
+def report_bad_images(bad):
+    """Names and counts the images that could not be read. bad: (path, reason) pairs."""
+    for path, reason in bad:
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} images could not be read and were skipped", file=sys.stderr)
+
+
+def list_images(paths):
+    """All image files of files and folders (with subfolders), sorted within each folder, each once."""
+    found = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise InputError(f"the folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            found |= dict.fromkeys(inside)
+        elif path.is_file():
+            found[path] = None
+        else:
+            raise InputError(f"there is no image or folder at {path}")
+    return [Picture(str(path), path) for path in found]
+
+
+def read_coco(datadir, split, need_images=True):
+    """The images of a COCO split with their captions, in the order of their ids: a list of Picture.
+
+    Reads DIR/annotations/captions_{split}.json alone; images are expected in DIR/{split}/ and are not opened.
+    Raises InputError: a folder or file is missing (the splits that exist are named), or it is not COCO's JSON.
+    """
+    datadir = Path(datadir)
+    if not datadir.is_dir():
+        raise InputError(f"there is no data folder at {datadir}")
+    path = datadir / "annotations" / f"captions_{split}.json"
+    if not path.is_file():
+        there = sorted(p.stem.removeprefix("captions_") for p in path.parent.glob("captions_*.json"))
+        raise InputError(f"there is no split {split} in {datadir} (no {path}); there is {', '.join(there) or 'none'}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        captions = {}
+        for annotation in data["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(" ".join(annotation["caption"].split()))
+        pictures = [Picture(image["id"], datadir / split / str(image["file_name"]), tuple(captions.get(image["id"], ())))
+                    for image in data["images"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a COCO caption file ({type(error).__name__}: {error})") from error
+    if not pictures:
+        raise InputError(f"{path} lists no images")
+    if need_images and not (datadir / split).is_dir():
+        raise InputError(f"there is no image folder at {datadir / split}")
+    return sorted(pictures, key=lambda p: p.id)
+
+
+# ------------------------------------------------------------------------------------------------ gallery
+
+GALLERY_HEAD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>%s</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1240px; padding: 0 1rem; color: #1c2430; background: #f4f6f8 }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem } h2 + p { margin: 0 0 .8rem; color: #56616f }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 14px }
+.card { background: #fff; border-radius: 10px; padding: 12px; box-shadow: 0 1px 3px #0002; overflow-wrap: anywhere }
+.top { display: flex; gap: 12px } .top img { width: 148px; height: 148px; object-fit: contain; border-radius: 6px; background: #eef1f4 }
+.caption { font-size: 1.08rem; font-weight: 600 } .small { color: #6a7583; font-size: .82rem }
+.entries { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0 4px }
+.entry { font-size: .78rem; padding: 1px 7px; border-radius: 9px; border: 1px solid #d5dbe2 }
+.used { border-color: #2f7d4f } details { font-size: .84rem } li { margin: 1px 0 }
+</style>
+<h1>%s</h1>
+"""
+
+
+def thumbnail(path, side=296):
+    """An image as a data URI of a JPEG of at most side pixels."""
+    image = read_image(path)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=86)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def gallery_card(record, references):
+    """One image of the gallery: the picture, its caption, and the evidence. record: a line of details.jsonl."""
+    escape = html.escape
+    words = set(record["caption"].lower().split())
+    scores = [score for _, score in record["table"]]
+    low, high = min(scores), max(scores)
+    entries = "".join(
+        f'<span class="entry{" used" if words & set(entry.lower().split()) else ""}" title="cosine {score:.3f}" '
+        f'style="background:rgba(70,160,110,{0.08 + 0.5 * (score - low) / (high - low or 1):.2f})">{escape(entry)}</span>'
+        for entry, score in record["table"])
+    candidates = "".join(f"<li>{escape(text)} <span class=small>CLIP {clip:.3f}</span></li>" for text, clip, _ in record["candidates"][:10])
+    told = "".join(f"<li>{escape(text)}</li>" for text in references)
+    return (f'<div class="card"><div class="top"><img alt="" src="{thumbnail(record["file"])}"><div>'
+            f'<div class="caption">{escape(record["caption"])}</div>'
+            f'<div class="small">{escape(str(record["image_id"]))} · CLIP {record["score"]:.3f}</div></div></div>'
+            f'<div class="entries">{entries}</div>'
+            f"<details><summary>{len(record['candidates'])} candidates</summary><ul>{candidates}</ul></details>"
+            + (f"<details><summary>{len(references)} references</summary><ul>{told}</ul></details>" if told else "") + "</div>\n")
+
+
+def write_gallery(path, title, sections):
+    """Writes one self-contained HTML page: no script, no other file, every text of a user shown as text.
+
+    sections: (heading, remark, records, references): records as in details.jsonl, references a list of tuples.
+    """
+    with atomic(path) as file:
+        file.write(GALLERY_HEAD % (html.escape(title), html.escape(title)))
+        file.write("<p class=small>Under each caption: the cache entries that it was written from, best first, darker where "
+                   "they match the image better; outlined where a word of theirs is in the caption.</p>\n")
+        for heading, remark, records, references in sections:
+            file.write(f"<h2>{html.escape(heading)}</h2><p>{html.escape(remark)}</p><div class=grid>\n")
+            for record, told in zip(records, references):
+                file.write(gallery_card(record, told))
+            file.write("</div>\n")
+        file.write("</html>\n")
