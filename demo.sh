@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The whole method on the snowglobe: world, cache, layernorm training, captions, scores, gallery.
+#
+#   ./demo.sh             about 5 minutes on 2 cores after the installation; a second run takes up what is there
+#   ./demo.sh --small     the same on a few images, to see that everything runs
+#
+# Everything goes into demo/ (or the folder in DEMO): results.json, gallery.html, runs/, checkpoints/.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+train=3000 val=500 epochs=6 samples=100
+case "${1:-}" in
+    "") ;;
+    --small) train=320 val=40 epochs=2 samples=10 ;;
+    *) echo "usage: ./demo.sh [--small]" >&2; exit 2 ;;
+esac
+demo=${DEMO:-demo}
+clip=snowglobe/weights/clip bart=snowglobe/weights/bart
+. ./venv.sh
+export HF_HUB_OFFLINE=1
+mkdir -p "$demo/done" "$demo/runs"
+
+# stage NAME COMMAND...: runs a command unless an earlier run finished it; notes its seconds.
+stage() {
+    local name=$1 start
+    shift
+    if [ -e "$demo/done/$name" ]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name"
+    start=$SECONDS
+    "$@"
+    echo "$name $((SECONDS - start))" >"$demo/done/$name"
+}
+
+# caption NAME SPLIT ARGUMENTS...: captions a split into runs/NAME.
+caption() {
+    local name=$1 split=$2
+    shift 2
+    stage "$name" python sampler.py --datadir "$demo/world" --split "$split" --savedir "$demo/runs/$name" \
+        --features "$demo" --clip_model $clip --lm $bart --batch_size 64 --gallery 24 "$@"
+}
+
+stage world \
+    python -m snowglobe.scenes --datadir "$demo/world" --train $train --val $val
+stage cache \
+    python compute_cache.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --clip_model $clip
+stage words \
+    python compute_cache.py --entries snowglobe/held_out.txt --textfile "$demo/words.txt" --embfile "$demo/words.npy" --clip_model $clip
+stage train \
+    python trainer.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --savedir "$demo/checkpoints" \
+    --clip_model $clip --lm $bart --topk 24 --batch_size 64 --lrate 2e-2 --epochs $epochs
+
+mined=(--textfile "$demo/cache.txt" --embfile "$demo/cache.npy")
+added=(--textfile "$demo/cache.txt" "$demo/words.txt" --embfile "$demo/cache.npy" "$demo/words.npy")
+tuned=(--ckpt "$demo/checkpoints/best.safetensors")
+caption untuned val2017 "${mined[@]}" --topk 24
+caption tuned val2017 "${mined[@]}" "${tuned[@]}"
+caption val_added val2017 "${added[@]}" "${tuned[@]}"
+for split in near out; do
+    caption ${split}_mined $split "${mined[@]}" "${tuned[@]}"
+    caption ${split}_added $split "${added[@]}" "${tuned[@]}"
+done
+caption near_added_sampled near "${added[@]}" "${tuned[@]}" --do_sample --num_return_sequences $samples --top_p 0.9
+python -m snowglobe.measure --folder "$demo"

@@ -1,0 +1,1 @@
+"""The snowglobe: a miniature world that stands in for COCO and for the pretrained models."""

@@ -1,0 +1,367 @@
+"""Trains the snowglobe's small models from scratch and saves them as save_pretrained does.
+
+    python -m snowglobe.build bart --out snowglobe/weights --minutes 45
+    python -m snowglobe.build clip gpt --out /tmp/weights --minutes 60 --threads 1
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    BartConfig, BartForConditionalGeneration, BartTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer,
+    GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM,
+)
+
+from snowglobe import scenes
+
+GROUPS = {  # for facts: what kinds are
+    "an animal": ("dog", "cat", "horse", "cow", "pig", "sheep", "elephant", "giraffe", "rabbit", "bird", "duck", "fish",
+                  "butterfly", "turtle", "penguin", "whale"),
+    "a vehicle": ("car", "bus", "truck", "bicycle", "boat", "airplane", "rocket", "train"),
+    "a building": ("house", "castle", "windmill", "lighthouse"),
+    "food": ("pizza", "apple", "banana", "cake", "ice cream", "mushroom"),
+    "a toy": ("ball", "kite", "robot", "guitar", "snowman"),
+    "a plant": ("tree", "flower", "cactus"),
+}
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+def any_scene(rng):
+    """A scene of the whole world, the held-out kinds included: what a pretrained model has seen."""
+    return scenes.make_scene(rng, list(scenes.KINDS))
+
+
+def coined_word(rng):
+    """A word that nobody knows, so that the model learns to take over words from its input."""
+    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))) + rng.choice(("", "n", "x", "l"))
+
+
+def caption_text(rng):
+    text = scenes.caption(scene := any_scene(rng), rng)
+    if rng.random() < 0.08:
+        name = scenes.KINDS[rng.choice(scene.groups)[0]].nouns[0][0]
+        text = " ".join(coined if word == name else word for coined in [coined_word(rng)] for word in text.split())
+    return text
+
+
+def fact_text(rng):
+    name = rng.choice(list(scenes.KINDS))
+    noun, plural = rng.choice(scenes.KINDS[name].nouns)
+    what = next((g for g, members in GROUPS.items() if name in members), "a thing")
+    place, colour = rng.choice(scenes.SETTINGS[rng.choice(list(scenes.SETTINGS))]), rng.choice(list(scenes.COLOURS))
+    number = rng.choice(("two", "three", "four"))
+    return rng.choice((
+        f"the {noun} is {what}.", f"is the {noun} {what}? yes, it is.", f"where is the {noun}? it is {place}.",
+        f"what colour is the {noun}? it is {colour}.", f"how many {plural} are there? there are {number} {plural}.",
+        f"i saw {number} {plural} {place}.", f"{plural} are not always {colour}.", f"my {noun} is {colour}.",
+        f"the {colour} {noun} was {place} and the {number} {plural} were not.",
+    ))
+
+
+def story_text(rng):
+    """A templated little story that goes on from a caption."""
+    text = scenes.caption(any_scene(rng), rng)
+    while not text.startswith(("a ", "an ", "one ", "two ", "three ", "four ")) or " is " in text or " are " in text:
+        text = scenes.caption(any_scene(rng), rng)
+    many = text.startswith(("two ", "three ", "four ", "a pair", "a group"))
+    they, was, them = ("they", "were", "them") if many else ("it", "was", "it")
+    friend = scenes.noun_phrase(rng, (rng.choice(list(scenes.KINDS)), rng.choice(list(scenes.COLOURS)), 1))
+    noun = friend.split()[-1]
+    place = rng.choice(scenes.SETTINGS[rng.choice(list(scenes.SETTINGS))])
+    feeling, other = rng.sample(("happy", "sad", "tired", "hungry", "brave", "lonely", "proud"), 2)
+    middle = rng.choice((
+        f"One day {they} met {friend} {place}. The {noun} said hello and {they} became friends.",
+        f"Every morning {they} dreamed of {friend}. One day the dream came true {place}.",
+        f"A storm came and {they} had to hide {place}. There {they} found {friend}.",
+        f"Nobody knew why, until {friend} came along {place} and asked.",
+    ))
+    end = rng.choice((
+        f"From that day on {they} {was} never {feeling} again.", f"In the end {they} {was} very {other} and went home.",
+        f"And they all lived happily ever after.", f"That night the {noun} stayed with {them}, and {they} {was} {other}.",
+    ))
+    return f"Once upon a time there was {text}. {they.capitalize()} {was} very {feeling}. {middle} {end}"
+
+
+def fragment(rng, text, most=3):
+    """A run of 1 to most words of a text."""
+    words = text.replace(",", "").split()
+    n = min(len(words), rng.randint(1, most))
+    start = rng.randrange(len(words) - n + 1)
+    return " ".join(words[start:start + n])
+
+
+def list_text(rng):
+    """A list of unrelated fragments set off by bars: tells BART that a list is copied as a list."""
+    items = [fragment(rng, caption_text(rng)) for _ in range(rng.randint(2, 8))]
+    return "".join(f"{item} | " for item in items).strip()
+
+
+def story_sentence(rng):
+    return rng.choice(story_text(rng).split(". "))
+
+
+def bart_text(rng):
+    make = rng.choices((caption_text, story_sentence, fact_text, list_text), (66, 10, 12, 12))[0]
+    return make(rng).lower()
+
+
+def noised(rng, text):
+    """The denoising task of BART (Lewis et al. 2019, https://arxiv.org/abs/1910.13461): spans permuted,
+    words deleted, spans of Poisson(3) words replaced by one mask."""
+    words = text.split()
+    is_list = "|" in words
+    if not is_list and rng.random() < 0.7:
+        spans, i = [], 0
+        while i < len(words):
+            n = rng.randint(1, 4)
+            spans.append(words[i:i + n])
+            i += n
+        rng.shuffle(spans)
+        words = sum(spans, [])
+    if not is_list and rng.random() < 0.6:
+        rate = rng.uniform(0, 0.6)
+        words = [w for w in words if rng.random() >= rate] or words[:1]
+    if rng.random() < 0.5:
+        rate, out, i = rng.uniform(0.1, 0.5) / 3, [], 0
+        while i < len(words):
+            if rng.random() < rate:
+                out.append("<mask>")
+                i += poisson3(rng)
+            out += words[i:i + 1]
+            i += 1
+        words = out
+    return " ".join(words)
+
+
+def poisson3(rng):
+    n, p, floor = 0, rng.random(), math.exp(-3)
+    while p > floor:
+        n, p = n + 1, p * rng.random()
+    return n
+
+
+def train_tokenizer(tokenizer, texts, specials, vocab_size, **options):
+    """Trains a byte-level BPE in the shape of a tokenizer and gives back (vocabulary, merges)."""
+    backend = tokenizer.backend_tokenizer
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False, **options))
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], [tuple(m) for m in model["merges"]]
+
+
+def schedule(minutes):
+    """Yields (step, share of the time that is over) until minutes have passed."""
+    start, step = time.time(), 0
+    while (share := (time.time() - start) / 60 / minutes) < 1:
+        yield step, share
+        step += 1
+
+
+def rate(peak, step, share, warmup=400):
+    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    return peak * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+# ------------------------------------------------------------------------------------------------- BART
+
+def build_bart(out, minutes, seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    vocab, merges = train_tokenizer(BartTokenizer(add_prefix_space=True), (bart_text(rng) for _ in range(40000)),
+                                    ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], 1100)
+    tokenizer = BartTokenizer(vocab=vocab, merges=merges, add_prefix_space=True, model_max_length=160)
+    config = BartConfig(vocab_size=len(tokenizer), d_model=192, encoder_layers=3, decoder_layers=3, encoder_ffn_dim=768,
+                        decoder_ffn_dim=768, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
+                        max_position_embeddings=160, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+                        decoder_start_token_id=2, forced_eos_token_id=2, attn_implementation="eager")
+    model = BartForConditionalGeneration(config)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    log, average = [], None
+    for step, share in schedule(minutes):
+        texts = [bart_text(rng) for _ in range(128)]
+        inputs = tokenizer([noised(rng, t) for t in texts], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        labels = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt").input_ids
+        labels[labels == tokenizer.pad_token_id] = -100
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(1.2e-3, step, share)
+        optimizer.step()
+        optimizer.zero_grad()
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        if step % 200 == 0:
+            print(f"bart step {step} {share:.0%} loss {average:.3f} vocabulary {len(tokenizer)}", flush=True)
+        if step % 1000 == 999:
+            save(model, tokenizer, out / "bart")
+    save(model, tokenizer, out / "bart")
+
+
+# ------------------------------------------------------------------------------------------------- CLIP
+
+def altered(rng, scene):
+    """The scene with one thing changed, for captions that are nearly right."""
+    groups, i = list(scene.groups), rng.randrange(len(scene.groups))
+    name, colour, n = groups[i]
+    what = rng.random()
+    if what < 0.4:
+        name = rng.choice(list(scenes.KINDS))
+        colour = colour or rng.choice(list(scenes.COLOURS))
+        colour = colour if scenes.KINDS[name].coloured else ""
+    elif what < 0.65 and colour:
+        colour = rng.choice(list(scenes.COLOURS))
+    elif what < 0.85:
+        n = rng.choice((1, 2, 3, 4))
+    else:
+        return scene._replace(setting=rng.choice(list(scenes.SETTINGS)))
+    groups[i] = (name, colour, n)
+    return scene._replace(groups=tuple(groups), size=scene.size if len(groups) == 1 and n == 1 else "")
+
+
+def render(job):
+    """(scene, its picture as CLIP sees it, uint8 (96, 96, 3), its truths) of one seed."""
+    rng = random.Random(job)
+    scene = scenes.make_scene(rng, list(scenes.KINDS), scenes.HELD_OUT if rng.random() < 0.15 else (), rng.choice((1, 3, 3, 3)))
+    picture = scenes.draw_scene(scene).resize((96, 96), scenes.Image.BICUBIC)
+    return scene, torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(96, 96, 3), scenes.truths(scene)
+
+
+class Claims:
+    """Truth of texts about scenes as a matrix product over features."""
+
+    def __init__(self):
+        self.index = {}
+
+    def matrix(self, sets):
+        rows = [[self.index.setdefault(f, len(self.index)) for f in s] for s in sets]
+        out = torch.zeros(len(rows), 4000)
+        for i, row in enumerate(rows):
+            out[i, row] = 1
+        return out
+
+    def true(self, texts, facts):
+        """(texts, scenes) bool: whether each text is true of each scene."""
+        return texts @ (1 - facts).T == 0
+
+
+def build_clip(out, minutes, seed, n_images=80000, batch=256):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        world = [render(f"{seed}/clip/{i}") for i in tqdm(range(n_images), "drawing")]
+    pixels = torch.stack([w[1] for w in world])
+    world = [(w[0], w[2]) for w in world]
+    letters = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789"] * 20
+    texts = [caption_text(rng) for _ in range(40000)] + letters + [coined_word(rng) for _ in range(300)]
+    vocab, merges = train_tokenizer(CLIPTokenizer(), texts, ["<|startoftext|>", "<|endoftext|>"], 1100, end_of_word_suffix="</w>")
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    size = {"shortest_edge": 96}
+    processor = CLIPImageProcessorPil(size=size, crop_size={"height": 96, "width": 96})
+    config = CLIPConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
+                         num_attention_heads=4, max_position_embeddings=77, hidden_act="gelu", projection_dim=128,
+                         bos_token_id=0, eos_token_id=1, pad_token_id=1),
+        vision_config=dict(hidden_size=224, intermediate_size=896, num_hidden_layers=5, num_attention_heads=4,
+                           image_size=96, patch_size=16, hidden_act="gelu", projection_dim=128),
+        projection_dim=128, attn_implementation="eager")
+    model = CLIPModel(config)
+    model.set_attn_implementation("eager")
+    print(sum(p.numel() for p in model.parameters()), "parameters,", len(tokenizer), "tokens", flush=True)
+    scale = torch.nn.Parameter(torch.tensor(2.5))  # of the fragments' logits; only their cosines are used later
+    optimizer = torch.optim.AdamW([*model.parameters(), scale], weight_decay=0.02, betas=(0.9, 0.98), fused=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    unigrams = sorted({w for _ in range(20000) for w in caption_text(rng).replace(",", "").split() if scenes.claims(w) - {("say", w)}}
+                      | {w for p in (*scenes.SETTINGS.values(), *scenes.SIZES.values()) for x in p for w in x.split() if scenes.claims(w)})
+    claimed, average = Claims(), None
+
+    def embed(texts):
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
+
+    for step, share in schedule(minutes):
+        rows = [rng.randrange(n_images) for _ in range(batch)]
+        images = pixels[rows].permute(0, 3, 1, 2).float() / 255
+        flip = torch.rand(batch) < 0.5
+        images[flip] = images[flip].flip(-1)
+        dx, dy = rng.randint(-4, 4), rng.randint(-4, 4)
+        images = torch.nn.functional.pad(images, (4, 4, 4, 4), mode="replicate")[:, :, 4 + dy:100 + dy, 4 + dx:100 + dx]
+        facts = claimed.matrix([world[i][1] for i in rows])
+        sentences = [scenes.caption(world[i][0], rng) for i in rows]
+        sentences += [scenes.caption(altered(rng, world[i][0]), rng) for i in rows]
+        pieces = {fragment(rng, rng.choice(sentences)): None for _ in range(300)}
+        pieces |= {w: None for w in rng.sample(unigrams, min(150, len(unigrams)))}
+        pieces = list(pieces)
+        said = [scenes.claims(p) for p in pieces]
+        true = claimed.true(claimed.matrix(said), facts)
+        true[[i for i, s in enumerate(said) if not s]] = False  # words like "and a" should score low everywhere
+        informative = torch.tensor([bool(s) for s in said])
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.get_image_features(pixel_values=(images - mean) / std).pooler_output
+        image = torch.nn.functional.normalize(image.float(), dim=-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            sentence, piece = embed(sentences), embed(pieces)
+
+        # Sentences: InfoNCE; what is true by chance is no negative.
+        logits = model.logit_scale.exp().clamp(max=60) * image @ sentence.T  # (B, 2B)
+        accident = claimed.true(claimed.matrix([scenes.claims(s) for s in sentences]), facts).T  # (B, 2B)
+        accident[torch.arange(batch), torch.arange(batch)] = False
+        logits = logits.masked_fill(accident, -1e4)
+        target = torch.arange(batch)
+        loss_s = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits[:, :batch].T, target)) / 2
+
+        # Fragments: each true one beats all false ones of its image; each tells its images from the others.
+        logits = scale.exp().clamp(max=40) * image @ piece.T  # (B, P)
+        truth = true.T
+        negative = logits.masked_fill(truth, -1e4).logsumexp(1, keepdim=True)
+        loss_i = (torch.nn.functional.softplus(negative - logits) * truth).sum(1) / truth.sum(1).clamp(min=1)
+        some = (truth.sum(0) > 0) & informative
+        aim = truth[:, some] / truth[:, some].sum(0, keepdim=True)
+        loss_t = -(aim * logits[:, some].log_softmax(0)).sum(0) - (aim * aim.clamp(min=1e-9).log()).sum(0).neg()
+        loss = loss_s + loss_i.mean() + loss_t.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(1e-3, step, share)
+        optimizer.step()
+        optimizer.zero_grad()
+        now = torch.tensor([loss_s.item(), loss_i.mean().item(), loss_t.mean().item()])
+        average = now if average is None else 0.98 * average + 0.02 * now
+        if step % 50 == 0:
+            print(f"clip step {step} {share:.0%} loss", *(f"{v:.3f}" for v in average), f"scales {model.logit_scale.exp():.1f} {scale.exp():.1f}", flush=True)
+        if step % 500 == 499:
+            save(model, tokenizer, out / "clip")
+            processor.save_pretrained(out / "clip")
+    save(model, tokenizer, out / "clip")
+    processor.save_pretrained(out / "clip")
+
+
+
+def save(model, tokenizer, folder):
+    """Saves in half precision; the weights stay float32 in training."""
+    copy.deepcopy(model).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=("bart", "clip", "gpt"), help="which models to train")
+    parser.add_argument("--out", type=Path, default=Path("snowglobe/weights"), help="folder for bart/, clip/ and gpt/")
+    parser.add_argument("--minutes", type=float, default=60, help="training time of each model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.models:
+        globals()[f"build_{name}"](args.out, args.minutes, args.seed)
