@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
 from transformers.utils import logging
 
 from utils import InputError, atomic, read_image
@@ -205,27 +205,101 @@ class Captioner:
             return self.model(**self.pad(tables), labels=labels).loss
 
     @torch.inference_mode()
-    def generate(self, tables, num_beams=3, num_return_sequences=3, do_sample=False, temperature=1.0, top_p=1.0):
-        """Candidates for each table: a list of lists of (text, mean log-probability a token), best first for beams.
+    def beam(self, tables, num_beams=3, num_return_sequences=3):
+        """Beam search. tables: lists of token ids. Returns for each table a list of (text, likelihood), best first.
 
-        tables: lists of token ids. do_sample: num_return_sequences samples by temperature and nucleus (Holtzman et al.
-        2019, https://arxiv.org/abs/1904.09751) in place of beam search.
+        likelihood: mean log-probability a token, <s> (which is forced and costs nothing) included.
         """
-        how = (dict(do_sample=True, num_beams=1, temperature=temperature, top_p=top_p, top_k=0) if do_sample
-               else dict(do_sample=False, num_beams=num_beams, length_penalty=1.0, early_stopping=False))
         config = self.model.config
         with self.autocast():
             output = self.model.generate(
-                **self.pad(tables), **how, num_return_sequences=num_return_sequences, max_length=self.maxlen_dec, min_length=0,
-                forced_bos_token_id=config.bos_token_id, forced_eos_token_id=config.eos_token_id, no_repeat_ngram_size=0,
+                **self.pad(tables), do_sample=False, num_beams=num_beams, num_return_sequences=num_return_sequences,
+                max_length=self.maxlen_dec, min_length=0, length_penalty=1.0, early_stopping=False, no_repeat_ngram_size=0,
+                forced_bos_token_id=config.bos_token_id, forced_eos_token_id=config.eos_token_id,
                 return_dict_in_generate=True, output_scores=True)
-        steps = self.model.compute_transition_scores(output.sequences, output.scores, getattr(output, "beam_indices", None),
-                                                     normalize_logits=do_sample)  # (B n, steps)
-        real = steps.isfinite() & (steps < 0)
-        likelihood = (steps.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)).tolist()
-        texts = [" ".join(text.split()) for text in self.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)]
-        pairs = list(zip(texts, likelihood))
+        if num_beams == 1:  # greedy search keeps no score of the whole
+            scores = self.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)  # (B, steps)
+            real = output.sequences[:, -scores.shape[1]:] != config.pad_token_id
+            likelihood = (scores.masked_fill(~real, 0).sum(1) / real.sum(1)).tolist()
+        else:
+            likelihood = output.sequences_scores.tolist()
+        pairs = list(zip(self.decode(output.sequences), likelihood))
         return [pairs[i:i + num_return_sequences] for i in range(0, len(pairs), num_return_sequences)]
+
+    @torch.inference_mode()
+    def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
+        """n samples of one image's caption: a list of (text, likelihood) as beam gives, in the order drawn.
+
+        table: token ids. The nucleus is Holtzman et al.'s (2019, https://arxiv.org/abs/1904.09751). The likelihood is the
+        model's own, before temperature and nucleus. The encoder runs once; its keys and values are shared by all samples,
+        chunk of which run at a time; finished ones are dropped. The same seed gives the same samples.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        config, decoder = self.model.config, self.model.get_decoder()
+        found = []
+        with self.autocast():
+            inputs = self.pad([table])
+            encoded = self.model.get_encoder()(**inputs).last_hidden_state  # (1, T, dim)
+            start = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=self.device)
+            for first in range(0, n, chunk):
+                rows = min(chunk, n - first)
+                cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+                hidden = decoder(input_ids=start, encoder_hidden_states=encoded, past_key_values=cache).last_hidden_state[:, -1]
+                share(cache, rows)
+                hidden = hidden.expand(rows, -1)  # (rows, dim)
+                tokens = torch.full((rows, self.maxlen_dec), config.pad_token_id, device=self.device)
+                total, length = torch.zeros(rows, device=self.device), torch.ones(rows, device=self.device)
+                alive = torch.arange(rows, device=self.device)
+                for place in range(2, self.maxlen_dec):
+                    logits = self.model.lm_head(hidden) + self.model.final_logits_bias
+                    log_p = logits.float().log_softmax(-1)  # (alive, vocabulary)
+                    if place == self.maxlen_dec - 1:
+                        drawn = torch.full_like(alive, config.eos_token_id)
+                    else:
+                        drawn = nucleus(log_p / temperature, top_p).multinomial(1, generator=generator)[:, 0]  # (alive,)
+                    tokens[alive, place] = drawn
+                    total[alive] += log_p.gather(1, drawn[:, None])[:, 0]
+                    length[alive] += 1
+                    going = (drawn != config.eos_token_id).nonzero()[:, 0]
+                    if not len(going):
+                        break
+                    if len(going) < len(alive):
+                        alive, drawn = alive[going], drawn[going]
+                        keep(cache, going)
+                    hidden = decoder(input_ids=drawn[:, None], encoder_hidden_states=encoded.expand(len(alive), -1, -1),
+                                     past_key_values=cache).last_hidden_state[:, -1]
+                found += zip(self.decode(tokens), (total / length).tolist())
+        return found
+
+    def decode(self, sequences):
+        """Texts of token ids (B, length), without special tokens."""
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+
+
+def share(cache, rows):
+    """Lets rows samples go on from a cache of one: own copies of the decoder's keys and values, a view of the encoder's."""
+    for layer in cache.self_attention_cache.layers:
+        layer.keys, layer.values = (t.repeat(rows, 1, 1, 1) for t in (layer.keys, layer.values))
+    for layer in cache.cross_attention_cache.layers:
+        layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (layer.keys, layer.values))
+
+
+def keep(cache, rows):
+    """Drops all samples but rows, an int64 tensor, from a cache that share made."""
+    for layer in cache.self_attention_cache.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    for layer in cache.cross_attention_cache.layers:
+        layer.keys, layer.values = layer.keys[:len(rows)], layer.values[:len(rows)]  # all rows are one and the same
+
+
+def nucleus(log_p, top_p):
+    """Probabilities (B, V) of a nucleus: the most probable tokens that reach top_p together, scaled to sum to 1."""
+    p = log_p.softmax(-1)
+    if top_p >= 1:
+        return p
+    best, order = p.sort(-1, descending=True)
+    best = best.masked_fill(best.cumsum(-1) - best >= top_p, 0)  # the token that crosses the limit still counts
+    return torch.zeros_like(p).scatter_(1, order, best / best.sum(-1, keepdim=True))
 
 
 def rescore(clip, features, candidates):

@@ -6,9 +6,9 @@
 """
 
 import argparse
+import hashlib
 import json
 
-import torch
 from tqdm import tqdm
 
 from utils import (
@@ -42,7 +42,7 @@ def parse():
     parser.add_argument("--top_p", type=float, default=1.0, help="probability mass of nucleus sampling (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default %(default)s)")
     # How it is computed.
-    parser.add_argument("--batch_size", type=int, default=16, help="images captioned at a time (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a batch of beam search (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="arithmetic of the language "
                         "model; auto: bfloat16 on a GPU that has it, else float32 (default %(default)s)")
@@ -66,6 +66,11 @@ def check(args):
         existing_file(path, "cache file")
     if args.ckpt:
         existing_file(args.ckpt, "checkpoint")
+
+
+def sample_seed(seed, image_id):
+    """A seed for an image's samples that depends on nothing else, so that neighbours in a batch change nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{image_id}".encode()).digest()[:7], "big")
 
 
 def write_results(savedir, records, references, gallery):
@@ -112,9 +117,12 @@ def main():
     records = []
     for start in tqdm(range(0, len(pictures), args.batch_size), "captioning", unit="batch"):
         batch = slice(start, start + args.batch_size)
-        torch.manual_seed(args.seed * 1_000_003 + start)
-        found = captioner.generate(tokens[batch], args.num_beams, args.num_return_sequences, args.do_sample, args.temperature, args.top_p)
-        found = [list({text: (text, likelihood) for text, likelihood in candidates[::-1]}.values())[::-1] for candidates in found]
+        if args.do_sample:
+            found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, sample_seed(args.seed, picture.id))
+                     for ids, picture in zip(tokens[batch], pictures[batch])]
+        else:
+            found = captioner.beam(tokens[batch], args.num_beams, args.num_return_sequences)
+        found = [list(dict(candidates).items()) for candidates in found]  # distinct texts
         matches = rescore(clip, features[batch], [[text for text, _ in candidates] for candidates in found])
         for picture, table, row, candidates, cosines in zip(pictures[batch], tables[batch], scores[batch].tolist(), found, matches):
             ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates, cosines)),

@@ -142,7 +142,7 @@ def main():
     steps = min(args.tmax, args.epochs * steps_an_epoch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, steps, min(args.warmup, steps // 4)))
     best, step, recent, history = math.inf, 0, [], []
-    with tqdm(total=steps * args.batch_size, unit="image", desc="training") as bar:
+    with tqdm(total=round(steps / steps_an_epoch * len(train)), unit="image", desc="training") as bar:
         for epoch in range(math.ceil(steps / steps_an_epoch)):
             rng = random.Random(f"{args.seed}/{epoch}")
             order = rng.sample(range(len(train)), len(train))

@@ -329,7 +329,7 @@ def gallery_card(record, references):
     scores = [score for _, score in record["table"]]
     low, high = min(scores), max(scores)
     entries = "".join(
-        f'<span class="entry{" used" if words & set(entry.lower().split()) else ""}" title="cosine {score:.3f}" '
+        f'<span class="entry{" used" if set(entry.lower().split()) <= words else ""}" title="cosine {score:.3f}" '
         f'style="background:rgba(70,160,110,{0.08 + 0.5 * (score - low) / (high - low or 1):.2f})">{escape(entry)}</span>'
         for entry, score in record["table"])
     candidates = "".join(f"<li>{escape(text)} <span class=small>CLIP {clip:.3f}</span></li>" for text, clip, _ in record["candidates"][:10])
@@ -350,7 +350,7 @@ def write_gallery(path, title, sections):
     with atomic(path) as file:
         file.write(GALLERY_HEAD % (html.escape(title), html.escape(title)))
         file.write("<p class=small>Under each caption: the cache entries that it was written from, best first, darker where "
-                   "they match the image better; outlined where a word of theirs is in the caption.</p>\n")
+                   "they match the image better; outlined where their words are in the caption.</p>\n")
         for heading, remark, records, references in sections:
             file.write(f"<h2>{html.escape(heading)}</h2><p>{html.escape(remark)}</p><div class=grid>\n")
             for record, told in zip(records, references):

@@ -87,7 +87,7 @@ def story_text(rng):
     ))
     end = rng.choice((
         f"From that day on {they} {was} never {feeling} again.", f"In the end {they} {was} very {other} and went home.",
-        f"And they all lived happily ever after.", f"That night the {noun} stayed with {them}, and {they} {was} {other}.",
+        "And they all lived happily ever after.", f"That night the {noun} stayed with {them}, and {they} {was} {other}.",
     ))
     return f"Once upon a time there was {text}. {they.capitalize()} {was} very {feeling}. {middle} {end}"
 
@@ -160,17 +160,29 @@ def train_tokenizer(tokenizer, texts, specials, vocab_size, **options):
     return model["vocab"], [tuple(m) for m in model["merges"]]
 
 
-def schedule(minutes):
-    """Yields (step, share of the time that is over) until minutes have passed."""
-    start, step = time.time(), 0
+def fit(name, parameters, losses, minutes, peak, keep):
+    """Trains for some minutes by AdamW: linear warm-up over 400 steps, then a cosine down to 2 % of the peak rate.
+
+    losses(): {name: loss} of a new batch; their sum is minimised. keep(): saves; called every 500 steps and at the end.
+    """
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, betas=(0.9, 0.98), fused=True)
+    start, step, average = time.time(), 0, {}
     while (share := (time.time() - start) / 60 / minutes) < 1:
-        yield step, share
+        found = losses()
+        sum(found.values()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, (step + 1) / 400) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        optimizer.step()
+        optimizer.zero_grad()
+        for key, loss in found.items():
+            average[key] = 0.98 * average.get(key, loss.item()) + 0.02 * loss.item()
         step += 1
-
-
-def rate(peak, step, share, warmup=400):
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
-    return peak * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        if step % 100 == 0:
+            print(f"{name} step {step}, {share:.0%}:", *(f"{key} {value:.3f}" for key, value in average.items()), flush=True)
+        if step % 500 == 0:
+            keep()
+    keep()
 
 
 # ------------------------------------------------------------------------------------------------- BART
@@ -186,27 +198,37 @@ def build_bart(out, minutes, seed):
                         max_position_embeddings=160, bos_token_id=0, pad_token_id=1, eos_token_id=2,
                         decoder_start_token_id=2, forced_eos_token_id=2, attn_implementation="eager")
     model = BartForConditionalGeneration(config)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    log, average = [], None
-    for step, share in schedule(minutes):
+
+    def losses():
         texts = [bart_text(rng) for _ in range(128)]
         inputs = tokenizer([noised(rng, t) for t in texts], padding=True, truncation=True, max_length=128, return_tensors="pt")
         labels = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt").input_ids
         labels[labels == tokenizer.pad_token_id] = -100
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(1.2e-3, step, share)
-        optimizer.step()
-        optimizer.zero_grad()
-        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
-        if step % 200 == 0:
-            print(f"bart step {step} {share:.0%} loss {average:.3f} vocabulary {len(tokenizer)}", flush=True)
-        if step % 1000 == 999:
-            save(model, tokenizer, out / "bart")
-    save(model, tokenizer, out / "bart")
+            return {"loss": model(**inputs, labels=labels).loss}
+
+    fit("bart", list(model.parameters()), losses, minutes, 1.2e-3, lambda: save(out / "bart", model, tokenizer))
+
+
+# -------------------------------------------------------------------------------------------------- GPT
+
+def build_gpt(out, minutes, seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    end = "<|endoftext|>"
+    vocab, merges = train_tokenizer(GPT2Tokenizer(), (story_text(rng) for _ in range(20000)), [end], 800)
+    tokenizer = GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=128, pad_token=end)
+    config = GPTNeoConfig(vocab_size=len(tokenizer), hidden_size=96, num_layers=3, num_heads=4, attention_types=[[["global"], 3]],
+                          max_position_embeddings=128, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    model = GPTNeoForCausalLM(config)
+
+    def losses():
+        tokens = tokenizer([story_text(rng) + end for _ in range(64)], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
+        with torch.autocast("cpu", torch.bfloat16):
+            return {"loss": model(**tokens, labels=labels).loss}
+
+    fit("gpt", list(model.parameters()), losses, minutes, 2e-3, lambda: save(out / "gpt", model, tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------- CLIP
@@ -236,6 +258,11 @@ def render(job):
     scene = scenes.make_scene(rng, list(scenes.KINDS), scenes.HELD_OUT if rng.random() < 0.15 else (), rng.choice((1, 3, 3, 3)))
     picture = scenes.draw_scene(scene).resize((96, 96), scenes.Image.BICUBIC)
     return scene, torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(96, 96, 3), scenes.truths(scene)
+
+
+def excess(log_p, aim):
+    """Cross-entropy to a target distribution above the target's own entropy, by element."""
+    return aim * (aim.clamp(min=1e-9).log() - log_p)
 
 
 class Claims:
@@ -280,17 +307,16 @@ def build_clip(out, minutes, seed, n_images=80000, batch=256):
     model.set_attn_implementation("eager")
     print(sum(p.numel() for p in model.parameters()), "parameters,", len(tokenizer), "tokens", flush=True)
     scale = torch.nn.Parameter(torch.tensor(2.5))  # of the fragments' logits; only their cosines are used later
-    optimizer = torch.optim.AdamW([*model.parameters(), scale], weight_decay=0.02, betas=(0.9, 0.98), fused=True)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
     unigrams = sorted({w for _ in range(20000) for w in caption_text(rng).replace(",", "").split() if scenes.claims(w) - {("say", w)}}
                       | {w for p in (*scenes.SETTINGS.values(), *scenes.SIZES.values()) for x in p for w in x.split() if scenes.claims(w)})
-    claimed, average = Claims(), None
+    claimed = Claims()
 
     def embed(texts):
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
         return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
 
-    for step, share in schedule(minutes):
+    def losses():
         rows = [rng.randrange(n_images) for _ in range(batch)]
         images = pixels[rows].permute(0, 3, 1, 2).float() / 255
         flip = torch.rand(batch) < 0.5
@@ -306,7 +332,7 @@ def build_clip(out, minutes, seed, n_images=80000, batch=256):
         said = [scenes.claims(p) for p in pieces]
         true = claimed.true(claimed.matrix(said), facts)
         true[[i for i, s in enumerate(said) if not s]] = False  # words like "and a" should score low everywhere
-        informative = torch.tensor([bool(s) for s in said])
+        plainness = torch.tensor([0.25 if scenes.FUNCTION_WORDS & set(p.split()) else 1.0 for p in pieces])
         with torch.autocast("cpu", torch.bfloat16):
             image = model.get_image_features(pixel_values=(images - mean) / std).pooler_output
         image = torch.nn.functional.normalize(image.float(), dim=-1)
@@ -321,37 +347,27 @@ def build_clip(out, minutes, seed, n_images=80000, batch=256):
         target = torch.arange(batch)
         loss_s = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits[:, :batch].T, target)) / 2
 
-        # Fragments: each true one beats all false ones of its image; each tells its images from the others.
+        # Fragments: cross-entropy both ways, with all that is true as the target. From image to fragment the target is
+        # the more the fewer images it is true of, so that a cosine grows with what an entry tells (as pointwise mutual
+        # information does): "red dog" before "dog" before "beach", and words without meaning last.
         logits = scale.exp().clamp(max=40) * image @ piece.T  # (B, P)
-        truth = true.T
-        negative = logits.masked_fill(truth, -1e4).logsumexp(1, keepdim=True)
-        loss_i = (torch.nn.functional.softplus(negative - logits) * truth).sum(1) / truth.sum(1).clamp(min=1)
-        some = (truth.sum(0) > 0) & informative
-        aim = truth[:, some] / truth[:, some].sum(0, keepdim=True)
-        loss_t = -(aim * logits[:, some].log_softmax(0)).sum(0) - (aim * aim.clamp(min=1e-9).log()).sum(0).neg()
-        loss = loss_s + loss_i.mean() + loss_t.mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(1e-3, step, share)
-        optimizer.step()
-        optimizer.zero_grad()
-        now = torch.tensor([loss_s.item(), loss_i.mean().item(), loss_t.mean().item()])
-        average = now if average is None else 0.98 * average + 0.02 * now
-        if step % 50 == 0:
-            print(f"clip step {step} {share:.0%} loss", *(f"{v:.3f}" for v in average), f"scales {model.logit_scale.exp():.1f} {scale.exp():.1f}", flush=True)
-        if step % 500 == 499:
-            save(model, tokenizer, out / "clip")
-            processor.save_pretrained(out / "clip")
-    save(model, tokenizer, out / "clip")
-    processor.save_pretrained(out / "clip")
+        truth = true.T.float()
+        aim_t = truth / truth.sum(0).clamp(min=1)
+        aim_i = aim_t * plainness
+        aim_i = aim_i / aim_i.sum(1, keepdim=True).clamp(min=1e-9)
+        loss_t = excess(logits.log_softmax(0), aim_t).sum(0)[truth.sum(0) > 0]
+        loss_i = excess(logits.log_softmax(1), aim_i).sum(1)
+        return {"sentences": loss_s, "image to fragments": loss_i.mean(), "fragment to images": loss_t.mean()}
+
+    fit("clip", [*model.parameters(), scale], losses, minutes, 1e-3, lambda: save(out / "clip", model, tokenizer, processor))
 
 
-
-def save(model, tokenizer, folder):
-    """Saves in half precision; the weights stay float32 in training."""
+def save(folder, model, *others):
+    """Saves a model in half precision, and its tokenizer and processor; the weights stay float32 in training."""
+    folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for other in others:
+        other.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -90,12 +90,12 @@ def bound(folder, kind, topk_entries):
     described = json.loads((folder / "world" / "annotations" / "scenes_val2017.json").read_text())
     tables = [linearize(topk_entries(scene, entries, settings["topk"], rng)) for scene in described]
     tokens = captioner.tokenize(tables, settings["maxlen_enc"])
-    found = [c[0][0] for i in range(0, len(tokens), 64) for c in captioner.generate(tokens[i:i + 64])]
+    found = [c[0][0] for i in range(0, len(tokens), 64) for c in captioner.beam(tokens[i:i + 64])]
     return {scene["image_id"]: text for scene, text in zip(described, found)}
 
 
 def perfect_table(scene, entries, k, rng):
-    facts = scenes.truths(scenes.Scene(**{**scene, "things": (), "groups": tuple(map(tuple, scene["groups"]))}))
+    facts = scenes.truths(scenes.Scene(**{**{k: v for k, v in scene.items() if k != "image_id"}, "things": (), "groups": tuple(map(tuple, scene["groups"]))}))
     true = [entry for entry in entries if (said := scenes.claims(entry)) and said <= facts]
     return rng.sample(true, min(k, len(true)))
 

@@ -1,0 +1,127 @@
+"""The miniature world: what is drawn and what is said of it agree; scores against known values."""
+
+import json
+import random
+
+import pytest
+from PIL import ImageChops
+
+from snowglobe import measure, scenes
+from snowglobe.kinds import KINDS
+
+SPLITS = scenes.SPLITS
+
+
+def some_scenes(split, n):
+    return [scenes.split_scene(split, 7, i) for i in range(n)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_caption_is_true_of_its_scene(split):
+    for scene, told in some_scenes(split, 400):
+        assert len(set(told)) == 5
+        for text in told:
+            assert scenes.claims(text) <= scenes.truths(scene), (text, scene.groups)
+            assert scenes.named(text) <= {g[0] for g in scene.groups} and scenes.named(text)
+
+
+@pytest.mark.parametrize("wrong", ["a red dog", "two dogs", "a dog in the snow", "a dog under a cat", "a tiny dog", "three green cats"])
+def test_a_false_caption_is_found_out(wrong):
+    scene = scenes.Scene("beach", (("dog", "blue", 1), ("cat", "red", 1)), "next to", "", (), 0)
+    assert not scenes.claims(wrong) <= scenes.truths(scene)
+    assert scenes.claims("a blue dog next to a red cat on the beach") <= scenes.truths(scene)
+
+
+def test_a_thing_changes_the_picture_within_its_box_and_nowhere_else():
+    for scene, _ in some_scenes("val2017", 40):
+        whole = scenes.draw_scene(scene)
+        for i, thing in enumerate(scene.things):
+            without = scenes.draw_scene(scene._replace(things=scene.things[:i] + scene.things[i + 1:]))
+            box = ImageChops.difference(whole, without).getbbox()
+            assert box, "a thing that is told must be seen"
+            left, top = (thing.x - thing.size / 2) * scenes.SIZE - 3, (thing.y - thing.size) * scenes.SIZE - 3
+            assert left <= box[0] and top <= box[1] and box[2] <= left + thing.size * scenes.SIZE + 6 and box[3] <= top + thing.size * scenes.SIZE + 6
+
+
+def test_relations_are_drawn_as_they_are_told():
+    seen = set()
+    for scene, _ in some_scenes("val2017", 600):
+        if not scene.relation:
+            continue
+        seen.add(scene.relation)
+        a, b = ([t for t in scene.things if (t.kind, t.colour) == g[:2]] for g in scene.groups[:2])
+        middle = [sum(t.y - t.size / 2 for t in things) / len(things) for things in (a, b)]
+        if scene.relation in ("above", "on"):
+            assert middle[0] < middle[1]
+        elif scene.relation == "under":
+            assert middle[0] > middle[1]
+        elif scene.relation == "in front of":
+            assert scene.things.index(a[0]) > scene.things.index(b[0])  # drawn later
+    assert seen == {"above", "on", "under", "in front of", "next to"}
+
+
+def test_counts_colours_and_settings_are_drawn_as_they_are_written_down():
+    for scene, _ in some_scenes("near", 200):
+        drawn = {}
+        for thing in scene.things:
+            drawn[thing.kind, thing.colour] = drawn.get((thing.kind, thing.colour), 0) + 1
+        assert drawn == {(kind, colour): n for kind, colour, n in scene.groups}
+        assert 1 <= len(scene.things) <= 4
+
+
+def test_held_out_kinds_stand_where_they_should_and_nowhere_else():
+    new = set(scenes.HELD_OUT)
+    for split in SPLITS:
+        for scene, told in some_scenes(split, 300):
+            kinds = {g[0] for g in scene.groups}
+            if split in ("train2017", "val2017"):
+                assert not kinds & new and not any(scenes.named(text) & new for text in told)
+            elif split == "near":
+                assert len(kinds & new) == 1 and kinds - new
+            else:
+                assert kinds <= new
+
+
+def test_the_world_is_large_enough():
+    assert len(KINDS) - len(scenes.HELD_OUT) >= 40
+    assert len(scenes.COLOURS) == 10 and len(scenes.SETTINGS) == 8
+
+
+def test_the_same_seed_writes_the_same_world(world, script, tmp_path):
+    run = script("snowglobe.scenes", "--datadir", tmp_path, "--train", "48", "--val", "8")
+    assert run.code == 0, run.err
+    for path in sorted(p for p in world.rglob("*") if p.suffix in (".png", ".json")):
+        assert (tmp_path / path.relative_to(world)).read_bytes() == path.read_bytes()
+
+
+def test_annotations_are_laid_out_as_cocos(world):
+    data = json.loads((world / "annotations" / "captions_val2017.json").read_text())
+    assert set(data) == {"info", "licenses", "images", "annotations"}
+    assert {"id", "file_name", "width", "height", "license"} == set(data["images"][0])
+    assert {"id", "image_id", "caption"} == set(data["annotations"][0])
+    assert len(data["annotations"]) == 5 * len(data["images"])
+    assert len({a["id"] for a in data["annotations"]}) == len(data["annotations"])
+    assert all((world / "val2017" / image["file_name"]).is_file() for image in data["images"])
+
+
+def test_objects_count_synonyms_and_plurals():
+    described = [{"groups": [["dog", "red", 2], ["penguin", "", 1]]}, {"groups": [["ice cream", "", 1]]}]
+    recall, precision, held_out = measure.objects(["two puppies near a cat", "some Ice Creams"], described)
+    assert (recall, precision, held_out) == (2 / 3, 2 / 3, 0)
+
+
+def test_a_copy_of_a_reference_scores_best_and_nonsense_zero():
+    rng = random.Random(0)
+    told = [list(scenes.captions(scenes.make_scene(rng, list(KINDS)), rng)) for _ in range(30)]
+    perfect, bleu = measure.coco_scores([t[0] for t in told], told)
+    one, _ = measure.reference_score(told)
+    assert bleu == pytest.approx(1) and perfect > 2 * one > 0
+    assert measure.coco_scores(["xyzzy"] * 30, told)[0] == 0
+
+
+def test_scores_equal_published_ones():
+    """Two candidates of which one is its own reference: BLEU-4 by hand."""
+    captions = ["a cat sits on the mat today", "a dog runs"]
+    _, bleu = measure.coco_scores(captions, [["a cat sits on the mat today"], ["the dog runs fast"]])
+    # n-gram matches 9/10, 7/8, 5/6, 4/4 (the second has no 4-gram); brevity exp(1 - 11/10)
+    assert bleu == pytest.approx((0.9 * 0.875 * 5 / 6 * 1) ** 0.25 * 2.718281828 ** (1 - 11 / 10), abs=1e-4)

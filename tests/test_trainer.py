@@ -1,0 +1,76 @@
+"""Training: the schedule, the files it leaves, and that the same seed gives the same result."""
+
+import csv
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import BART, CLIP
+from model import checkpoint_settings
+from trainer import cosine_rate
+
+
+def train(script, world, cache, savedir, *more):
+    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", savedir,
+                 "--clip_model", CLIP, "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2", *more)
+    assert run.code == 0, run.err
+    return run
+
+
+def test_the_rate_rises_then_falls_as_a_cosine_at_every_step():
+    rates = [cosine_rate(step, 100, 10) for step in range(100)]
+    assert rates[:10] == [(i + 1) / 10 for i in range(10)]
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    torch_rates = []
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
+    for _ in range(90):
+        torch_rates.append(cosine.get_last_lr()[0])
+        optimizer.step()
+        cosine.step()
+    assert rates[10:] == pytest.approx(torch_rates, abs=1e-9)
+
+
+def test_training_says_what_it_trains_and_leaves_all_files(script, world, cache, tmp_path):
+    run = train(script, world, cache, tmp_path)
+    assert "training 3,456 of 3,377,664 parameters" in run.out
+    best, last = (checkpoint_settings(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
+    with open(tmp_path / "loss.csv") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert len(losses) == 2 and last["step"] == 6 and last["epoch"] == 2
+    assert best["val_loss"] == pytest.approx(min(losses), abs=1e-4)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(load_file(tmp_path / "best.safetensors")) == 2 * 2 * 3 + 2 * 3
+
+
+def test_the_same_seed_trains_the_same_and_features_are_found_again(script, world, cache, tmp_path):
+    train(script, world, cache, tmp_path / "a")
+    first = load_file(tmp_path / "a" / "last.safetensors")
+    again = train(script, world, cache, tmp_path / "a")
+    assert "encoding images" not in again.err
+    second = load_file(tmp_path / "a" / "last.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    train(script, world, cache, tmp_path / "b", "--seed", "1")
+    other = load_file(tmp_path / "b" / "last.safetensors")
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_tmax_bounds_the_steps(script, world, cache, tmp_path):
+    train(script, world, cache, tmp_path, "--tmax", "4")
+    assert checkpoint_settings(tmp_path / "last.safetensors")["step"] == 4
+
+
+def test_every_weight_can_be_trained_for_comparison(script, world, cache, tmp_path):
+    run = train(script, world, cache, tmp_path, "--trained", "all", "--tmax", "1")
+    assert "training 3,377,664 of 3,377,664 parameters" in run.out
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(script, world, cache, tmp_path):
+    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path,
+                 "--clip_model", CLIP, "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "inf", "--epochs", "3")
+    assert run.code == 2 and "the loss became" in run.err and "at step" in run.err
+    if (tmp_path / "best.safetensors").exists():
+        assert math.isfinite(checkpoint_settings(tmp_path / "best.safetensors")["val_loss"])
