@@ -38,7 +38,7 @@ def parse():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     args = parser.parse_args()
     if sum(source is not None for source in (args.datadir, args.corpus, args.entries)) != 1:
-        parser.error("one of --datadir, --corpus and --entries says where the entries come from")
+        raise InputError("exactly one of --datadir, --corpus and --entries says where the entries come from")
     return args
 
 
@@ -76,27 +76,39 @@ def mine(captions, topk, min_count):
 
 def main():
     args = parse()
+    for name, least in (("topk", 1), ("batch_size", 1), ("ncaptions", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     for path in (args.textfile, args.embfile):
         output_folder(Path(path).parent)
+        if Path(path).is_dir():
+            raise InputError(f"{path} is a folder, not a file to write")
+    if Path(args.textfile).resolve() == Path(args.embfile).resolve():
+        raise InputError(f"--textfile and --embfile are both {args.textfile}")
     device = choose_device(args.device)
 
-    # The entries.
+    # The entries. CLIP is loaded before they are mined, so that a wrong name is told at once.
     if args.entries:
-        entries = list(dict.fromkeys(read_lines(args.entries, "list of entries")))
+        lines, source = read_lines(args.entries, "list of entries"), args.entries
+    elif args.corpus:
+        lines, source = [line for path in args.corpus for line in read_lines(path, "corpus")], ", ".join(args.corpus)
     else:
-        if args.datadir:
-            captions = [c for picture in read_coco(args.datadir, args.split, need_images=False) for c in picture.captions]
-        else:
-            captions = [line for path in args.corpus for line in read_lines(path, "corpus")]
-        if args.ncaptions:
-            captions = random.Random(args.seed).sample(captions, min(args.ncaptions, len(captions)))
-        entries = mine(captions, args.topk, args.min_count)
-    if not entries:
-        raise InputError("no entries were found, so there is nothing to make a cache of")
-
-    # Their embeddings.
+        pictures = read_coco(args.datadir, args.split, need_images=False)
+        lines, source = [c for picture in pictures for c in picture.captions], f"{args.split} of {args.datadir}"
+    if not lines:
+        raise InputError(f"there is no text in {source}, so there is nothing to make a cache of")
     from model import Clip  # torch and transformers take seconds: not for --help or a wrong path
     clip = Clip(args.clip_model, device)
+    if args.entries:
+        entries = list(dict.fromkeys(lines))
+    else:
+        if args.ncaptions:
+            lines = random.Random(args.seed).sample(lines, min(args.ncaptions, len(lines)))
+        entries = mine(lines, args.topk, args.min_count)
+    if not entries:
+        raise InputError(f"there is no word in {source}, so there is nothing to make a cache of")
+
+    # Their embeddings.
     embeddings = clip.encode_texts([args.prefix + entry for entry in entries], args.batch_size, "encoding entries")
     write_cache(args.textfile, args.embfile, entries, embeddings.numpy(), clip.identity, args.prefix)
     print(f"wrote {len(entries):,} entries to {args.textfile} and {args.embfile} (CLIP {clip.identity}, {device})")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
 from transformers.utils import logging
@@ -35,9 +35,17 @@ def load(loader, name, what, **options):
             if Path(name).exists() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
                 raise
             return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # RuntimeError: sizes differ
         raise InputError(f"the {what} {name} could not be loaded: it is neither a folder with a model nor, as far as "
                          f"can be seen from here, a name on the Hugging Face hub") from error
+
+
+def load_tokenizer(name, what):
+    """As load; where the files are missing, transformers makes a tokenizer that knows no word, and says nothing."""
+    tokenizer = load(AutoTokenizer, name, what)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"the {what} {name} has no tokenizer")
+    return tokenizer
 
 
 def identity(name):
@@ -67,7 +75,7 @@ class Clip:
         self.model = load(AutoModel, name, what, dtype=torch.float32).to(device).eval().requires_grad_(False)
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
-        self.tokenizer = load(AutoTokenizer, name, what)
+        self.tokenizer = load_tokenizer(name, what)
         self.processor = load(AutoImageProcessor, name, what)
         self.identity, self.device = identity(name), device
         self.max_length = self.model.config.text_config.max_position_embeddings
@@ -124,7 +132,7 @@ def image_features(clip, pictures, folder, batch_size=64):
     else:
         features, bad = encode_files(clip, [p.path for p in pictures], batch_size)
         with atomic(path, "wb") as file:
-            save_file({"features": features}, file.name, {"clip_model": clip.identity, "bad": json.dumps(sorted(bad.items()))})
+            file.write(save({"features": features}, {"clip_model": clip.identity, "bad": json.dumps(sorted(bad.items()))}))
     good = [picture for row, picture in enumerate(pictures) if row not in bad]
     return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
 
@@ -164,7 +172,7 @@ class Captioner:
         # On a CPU the fused attention's backward pass is slow (8 times the plain one's time in bfloat16).
         attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
         self.model = load(AutoModelForSeq2SeqLM, name, "language model", dtype=torch.float32, **attention).to(device).eval()
-        self.tokenizer = load(AutoTokenizer, name, "language model")
+        self.tokenizer = load_tokenizer(name, "language model")
         self.identity, self.device, self.dtype = identity(name), torch.device(device), dtype
         self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
         longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)
@@ -319,15 +327,16 @@ def save_checkpoint(path, trained, settings):
     """Writes the trained tensors alone. trained: {name: parameter}. settings: a JSON-able dict, kept as metadata."""
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
     with atomic(path, "wb") as file:
-        save_file(tensors, file.name, {"antarctic_captions": json.dumps(settings)})
+        file.write(save(tensors, {"antarctic_captions": json.dumps(settings)}))
 
 
 def checkpoint_settings(path):
     """The settings that a checkpoint was trained with. Raises InputError where it is no checkpoint of ours."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["antarctic_captions"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            settings = json.loads((file.metadata() or {})["antarctic_captions"])
+        return settings | {name: settings[name] for name in ("lm", "topk", "maxlen_enc", "maxlen_dec")}  # KeyError if one is missing
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
 
 

@@ -8,6 +8,7 @@
 import argparse
 import hashlib
 import json
+import math
 
 from tqdm import tqdm
 
@@ -48,7 +49,7 @@ def parse():
                         "model; auto: bfloat16 on a GPU that has it, else float32 (default %(default)s)")
     args = parser.parse_args()
     if (args.datadir is None) == (args.images is None):
-        parser.error("one of --datadir and --images says what is captioned")
+        raise InputError("exactly one of --datadir and --images says what is captioned")
     return args
 
 
@@ -57,10 +58,12 @@ def check(args):
     for name in ("topk", "num_beams", "num_return_sequences", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.gallery < 0:
+        raise InputError(f"--gallery must be at least 0, not {args.gallery}")
     if not args.do_sample and args.num_return_sequences > args.num_beams:
         raise InputError(f"beam search of width {args.num_beams} cannot return {args.num_return_sequences} candidates; "
                          f"raise --num_beams, or give --do_sample")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+    if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     for path in args.textfile + args.embfile:
         existing_file(path, "cache file")
@@ -98,7 +101,7 @@ def main():
     settings = checkpoint_settings(args.ckpt) if args.ckpt else {"topk": 10, "maxlen_enc": 128, "maxlen_dec": 32}
     topk = args.topk or settings["topk"]
     clip = Clip(args.clip_model, device)
-    entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity)
+    entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity, clip.dim)
     captioner = Captioner(args.lm, device, dtype, settings["maxlen_enc"], settings["maxlen_dec"])
     if args.ckpt:
         load_checkpoint(args.ckpt, captioner)

@@ -104,6 +104,8 @@ def main():
     for name in ("topk", "maxlen_enc", "maxlen_dec", "batch_size", "epochs", "tmax"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.warmup < 0 or not args.lrate > 0:
+        raise InputError(f"--warmup must not be below 0 and --lrate must be above 0, not {args.warmup} and {args.lrate}")
     for path in args.textfile + args.embfile:
         existing_file(path, "cache file")
     train, val = read_coco(args.datadir, args.split), read_coco(args.datadir, args.val_split)
@@ -117,7 +119,7 @@ def main():
 
     # The models, and every image as a vector: encoded once, found again by later runs.
     clip = Clip(args.clip_model, device)
-    entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity)
+    entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity, clip.dim)
     captioner = Captioner(args.lm, device, dtype, args.maxlen_enc, args.maxlen_dec)
     trained = captioner.train_only(is_layernorm if args.trained == "layernorms" else lambda name: True)
     count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), captioner.model.parameters()))
@@ -126,7 +128,7 @@ def main():
     val_features, val, val_bad = image_features(clip, val, savedir)
     report_bad_images(bad + val_bad)
     if not train or not val:
-        raise InputError("none of the images can be read")
+        raise InputError(f"none of the images of {args.split if not train else args.val_split} can be read")
 
     # The tables and captions as tokens, once.
     tables = tokenized_tables(captioner, features, entries, embeddings, args.topk)

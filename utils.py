@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SEPARATOR = " | "
+TEXT = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}  # errors: file names that are no UTF-8
 
 
 class InputError(Exception):
@@ -50,7 +51,7 @@ def atomic(path, mode="w"):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        with open(temporary, mode, **({} if "b" in mode else TEXT)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -128,10 +129,10 @@ def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix):
                                    "prefix": prefix, "text_sha256": text_sha256(textfile)}, indent=1)
 
 
-def read_cache(textfiles, embfiles, clip_model):
+def read_cache(textfiles, embfiles, clip_model, dim=None):
     """Reads caches one after the other as one; an entry that comes again is kept once, at its first place.
 
-    textfiles, embfiles: paths, in pairs. clip_model: identity of the CLIP in use (Clip.identity).
+    textfiles, embfiles: paths, in pairs. clip_model, dim: identity and width of the CLIP in use (Clip.identity, Clip.dim).
     Returns (entries, a list of N texts; embeddings, float32 tensor (N, dim) of unit rows).
     Raises InputError: a file is missing or empty, lengths differ, another CLIP model or text, not finite.
     """
@@ -140,6 +141,8 @@ def read_cache(textfiles, embfiles, clip_model):
     entries, parts, seen = [], [], set()
     for textfile, embfile in zip(textfiles, embfiles):
         lines, rows = read_one_cache(existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings"), clip_model)
+        if rows.shape[1] != (dim or rows.shape[1]):
+            raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but the CLIP model {clip_model} has {dim}")
         if parts and rows.shape[1] != parts[0].shape[1]:
             raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but {embfiles[0]} has {parts[0].shape[1]}: not of one CLIP model")
         fresh = [i for i, line in enumerate(lines) if not (line in seen or seen.add(line))]
@@ -158,7 +161,8 @@ def read_one_cache(textfile, embfile, clip_model):
     if not lines:
         raise InputError(f"the cache {textfile} is empty")
     try:
-        rows = np.load(embfile, allow_pickle=False)
+        with open(embfile, "rb") as file:  # not np.load, which opens archives, too
+            rows = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{embfile} is not a .npy file of numbers") from error
     if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
@@ -223,15 +227,18 @@ def read_image(path):
     Raises OSError where the file is no whole image.
     """
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata that make no sense
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I;16"):  # grey; Pillow's own conversions cut it off at 255
+                    shades = np.asarray(image)
+                    clear = np.where(shades == image.info.get("transparency", -1), 0, 255)
+                    image = Image.merge("LA", [Image.fromarray(a.astype(np.uint8)) for a in (shades >> 8, clear)])
                 if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                if image.mode.startswith("I;16"):
-                    image = image.point(lambda v: v / 256).convert("L")
                 return image.convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise OSError("the image is too large") from error
@@ -283,13 +290,14 @@ def read_coco(datadir, split, need_images=True):
             captions.setdefault(annotation["image_id"], []).append(" ".join(annotation["caption"].split()))
         pictures = [Picture(image["id"], datadir / split / str(image["file_name"]), tuple(captions.get(image["id"], ())))
                     for image in data["images"]]
+        pictures.sort(key=lambda p: p.id)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a COCO caption file ({type(error).__name__}: {error})") from error
     if not pictures:
         raise InputError(f"{path} lists no images")
     if need_images and not (datadir / split).is_dir():
         raise InputError(f"there is no image folder at {datadir / split}")
-    return sorted(pictures, key=lambda p: p.id)
+    return pictures
 
 
 # ------------------------------------------------------------------------------------------------ gallery

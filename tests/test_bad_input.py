@@ -96,7 +96,7 @@ ANNOTATIONS = {
     "another shape": lambda text: '{"questions": []}',
     "boxes in place of captions": lambda text: text.replace('"caption"', '"bbox"'),
     "captions that are no text": lambda text: text.replace('"caption": "', '"caption": 5, "not": "'),
-    "ids of two kinds": lambda text: text.replace('{"id": ', '{"id": "a", "was": ', 1),
+    "ids of two kinds": lambda text: text.replace('"images": [{"id": ', '"images": [{"id": "a", "was": '),
     "no images": lambda text: json.dumps(json.loads(text) | {"images": []}),
 }
 
@@ -248,16 +248,24 @@ MODELS = {  # what is wrong with a model's folder
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "damaged tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "damaged config": lambda folder: (folder / "config.json").write_text("{"),
+    "config of another size": lambda folder: change_json(folder / "config.json", d_model=64, projection_dim=64),
     "unknown architecture": lambda folder: change_json(folder / "config.json", model_type="nosuch"),
 }
 
 
-@pytest.mark.parametrize("name, option, good", [(name, "clip_model", CLIP) for name in SCRIPTS] + [(name, "lm", BART) for name in READERS])
+@pytest.mark.parametrize("name, option", [(name, "clip_model") for name in SCRIPTS] + [(name, "lm") for name in READERS])
 @pytest.mark.parametrize("damage", MODELS.values(), ids=MODELS)
-def test_a_folder_without_a_whole_model_is_named(refuse, tmp_path, name, option, good, damage):
-    folder = shutil.copytree(good, tmp_path / "model")
+def test_a_folder_without_a_whole_model_is_named(refuse, tmp_path, name, option, damage):
+    folder = shutil.copytree({"clip_model": CLIP, "lm": BART}[option], tmp_path / "model")
     damage(folder)
     refuse(name, folder, **{option: folder})
+
+
+@every_script
+def test_a_clip_that_does_not_say_how_it_sees_images_is_named(refuse, tmp_path, name):
+    folder = shutil.copytree(CLIP, tmp_path / "model")
+    (folder / "preprocessor_config.json").unlink()
+    refuse(name, folder, clip_model=folder)
 
 
 @every_reader
@@ -414,8 +422,8 @@ def palette(*colours):
     return image
 
 
-def sixteen_bits(*values):
-    return Image.fromarray(np.array([values], dtype=np.uint16))
+def sixteen_bits(*values, dtype=np.uint16):
+    return Image.fromarray(np.array([values], dtype=dtype))
 
 
 def turned(orientation):
@@ -446,6 +454,7 @@ IMAGES = {  # file name: (image, options of saving, rows of RGB pixels that are 
     "bits.png": (picture("1", 0, 1), {}, [[BLACK, WHITE]]),
     "grey16.png": (sixteen_bits(0, 0x6400, 0xFFFF), {}, [[BLACK, (100,) * 3, WHITE]]),
     "grey16.tif": (sixteen_bits(0, 0x6400, 0xFFFF), {}, [[BLACK, (100,) * 3, WHITE]]),
+    "grey16_big_endian.tif": (sixteen_bits(0, 0x6400, 0xFFFF, dtype=">u2"), {}, [[BLACK, (100,) * 3, WHITE]]),
     "clear_grey16.png": (sixteen_bits(0, 0x6400, 0xFFFF), {"transparency": 0}, [[WHITE, (100,) * 3, WHITE]]),
     "grey.jpg": (solid("L", 100), {}, [[(100,) * 3] * 32] * 24),
     "cmyk.tif": (picture("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), {}, [[(0, 255, 255), BLACK]]),

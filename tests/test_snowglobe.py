@@ -115,7 +115,7 @@ def test_a_copy_of_a_reference_scores_best_and_nonsense_zero():
     told = [list(scenes.captions(scenes.make_scene(rng, list(KINDS)), rng)) for _ in range(30)]
     perfect, bleu = measure.coco_scores([t[0] for t in told], told)
     one, _ = measure.reference_score(told)
-    assert bleu == pytest.approx(1) and perfect > 2 * one > 0
+    assert bleu == pytest.approx(1) and perfect > 1.5 * one > 0
     assert measure.coco_scores(["xyzzy"] * 30, told)[0] == 0
 
 

@@ -35,7 +35,7 @@ def test_the_rate_rises_then_falls_as_a_cosine_at_every_step():
 
 def test_training_says_what_it_trains_and_leaves_all_files(script, world, cache, tmp_path):
     run = train(script, world, cache, tmp_path)
-    assert "training 3,456 of 3,377,664 parameters" in run.out
+    assert "training 3,456 of 3,389,184 parameters" in run.out
     best, last = (checkpoint_settings(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
     with open(tmp_path / "loss.csv") as file:
         rows = list(csv.DictReader(file))
@@ -65,7 +65,7 @@ def test_tmax_bounds_the_steps(script, world, cache, tmp_path):
 
 def test_every_weight_can_be_trained_for_comparison(script, world, cache, tmp_path):
     run = train(script, world, cache, tmp_path, "--trained", "all", "--tmax", "1")
-    assert "training 3,377,664 of 3,377,664 parameters" in run.out
+    assert "training 3,389,184 of 3,389,184 parameters" in run.out
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(script, world, cache, tmp_path):
