@@ -95,12 +95,15 @@ def bound(folder, kind, topk_entries):
 
 
 def perfect_table(scene, entries, k, rng):
-    facts = scenes.truths(scenes.Scene(**{**{k: v for k, v in scene.items() if k != "image_id"}, "things": (), "groups": tuple(map(tuple, scene["groups"]))}))
+    """k entries of the cache that are true of the scene, in any order."""
+    known = {name: value for name, value in scene.items() if name in scenes.Scene._fields}
+    facts = scenes.truths(scenes.Scene(**known)._replace(groups=tuple(map(tuple, scene["groups"]))))
     true = [entry for entry in entries if (said := scenes.claims(entry)) and said <= facts]
     return rng.sample(true, min(k, len(true)))
 
 
 def random_table(scene, entries, k, rng):
+    """k entries of the cache, whatever the scene."""
     return rng.sample(entries, k)
 
 

@@ -16,6 +16,10 @@ from model import Clip
 CAPTIONS = ["A dog on the grass.", "the dog, the cat", "A DOG on a mat", "hot dog on the grill", "a hot dog on bread", "hot dog"]
 
 
+def compute(script, folder, *source):
+    return script("compute_cache", *source, "--textfile", folder / "c.txt", "--embfile", folder / "c.npy", "--clip_model", CLIP)
+
+
 def test_unigrams_come_by_count_and_ties_by_text():
     unigrams = [e for e in mine(CAPTIONS, 100, 3) if " " not in e]
     counts = Counter(t for c in CAPTIONS for t in nltk.wordpunct_tokenize(c.lower()) if t.isalnum())
@@ -47,7 +51,7 @@ def test_rare_bigrams_are_left_out_and_topk_bounds_each_kind():
 
 
 def test_two_runs_give_the_same_bytes(script, world, cache, tmp_path):
-    run = script("compute_cache", "--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile", tmp_path / "c.npy", "--clip_model", CLIP)
+    run = compute(script, tmp_path, "--datadir", world)
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_bytes() == open(cache.textfile, "rb").read()
     assert (tmp_path / "c.npy").read_bytes() == open(cache.embfile, "rb").read()
@@ -64,7 +68,7 @@ def test_row_i_is_the_embedding_of_line_i(cache):
 @pytest.mark.parametrize("flags, entries", [(["--entries"], ["penguin", "Geoff Hinton"]), (["--topk", "2", "--corpus"], ["geoff", "hinton"])])
 def test_other_sources_of_entries(script, tmp_path, flags, entries):
     (tmp_path / "in.txt").write_text("penguin\n\nGeoff  Hinton\npenguin\n" if flags == ["--entries"] else "hinton geoff\ngeoff hinton\n")
-    run = script("compute_cache", *flags, tmp_path / "in.txt", "--textfile", tmp_path / "c.txt", "--embfile", tmp_path / "c.npy", "--clip_model", CLIP)
+    run = compute(script, tmp_path, *flags, tmp_path / "in.txt")
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_text().splitlines() == entries
     assert json.loads((tmp_path / "c.npy.json").read_text())["entries"] == 2
@@ -72,8 +76,7 @@ def test_other_sources_of_entries(script, tmp_path, flags, entries):
 
 def test_the_prefix_is_encoded_but_not_written(script, tmp_path):
     (tmp_path / "in.txt").write_text("dog\n")
-    run = script("compute_cache", "--entries", tmp_path / "in.txt", "--prefix", "a photo of a ", "--textfile", tmp_path / "c.txt",
-                 "--embfile", tmp_path / "c.npy", "--clip_model", CLIP)
+    run = compute(script, tmp_path, "--entries", tmp_path / "in.txt", "--prefix", "a photo of a ")
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_text() == "dog\n"
     np.testing.assert_allclose(np.load(tmp_path / "c.npy"), Clip(CLIP).encode_texts(["a photo of a dog"]).numpy(), atol=2e-6)

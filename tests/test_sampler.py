@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from conftest import BART, CLIP
 from model import Clip

@@ -39,8 +39,8 @@ def test_a_thing_changes_the_picture_within_its_box_and_nowhere_else():
             without = scenes.draw_scene(scene._replace(things=scene.things[:i] + scene.things[i + 1:]))
             box = ImageChops.difference(whole, without).getbbox()
             assert box, "a thing that is told must be seen"
-            left, top = (thing.x - thing.size / 2) * scenes.SIZE - 3, (thing.y - thing.size) * scenes.SIZE - 3
-            assert left <= box[0] and top <= box[1] and box[2] <= left + thing.size * scenes.SIZE + 6 and box[3] <= top + thing.size * scenes.SIZE + 6
+            left, top, side = ((v * scenes.SIZE) for v in (thing.x - thing.size / 2, thing.y - thing.size, thing.size))
+            assert left - 3 <= box[0] and top - 3 <= box[1] and box[2] <= left + side + 3 and box[3] <= top + side + 3
 
 
 def test_relations_are_drawn_as_they_are_told():
@@ -125,3 +125,13 @@ def test_scores_equal_published_ones():
     _, bleu = measure.coco_scores(captions, [["a cat sits on the mat today"], ["the dog runs fast"]])
     # n-gram matches 9/10, 7/8, 5/6, 4/4 (the second has no 4-gram); brevity exp(1 - 11/10)
     assert bleu == pytest.approx((0.9 * 0.875 * 5 / 6 * 1) ** 0.25 * 2.718281828 ** (1 - 11 / 10), abs=1e-4)
+
+
+def test_perfect_tables_hold_true_entries_and_random_ones_any():
+    entries = [e for _, told in some_scenes("val2017", 60) for text in told for e in text.split()] + ["red dog", "two cats"]
+    entries, rng = sorted(set(entries)), random.Random(0)
+    for i, (scene, _) in enumerate(some_scenes("val2017", 30)):
+        described = json.loads(json.dumps({"image_id": i, **scene._asdict()}))
+        table = measure.perfect_table(described, entries, 8, rng)
+        assert table and all(scenes.claims(entry) and scenes.claims(entry) <= scenes.truths(scene) for entry in table)
+        assert len(set(measure.random_table(described, entries, 8, rng))) == 8
