@@ -47,17 +47,17 @@ caption() {
 stage world \
     python -m snowglobe.scenes --datadir "$demo/world" --train $train --val $val
 stage cache \
-    python compute_cache.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --clip_model $clip
+    python compute_cache.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --clip_model $clip --topk 300
 stage words \
     python compute_cache.py --entries snowglobe/held_out.txt --textfile "$demo/words.txt" --embfile "$demo/words.npy" --clip_model $clip
 stage train \
     python trainer.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --savedir "$demo/checkpoints" \
-    --clip_model $clip --lm $bart --topk 24 --batch_size 64 --lrate 2e-2 --epochs $epochs
+    --clip_model $clip --lm $bart --topk 16 --batch_size 16 --lrate 7e-2 --epochs $epochs
 
 mined=(--textfile "$demo/cache.txt" --embfile "$demo/cache.npy")
 added=(--textfile "$demo/cache.txt" "$demo/words.txt" --embfile "$demo/cache.npy" "$demo/words.npy")
 tuned=(--ckpt "$demo/checkpoints/best.safetensors")
-caption untuned val2017 "${mined[@]}" --topk 24
+caption untuned val2017 "${mined[@]}" --topk 16
 caption tuned val2017 "${mined[@]}" "${tuned[@]}"
 caption val_added val2017 "${added[@]}" "${tuned[@]}"
 for split in near out; do
@@ -79,10 +79,10 @@ done
 caption out_added_sampled out "${added[@]}" "${tuned[@]}" "${sampled[@]}"
 stage train_full \
     python trainer.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --savedir "$demo/checkpoints_full" \
-    --clip_model $clip --lm $bart --trained all --topk 24 --batch_size 64 --lrate 5e-4 --epochs $epochs
+    --clip_model $clip --lm $bart --trained all --topk 16 --batch_size 16 --lrate 5e-4 --epochs $epochs
 full=(--ckpt "$demo/checkpoints_full/best.safetensors")
 caption full val2017 "${mined[@]}" "${full[@]}"
 for split in near out; do
     caption full_${split}_added $split "${added[@]}" "${full[@]}"
 done
-python -m snowglobe.measure --folder "$demo" --bounds
+python -m snowglobe.measure --folder "$demo" --bounds --alone

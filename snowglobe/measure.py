@@ -1,13 +1,15 @@
 """Scores the runs of a demo folder: a table for people, results.json for programs, one gallery of them all.
 
     python -m snowglobe.measure --folder demo
-    python -m snowglobe.measure --folder demo --bounds
+    python -m snowglobe.measure --folder demo --bounds --alone
 
-The second also writes captions from perfect tables (cache entries that are true of the scene) and from random ones.
+--bounds also writes captions from perfect tables (cache entries that are true of the scene) and from random ones.
+--alone tells how good each of the small models is by itself.
 """
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from pycocoevalcap.cider.cider import Cider
 from snowglobe import scenes
 from utils import read_coco, write_gallery, write_json
 
+WEIGHTS = Path(__file__).parent / "weights"
 RUNS = {  # folder of the run in DIR/runs: (split, what it is)
     "untuned": ("val2017", "BART as pretrained, beam 3"),
     "tuned": ("val2017", "layernorms tuned, beam 3"),
@@ -83,7 +86,7 @@ def bound(folder, kind, topk_entries):
     from utils import linearize
     checkpoint = folder / "checkpoints" / "best.safetensors"
     settings = checkpoint_settings(checkpoint)
-    captioner = Captioner(Path(__file__).parent / "weights" / "bart", maxlen_enc=settings["maxlen_enc"], maxlen_dec=settings["maxlen_dec"])
+    captioner = Captioner(WEIGHTS / "bart", maxlen_enc=settings["maxlen_enc"], maxlen_dec=settings["maxlen_dec"])
     load_checkpoint(checkpoint, captioner)
     entries = (folder / "cache.txt").read_text(encoding="utf-8").splitlines()
     rng = random.Random(kind)
@@ -107,6 +110,40 @@ def random_table(scene, entries, k, rng):
     return rng.sample(entries, k)
 
 
+def measure_alone(folder, described):
+    """What each small model can do by itself, as lines of text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from model import Captioner, Clip, image_features
+    from snowglobe import build
+    from utils import read_cache, search
+
+    clip = Clip(WEIGHTS / "clip")
+    pictures = read_coco(folder / "world", "val2017")
+    images, _, _ = image_features(clip, pictures, folder)
+    texts = clip.encode_texts([p.captions[0] for p in pictures])
+    first = (images @ texts.T).argmax(1) == torch.arange(len(images))
+    yield f"CLIP: of {len(images)} captions of val2017 an image's own comes first for {first.float().mean():.0%}"
+    entries, embeddings = read_cache([folder / "cache.txt"], [folder / "cache.npy"], clip.identity, clip.dim)
+    for k in (8, 16, 24, 32):
+        _, indices = search(images, embeddings, k)
+        tables = [" | ".join(entries[i] for i in row) for row in indices.tolist()]
+        recall, precision, _ = objects(tables, [described[p.id] for p in pictures])
+        yield f"CLIP: in tables of {k} entries stand {recall:.0%} of the kinds; {precision:.0%} of the kinds in them are there"
+    rng = random.Random("alone")
+    captioner = Captioner(WEIGHTS / "bart")
+    told = [build.caption_text(rng) for _ in range(500)]
+    noisy = captioner.tokenize([build.noised(rng, text) for text in told], 128)
+    with torch.inference_mode():
+        loss = captioner.loss(noisy, captioner.tokenize(told, 64)).item()
+        yield f"BART: denoises 500 fresh captions at {loss:.2f} nats a token"
+        gpt, tokenizer = AutoModelForCausalLM.from_pretrained(WEIGHTS / "gpt", dtype=torch.float32), AutoTokenizer.from_pretrained(WEIGHTS / "gpt")
+        losses = [gpt(**tokens, labels=tokens.input_ids).loss.item()
+                  for tokens in (tokenizer(build.story_text(rng), return_tensors="pt") for _ in range(200))]
+    yield f"GPT-Neo: perplexity {math.exp(sum(losses) / len(losses)):.2f} on 200 fresh stories"
+
+
 def write_pictures(folder, pictures, results):
     """gallery.html of the whole folder: held-out kinds first, each run by its first images."""
     sections = []
@@ -126,6 +163,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder of demo.sh (default %(default)s)")
     parser.add_argument("--bounds", action="store_true", help="also caption val2017 from perfect and from random tables")
+    parser.add_argument("--alone", action="store_true", help="also tell how good each small model is by itself")
     args = parser.parse_args()
     folder = args.folder
     splits = {split for split, _ in RUNS.values()}
@@ -153,6 +191,9 @@ def main():
         split, what = RUNS[run]
         held_out = "" if s["held_out"] is None else f"{s['held_out']:.2f}"
         print(f"{split:8} {what:35}{s['cider']:8.2f}{s['bleu4']:8.3f}{s['object_recall']:17.2f}{s['object_precision']:11.2f}{held_out:>16}")
+
+    if args.alone:
+        print("", *measure_alone(folder, described["val2017"]), sep="\n")
 
     # For programs, and to look at.
     stages = sorted((folder / "done").iterdir()) if (folder / "done").is_dir() else []
