@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import random
+from itertools import zip_longest
 from pathlib import Path
 
 from pycocoevalcap.bleu.bleu import Bleu
@@ -98,11 +99,15 @@ def bound(folder, kind, topk_entries):
 
 
 def perfect_table(scene, entries, k, rng):
-    """k entries of the cache that are true of the scene, in any order."""
+    """k entries of the cache that are true of the scene: of each kind in it and of what else is true in turn."""
     known = {name: value for name, value in scene.items() if name in scenes.Scene._fields}
     facts = scenes.truths(scenes.Scene(**known)._replace(groups=tuple(map(tuple, scene["groups"]))))
-    true = [entry for entry in entries if (said := scenes.claims(entry)) and said <= facts]
-    return rng.sample(true, min(k, len(true)))
+    piles = {}
+    for entry in rng.sample(entries, len(entries)):
+        said = scenes.claims(entry)
+        if said and said <= facts:
+            piles.setdefault(min((claim[1] for claim in said if claim[0] == "kind"), default=""), []).append(entry)
+    return [entry for turn in zip_longest(*piles.values()) for entry in turn if entry][:k]
 
 
 def random_table(scene, entries, k, rng):
@@ -138,7 +143,8 @@ def measure_alone(folder, described):
     with torch.inference_mode():
         loss = captioner.loss(noisy, captioner.tokenize(told, 64)).item()
         yield f"BART: denoises 500 fresh captions at {loss:.2f} nats a token"
-        gpt, tokenizer = AutoModelForCausalLM.from_pretrained(WEIGHTS / "gpt", dtype=torch.float32), AutoTokenizer.from_pretrained(WEIGHTS / "gpt")
+        gpt, tokenizer = (kind.from_pretrained(WEIGHTS / "gpt") for kind in (AutoModelForCausalLM, AutoTokenizer))
+        gpt.float()
         losses = [gpt(**tokens, labels=tokens.input_ids).loss.item()
                   for tokens in (tokenizer(build.story_text(rng), return_tensors="pt") for _ in range(200))]
     yield f"GPT-Neo: perplexity {math.exp(sum(losses) / len(losses)):.2f} on 200 fresh stories"
@@ -190,7 +196,8 @@ def main():
     for run, s in scores.items():
         split, what = RUNS[run]
         held_out = "" if s["held_out"] is None else f"{s['held_out']:.2f}"
-        print(f"{split:8} {what:35}{s['cider']:8.2f}{s['bleu4']:8.3f}{s['object_recall']:17.2f}{s['object_precision']:11.2f}{held_out:>16}")
+        row = f"{split:8} {what:35}{s['cider']:8.2f}{s['bleu4']:8.3f}{s['object_recall']:17.2f}{s['object_precision']:11.2f}{held_out:>16}"
+        print(row.rstrip())
 
     if args.alone:
         print("", *measure_alone(folder, described["val2017"]), sep="\n")
