@@ -4,9 +4,11 @@ import json
 import random
 
 import pytest
+import torch
 from PIL import ImageChops
 
-from snowglobe import measure, scenes
+from model import Captioner, Clip
+from snowglobe import build, measure, scenes
 from snowglobe.kinds import KINDS
 
 SPLITS = scenes.SPLITS
@@ -135,3 +137,33 @@ def test_perfect_tables_hold_true_entries_and_random_ones_any():
         table = measure.perfect_table(described, entries, 8, rng)
         assert table and all(scenes.claims(entry) and scenes.claims(entry) <= scenes.truths(scene) for entry in table)
         assert len(set(measure.random_table(described, entries, 8, rng))) == 8
+
+
+def test_noise_keeps_to_words_of_the_text_and_lists_in_order():
+    rng = random.Random(0)
+    for _ in range(200):
+        text = build.bart_text(rng)
+        kept = [word for word in build.noised(rng, text).split() if word != "<mask>"]
+        assert not set(kept) - set(text.split())
+        if "|" in text.split():
+            words = iter(text.split())
+            assert all(word in words for word in kept)  # a subsequence
+
+
+def test_fragment_losses_fall_as_true_fragments_rise():
+    truth = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # the third fragment is true of nothing
+    plain = names_kind = torch.ones(3, dtype=torch.bool)
+    right = [loss.item() for loss in build.fragment_losses(20 * truth, truth, plain, names_kind)]
+    wrong = [loss.item() for loss in build.fragment_losses(20 * truth.flip(0), truth, plain, names_kind)]
+    assert all(abs(loss) < 1e-3 for loss in right) and all(loss > 5 for loss in wrong)
+
+
+def test_built_models_load_as_the_real_ones_do(tmp_path):
+    build.build_clip(tmp_path, minutes=1e-4, seed=0, resume=False, n_images=8, batch=8)
+    build.build_bart(tmp_path, minutes=1e-4, seed=0, resume=False)
+    build.build_gpt(tmp_path, minutes=1e-4, seed=0, resume=False)
+    clip, captioner = Clip(str(tmp_path / "clip")), Captioner(str(tmp_path / "bart"))
+    assert clip.encode_texts(["a dog", "a penguin"]).shape == (2, clip.dim)
+    assert clip.encode_images([scenes.draw_scene(scenes.split_scene("out", 0, 0)[0])]).shape == (1, clip.dim)
+    assert len(captioner.beam(captioner.tokenize(["a dog | "], 16))[0]) == 3
+    assert (tmp_path / "gpt" / "model.safetensors").is_file()
