@@ -45,7 +45,7 @@ def parse():
 def read_lines(path, what):
     """Lines of a text file without blank ones."""
     try:
-        lines = existing_file(path, what).read_text(encoding="utf-8").splitlines()
+        lines = existing_file(path, what).read_text(encoding="utf-8-sig").splitlines()  # editors on Windows set a mark first
     except UnicodeDecodeError as error:
         raise InputError(f"the {what} {path} is not UTF-8 text") from error
     return [" ".join(line.split()) for line in lines if line.strip()]

@@ -107,27 +107,26 @@ def main():
         load_checkpoint(args.ckpt, captioner)
     print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, with {args.ckpt or 'no checkpoint: as pretrained'}")
 
-    # The tables: each image's nearest entries.
     features, pictures, bad = image_features(clip, pictures, output_folder(args.features or savedir))
     if not pictures:
         report_bad_images(bad)
         raise InputError("none of the images can be read")
-    scores, indices = search(features, embeddings, topk)  # (n, k), (n, k)
-    tables = [[entries[i] for i in row] for row in indices.tolist()]
-    tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
 
-    # The candidates, and CLIP's choice.
+    # For each batch the tables (each image's nearest entries), the candidates, and CLIP's choice.
     records = []
     for start in tqdm(range(0, len(pictures), args.batch_size), "captioning", unit="batch"):
         batch = slice(start, start + args.batch_size)
+        scores, indices = search(features[batch], embeddings, topk)  # (B, k), (B, k)
+        tables = [[entries[i] for i in row] for row in indices.tolist()]
+        tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
         if args.do_sample:
             found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, sample_seed(args.seed, picture.id))
-                     for ids, picture in zip(tokens[batch], pictures[batch])]
+                     for ids, picture in zip(tokens, pictures[batch])]
         else:
-            found = captioner.beam(tokens[batch], args.num_beams, args.num_return_sequences)
+            found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
         found = [list(dict(candidates).items()) for candidates in found]  # distinct texts
         matches = rescore(clip, features[batch], [[text for text, _ in candidates] for candidates in found])
-        for picture, table, row, candidates, cosines in zip(pictures[batch], tables[batch], scores[batch].tolist(), found, matches):
+        for picture, table, row, candidates, cosines in zip(pictures[batch], tables, scores.tolist(), found, matches):
             ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates, cosines)),
                             key=lambda c: -c[1])
             records.append({"image_id": picture.id, "file": str(picture.path), "caption": ranked[0][0], "score": ranked[0][1],

@@ -80,3 +80,10 @@ def test_the_prefix_is_encoded_but_not_written(script, tmp_path):
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_text() == "dog\n"
     np.testing.assert_allclose(np.load(tmp_path / "c.npy"), Clip(CLIP).encode_texts(["a photo of a dog"]).numpy(), atol=2e-6)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_entry(script, tmp_path):
+    (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfpenguin\r\nwhale\r\n")
+    run = compute(script, tmp_path, "--entries", tmp_path / "in.txt")
+    assert run.code == 0, run.err
+    assert (tmp_path / "c.txt").read_bytes() == b"penguin\nwhale\n"
