@@ -148,8 +148,6 @@ def encode_files(clip, paths, batch_size):
         if batch and (len(batch) == batch_size or row == len(paths) - 1):
             vectors.append(clip.encode_images(batch))
             batch = []
-    if batch:
-        vectors.append(clip.encode_images(batch))
     return torch.cat(vectors), bad
 
 

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from snowglobe import scenes
+from utils import linearize
 
 GROUPS = {  # for facts: what kinds are
     "an animal": ("dog", "cat", "horse", "cow", "pig", "sheep", "elephant", "giraffe", "rabbit", "bird", "duck", "fish",
@@ -49,8 +50,6 @@ GROUPS = {  # for facts: what kinds are
     "a plant": ("tree", "flower", "cactus"),
 }
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-
-
 PIXELS = 96  # each side of the images that CLIP sees
 
 
@@ -69,8 +68,8 @@ def coined_word(rng):
 def caption_text(rng):
     text = scenes.caption(scene := any_scene(rng), rng)
     if rng.random() < 0.08:
-        name = scenes.KINDS[rng.choice(scene.groups)[0]].nouns[0][0]
-        text = " ".join(coined if word == name else word for coined in [coined_word(rng)] for word in text.split())
+        name, coined = scenes.KINDS[rng.choice(scene.groups)[0]].nouns[0][0], coined_word(rng)
+        text = " ".join(coined if word == name else word for word in text.split())
     return text
 
 
@@ -122,8 +121,7 @@ def fragment(rng, text, most=3):
 
 def list_text(rng):
     """A list of unrelated fragments set off by bars: tells BART that a list is copied as a list."""
-    items = [fragment(rng, caption_text(rng)) for _ in range(rng.randint(2, 8))]
-    return "".join(f"{item} | " for item in items).strip()
+    return linearize(fragment(rng, caption_text(rng)) for _ in range(rng.randint(2, 8))).strip()
 
 
 def story_sentence(rng):

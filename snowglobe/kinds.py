@@ -46,12 +46,12 @@ class Pen:
     def __init__(self, draw, left, top, side, flip=False):
         self.draw, self.left, self.top, self.side, self.flip = draw, left, top, side, flip
 
-    def _points(self, values):
+    def points(self, values):
         xs = [1 - x if self.flip else x for x in values[::2]]
         return [(self.left + x * self.side, self.top + y * self.side) for x, y in zip(xs, values[1::2])]
 
-    def _corners(self, x0, y0, x1, y1):
-        (a, b), (c, d) = self._points((x0, y0, x1, y1))
+    def corners(self, x0, y0, x1, y1):
+        (a, b), (c, d) = self.points((x0, y0, x1, y1))
         return [min(a, c), min(b, d), max(a, c), max(b, d)]
 
     def _edge(self, fill):
@@ -59,26 +59,26 @@ class Pen:
 
     def oval(self, fill, x0, y0, x1, y1):
         edge, width = self._edge(fill)
-        self.draw.ellipse(self._corners(x0, y0, x1, y1), fill, edge, width)
+        self.draw.ellipse(self.corners(x0, y0, x1, y1), fill, edge, width)
 
     def box(self, fill, x0, y0, x1, y1, round_=0.0):
         edge, width = self._edge(fill)
-        self.draw.rounded_rectangle(self._corners(x0, y0, x1, y1), round_ * self.side, fill, edge, width)
+        self.draw.rounded_rectangle(self.corners(x0, y0, x1, y1), round_ * self.side, fill, edge, width)
 
     def poly(self, fill, *values):
         edge, width = self._edge(fill)
-        points = self._points(values)
+        points = self.points(values)
         self.draw.polygon(points, fill)
         self.draw.line(points + points[:1], edge, width, joint="curve")
 
     def line(self, fill, width, *values):
-        self.draw.line(self._points(values), fill, max(1, round(width * self.side)), joint="curve")
+        self.draw.line(self.points(values), fill, max(1, round(width * self.side)), joint="curve")
 
     def arc(self, fill, width, x0, y0, x1, y1, start=180, end=360):
-        self.draw.arc(self._corners(x0, y0, x1, y1), start, end, fill, max(1, round(width * self.side)))
+        self.draw.arc(self.corners(x0, y0, x1, y1), start, end, fill, max(1, round(width * self.side)))
 
     def dot(self, x, y, r=0.025, fill=(20, 20, 20)):
-        self.draw.ellipse(self._corners(x - r, y - r, x + r, y + r), fill)
+        self.draw.ellipse(self.corners(x - r, y - r, x + r, y + r), fill)
 
 
 WHITE, INK, WOOD, GLASS, GOLD = (250, 250, 250), (40, 40, 46), (150, 100, 60), (176, 222, 244), (250, 196, 40)
@@ -138,7 +138,7 @@ def draw_cow(pen, c):
     legs(pen, c, (0.15, 0.27, 0.53, 0.65), 0.62, 0.98)
     pen.box(c, 0.06, 0.36, 0.72, 0.74, 0.1)
     for x0, y0, x1, y1 in ((0.14, 0.4, 0.3, 0.56), (0.4, 0.5, 0.58, 0.7), (0.46, 0.37, 0.56, 0.44)):
-        pen.draw.ellipse(pen._corners(x0, y0, x1, y1), spot)
+        pen.draw.ellipse(pen.corners(x0, y0, x1, y1), spot)
     pen.oval((245, 170, 180), 0.36, 0.68, 0.52, 0.8)
     pen.line((235, 225, 190), 0.05, 0.66, 0.22, 0.6, 0.06)
     pen.line((235, 225, 190), 0.05, 0.84, 0.22, 0.9, 0.06)
@@ -172,7 +172,7 @@ def draw_sheep(pen, c):
         a = i * 2 * math.pi / 9
         x, y = 0.46 + 0.27 * math.cos(a), 0.52 + 0.17 * math.sin(a)
         pen.oval(c, x - 0.14, y - 0.14, x + 0.14, y + 0.14)
-    pen.draw.ellipse(pen._corners(0.22, 0.38, 0.7, 0.68), c)
+    pen.draw.ellipse(pen.corners(0.22, 0.38, 0.7, 0.68), c)
     pen.oval((70, 62, 62), 0.68, 0.3, 0.96, 0.62)
     pen.oval((70, 62, 62), 0.6, 0.36, 0.74, 0.46)
     pen.dot(0.83, 0.42, 0.03, WHITE)
@@ -267,7 +267,7 @@ def draw_turtle(pen, c):
     skin = (150, 190, 110) if c != COLOURS["green"] else (214, 190, 120)
     pen.oval(skin, 0.72, 0.4, 1.0, 0.66)
     legs(pen, skin, (0.22, 0.62), 0.72, 0.94, 0.15)
-    pen.draw.pieslice(pen._corners(0.06, 0.24, 0.82, 1.16), 180, 360, c, shade(c, 0.5), 2)
+    pen.draw.pieslice(pen.corners(0.06, 0.24, 0.82, 1.16), 180, 360, c, shade(c, 0.5), 2)
     pen.box(shade(c, 0.7), 0.04, 0.68, 0.84, 0.77, 0.04)
     for x, y in ((0.26, 0.52), (0.44, 0.4), (0.6, 0.54)):
         pen.poly(shade(c, 0.6), x - 0.08, y, x - 0.03, y - 0.08, x + 0.06, y - 0.07, x + 0.09, y + 0.02, x, y + 0.08)
@@ -374,7 +374,7 @@ def draw_castle(pen, c):
         pen.box(INK, x + 0.08, 0.42, x + 0.14, 0.54)
     for i in range(4):
         pen.box(c, 0.29 + i * 0.12, 0.36, 0.36 + i * 0.12, 0.46)
-    pen.draw.pieslice(pen._corners(0.38, 0.62, 0.62, 1.34), 180, 360, (70, 50, 40))
+    pen.draw.pieslice(pen.corners(0.38, 0.62, 0.62, 1.34), 180, 360, (70, 50, 40))
 
 
 @kind("tent/tents", big=True)
@@ -411,7 +411,7 @@ def draw_pizza(pen, c):
 def draw_apple(pen, c):
     pen.oval(c, 0.08, 0.28, 0.6, 0.94)
     pen.oval(c, 0.4, 0.28, 0.92, 0.94)
-    pen.draw.ellipse(pen._corners(0.24, 0.32, 0.76, 0.9), c)
+    pen.draw.ellipse(pen.corners(0.24, 0.32, 0.76, 0.9), c)
     pen.line((90, 60, 30), 0.06, 0.5, 0.36, 0.54, 0.12)
     pen.poly((80, 170, 60), 0.54, 0.2, 0.68, 0.06, 0.86, 0.12, 0.72, 0.24)
     pen.dot(0.26, 0.46, 0.06, shade(c, 2.2))
@@ -461,7 +461,7 @@ def draw_sun(pen, c):
 def draw_cloud(pen, c):
     for x0, y0, x1, y1 in ((0.0, 0.44, 0.42, 0.84), (0.58, 0.44, 1.0, 0.84), (0.18, 0.2, 0.62, 0.7), (0.44, 0.3, 0.8, 0.72)):
         pen.oval((236, 240, 246), x0, y0, x1, y1)
-    pen.draw.rectangle(pen._corners(0.2, 0.5, 0.8, 0.82), (236, 240, 246))
+    pen.draw.rectangle(pen.corners(0.2, 0.5, 0.8, 0.82), (236, 240, 246))
 
 
 @kind("rainbow/rainbows", coloured=False, sky=True)
@@ -476,7 +476,7 @@ def draw_tree(pen, c):
     pen.box((120, 80, 46), 0.42, 0.56, 0.58, 0.99)
     for x0, y0, x1, y1 in ((0.06, 0.26, 0.54, 0.68), (0.46, 0.26, 0.94, 0.68), (0.22, 0.02, 0.78, 0.5)):
         pen.oval(c, x0, y0, x1, y1)
-    pen.draw.ellipse(pen._corners(0.26, 0.24, 0.74, 0.62), c)
+    pen.draw.ellipse(pen.corners(0.26, 0.24, 0.74, 0.62), c)
 
 
 @kind("flower/flowers", doing="growing")
@@ -538,9 +538,9 @@ def draw_clock(pen, c):
 def draw_ball(pen, c):
     pen.oval(c, 0.1, 0.18, 0.9, 0.98)
     stripe = WHITE if c != COLOURS["white"] else (90, 150, 220)
-    pen.draw.pieslice(pen._corners(0.12, 0.2, 0.88, 0.96), 250, 310, stripe)
-    pen.draw.pieslice(pen._corners(0.12, 0.2, 0.88, 0.96), 10, 70, stripe)
-    pen.draw.pieslice(pen._corners(0.12, 0.2, 0.88, 0.96), 130, 190, stripe)
+    pen.draw.pieslice(pen.corners(0.12, 0.2, 0.88, 0.96), 250, 310, stripe)
+    pen.draw.pieslice(pen.corners(0.12, 0.2, 0.88, 0.96), 10, 70, stripe)
+    pen.draw.pieslice(pen.corners(0.12, 0.2, 0.88, 0.96), 130, 190, stripe)
     pen.dot(0.5, 0.58, 0.07, GOLD)
 
 
@@ -559,8 +559,8 @@ def draw_kite(pen, c):
 def draw_umbrella(pen, c):
     pen.line((110, 80, 60), 0.05, 0.5, 0.1, 0.5, 0.86)
     pen.arc((110, 80, 60), 0.05, 0.5, 0.76, 0.68, 0.97, 0, 180)
-    pen.draw.pieslice(pen._corners(0.03, 0.08, 0.97, 0.98), 180, 360, c, shade(c, 0.5), 2)
-    pen.draw.pieslice(pen._corners(0.34, 0.08, 0.66, 0.98), 180, 360, shade(c, 1.5), shade(c, 0.5), 2)
+    pen.draw.pieslice(pen.corners(0.03, 0.08, 0.97, 0.98), 180, 360, c, shade(c, 0.5), 2)
+    pen.draw.pieslice(pen.corners(0.34, 0.08, 0.66, 0.98), 180, 360, shade(c, 1.5), shade(c, 0.5), 2)
     pen.line(INK, 0.04, 0.5, 0.02, 0.5, 0.1)
 
 
@@ -570,7 +570,7 @@ def draw_guitar(pen, c):
     pen.box((70, 44, 30), 0.42, 0.01, 0.58, 0.14)
     pen.oval(c, 0.3, 0.4, 0.7, 0.7)
     pen.oval(c, 0.2, 0.58, 0.8, 1.0)
-    pen.draw.ellipse(pen._corners(0.36, 0.56, 0.64, 0.72), c)
+    pen.draw.ellipse(pen.corners(0.36, 0.56, 0.64, 0.72), c)
     pen.dot(0.5, 0.66, 0.09, INK)
     pen.line((235, 235, 220), 0.02, 0.5, 0.1, 0.5, 0.9)
     pen.box((70, 44, 30), 0.38, 0.84, 0.62, 0.89)
@@ -644,8 +644,8 @@ def draw_whale(pen, c):
     pen.line((110, 190, 240), 0.04, 0.3, 0.36, 0.3, 0.14, 0.18, 0.04)
     pen.line((110, 190, 240), 0.04, 0.3, 0.2, 0.42, 0.04)
     pen.poly(c, 0.8, 0.58, 0.84, 0.3, 0.7, 0.18, 0.9, 0.24, 1.0, 0.12, 0.96, 0.36, 0.94, 0.7)
-    pen.draw.pieslice(pen._corners(0.02, 0.32, 0.96, 1.24), 180, 360, c, shade(c, 0.5), 2)
-    pen.draw.chord(pen._corners(0.02, 0.56, 0.96, 0.98), 0, 180, (232, 240, 246), shade(c, 0.5), 2)
+    pen.draw.pieslice(pen.corners(0.02, 0.32, 0.96, 1.24), 180, 360, c, shade(c, 0.5), 2)
+    pen.draw.chord(pen.corners(0.02, 0.56, 0.96, 0.98), 0, 180, (232, 240, 246), shade(c, 0.5), 2)
     pen.poly(shade(c, 0.7), 0.44, 0.74, 0.62, 0.74, 0.58, 0.98)
     pen.dot(0.2, 0.62, 0.03)
 
@@ -653,7 +653,7 @@ def draw_whale(pen, c):
 @kind("mushroom/mushrooms", doing="growing")
 def draw_mushroom(pen, c):
     pen.box((244, 234, 212), 0.36, 0.48, 0.64, 0.99, 0.08)
-    pen.draw.pieslice(pen._corners(0.02, 0.06, 0.98, 1.08), 180, 360, c, shade(c, 0.5), 2)
+    pen.draw.pieslice(pen.corners(0.02, 0.06, 0.98, 1.08), 180, 360, c, shade(c, 0.5), 2)
     spot = WHITE if c != COLOURS["white"] else (222, 90, 80)
     for x, y, r in ((0.3, 0.36, 0.09), (0.56, 0.22, 0.08), (0.74, 0.42, 0.08), (0.5, 0.46, 0.05), (0.14, 0.5, 0.05)):
         pen.dot(x, y, r, spot)

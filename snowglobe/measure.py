@@ -18,7 +18,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
 from snowglobe import scenes
-from utils import read_coco, write_gallery, write_json
+from utils import read_coco, run as run_script, write_gallery, write_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 RUNS = {  # folder of the run in DIR/runs: (split, what it is)
@@ -81,8 +81,9 @@ def score_run(captions, references, described):
             "distinct": len(set(captions.values())) / len(ids)}
 
 
-def bound(folder, kind, topk_entries):
-    """Captions of val2017 from other tables than CLIP's: {image id: text}. topk_entries(scene, entries, k, rng)."""
+def bound(folder, kind, table, described):
+    """Captions from other tables than CLIP's: {image id: text}. table(scene, entries, k, rng) makes one; kind seeds rng.
+    described: {image id: scene}."""
     from model import Captioner, checkpoint_settings, load_checkpoint
     from utils import linearize
     checkpoint = folder / "checkpoints" / "best.safetensors"
@@ -91,11 +92,10 @@ def bound(folder, kind, topk_entries):
     load_checkpoint(checkpoint, captioner)
     entries = (folder / "cache.txt").read_text(encoding="utf-8").splitlines()
     rng = random.Random(kind)
-    described = json.loads((folder / "world" / "annotations" / "scenes_val2017.json").read_text())
-    tables = [linearize(topk_entries(scene, entries, settings["topk"], rng)) for scene in described]
+    tables = [linearize(table(scene, entries, settings["topk"], rng)) for scene in described.values()]
     tokens = captioner.tokenize(tables, settings["maxlen_enc"])
     found = [c[0][0] for i in range(0, len(tokens), 64) for c in captioner.beam(tokens[i:i + 64])]
-    return {scene["image_id"]: text for scene, text in zip(described, found)}
+    return dict(zip(described, found))
 
 
 def perfect_table(scene, entries, k, rng):
@@ -184,8 +184,8 @@ def main():
         if path.is_file():
             captions[run] = {r["image_id"]: r["caption"] for r in json.loads(path.read_text(encoding="utf-8"))}
     if args.bounds:
-        captions["perfect"] = bound(folder, "perfect", perfect_table)
-        captions["random"] = bound(folder, "random", random_table)
+        captions["perfect"] = bound(folder, "perfect", perfect_table, described["val2017"])
+        captions["random"] = bound(folder, "random", random_table, described["val2017"])
     scores = {run: score_run(found, {p.id: list(p.captions) for p in pictures[RUNS[run][0]]}, described[RUNS[run][0]])
               for run, found in captions.items()}
     reference = reference_score([list(p.captions) for p in pictures["val2017"]])
@@ -217,4 +217,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,6 @@ drawn (kinds, colours, counts, boxes), for measuring which things a caption name
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -25,6 +24,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from snowglobe.kinds import COLOURS, GLASS, KINDS, WHITE, Pen, shade
+from utils import output_folder, run, write_json
 
 SIZE = 128  # pixels, each side
 SUPERSAMPLE = 2  # drawn this many times larger, then reduced
@@ -87,7 +87,7 @@ def draw_setting(draw, setting, side, rng):
         while x < 1:
             w, h = rng.uniform(0.1, 0.18), rng.uniform(0.2, 0.46)
             grey = shade((158, 166, 184), rng.uniform(0.8, 1.15))
-            draw.rectangle(full._corners(x, horizon - h, min(x + w, 1), horizon), grey)
+            draw.rectangle(full.corners(x, horizon - h, min(x + w, 1), horizon), grey)
             for wy in range(int(h / 0.06)):
                 for wx in range(int(w / 0.05)):
                     if rng.random() < 0.7:
@@ -97,14 +97,14 @@ def draw_setting(draw, setting, side, rng):
         for _ in range(14):
             x, h = rng.random(), rng.uniform(0.24, 0.5)
             green = shade((44, 92, 60), rng.uniform(0.8, 1.2))
-            draw.polygon(full._points((x - 0.07, horizon + 0.02, x, horizon - h, x + 0.07, horizon + 0.02)), green)
+            draw.polygon(full.points((x - 0.07, horizon + 0.02, x, horizon - h, x + 0.07, horizon + 0.02)), green)
     if setting == "beach":
-        draw.rectangle(full._corners(0, horizon - 0.1, 1, horizon), shade((56, 140, 206), jitter))
+        draw.rectangle(full.corners(0, horizon - 0.1, 1, horizon), shade((56, 140, 206), jitter))
     if setting == "desert":
         for _ in range(3):
             x, w = rng.random(), rng.uniform(0.3, 0.5)
-            draw.ellipse(full._corners(x - w, horizon - 0.12, x + w, horizon + 0.3), shade((232, 188, 122), rng.uniform(0.9, 1.1)))
-    draw.rectangle(full._corners(0, horizon, 1, 1), shade(ground, jitter))
+            draw.ellipse(full.corners(x - w, horizon - 0.12, x + w, horizon + 0.3), shade((232, 188, 122), rng.uniform(0.9, 1.1)))
+    draw.rectangle(full.corners(0, horizon, 1, 1), shade(ground, jitter))
     details = {"beach": (18, (216, 190, 130)), "snow": (26, (214, 226, 240)), "forest": (20, (70, 104, 54)),
                "city": (0, None), "desert": (16, (204, 154, 90)), "meadow": (30, (98, 164, 66)), "night": (0, None),
                "room": (0, None)}[setting]
@@ -121,7 +121,7 @@ def draw_setting(draw, setting, side, rng):
         for _ in range(26):
             full.dot(rng.random(), rng.random() * (horizon - 0.04), rng.choice((0.006, 0.01)), (250, 246, 200))
     if setting == "room":
-        draw.ellipse(full._corners(0.08, horizon + 0.1, 0.92, horizon + 0.36), (150, 60, 70), (220, 190, 120), 4)
+        draw.ellipse(full.corners(0.08, horizon + 0.1, 0.92, horizon + 0.36), (150, 60, 70), (220, 190, 120), 4)
         x = rng.uniform(0.08, 0.62)
         full.box(GLASS, x, 0.08, x + 0.28, 0.32)
         full.line(WHITE, 0.02, x + 0.14, 0.09, x + 0.14, 0.31)
@@ -304,7 +304,7 @@ def claims(text):
                 found.add(("colour", name, colour))
             if count:
                 found.add(("count", name, count))
-            if word not in ("ice",):
+            if word != "ice":  # of "ice cream": its colour and number hold for the next word too
                 colour = count = None
         elif word in COLOURS:
             colour = word
@@ -364,12 +364,6 @@ def write_image(job):
     os.replace(temporary, path)
 
 
-def write_json(path, data):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_split(datadir, split, n, seed, pool):
     """DIR/{split}/*.png, DIR/annotations/captions_{split}.json (last: it says that the split is whole) and scenes_{split}.json."""
     folder = datadir / split
@@ -402,6 +396,7 @@ def main():
     args = parser.parse_args()
     if args.train < 1 or args.val < 1:
         parser.error("--train and --val must be at least 1")
+    output_folder(args.datadir)
     with multiprocessing.Pool() as pool:
         for split in SPLITS:
             write_split(args.datadir, split, args.train if split == "train2017" else args.val, args.seed, pool)
@@ -409,4 +404,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -167,3 +167,10 @@ def test_built_models_load_as_the_real_ones_do(tmp_path):
     assert clip.encode_images([scenes.draw_scene(scenes.split_scene("out", 0, 0)[0])]).shape == (1, clip.dim)
     assert len(captioner.beam(captioner.tokenize(["a dog | "], 16))[0]) == 3
     assert (tmp_path / "gpt" / "model.safetensors").is_file()
+
+
+def test_bad_folders_end_in_one_sentence(script, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, flag in (("snowglobe.scenes", "--datadir"), ("snowglobe.measure", "--folder")):
+        run = script(name, flag, tmp_path / "file" / "folder")
+        assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1 and "folder" in run.err
