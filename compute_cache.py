@@ -1,7 +1,8 @@
-"""Mines a cache of n-grams from captions, or takes a list of entries, and encodes it with CLIP.
+"""Mines a cache of n-grams from captions, or takes a list of entries, and encodes it with CLIP; or changes a cache that exists.
 
     python compute_cache.py --datadir coco --textfile cache.txt --embfile cache.npy
-    python compute_cache.py --entries words.txt --textfile words_cache.txt --embfile words_cache.npy --clip_model ViT-B/16
+    python compute_cache.py --entries words.txt --textfile mine.txt --embfile mine.npy --clip_model ViT-B/16
+    python compute_cache.py --textfile mine.txt --embfile mine.npy --add "Geoff Hinton" "a golden retriever puppy" --remove dog
 """
 
 import argparse
@@ -10,45 +11,46 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from nltk import wordpunct_tokenize
 from tqdm import tqdm
 
-from utils import InputError, choose_device, existing_file, output_folder, read_coco, run, write_cache
+from utils import (
+    InputError, cache_description, choose_device, existing_caches, output_folder, read_coco, read_lines, read_one_cache, run, write_cache,
+)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # Where the entries come from: one of three.
+    # Where the entries of a new cache come from: one of three.
     parser.add_argument("--datadir", help="folder in COCO's layout: its captions are mined, its images are not opened")
     parser.add_argument("--corpus", nargs="+", metavar="FILE", help="mine these text files, one sentence a line, instead")
     parser.add_argument("--entries", metavar="FILE", help="take the lines of this file as entries, with nothing mined")
     parser.add_argument("--split", default="train2017", help="split of --datadir whose captions are mined (default %(default)s)")
     parser.add_argument("--ncaptions", type=int, default=0, help="mine this many captions, drawn by --seed; 0: all (default)")
     parser.add_argument("--seed", type=int, default=0, help="seed of --ncaptions (default %(default)s)")
+    # Or what of a cache that exists is changed; only what is new is encoded.
+    parser.add_argument("--add", nargs="+", default=[], metavar="ENTRY", help="add these entries at the end")
+    parser.add_argument("--add_from", metavar="FILE", help="add the lines of this file at the end")
+    parser.add_argument("--remove", nargs="+", default=[], metavar="ENTRY", help="take these entries out")
     # What is mined.
     parser.add_argument("--topk", type=int, default=25000, help="number of unigrams, and of bigrams, kept at most (default %(default)s)")
     parser.add_argument("--min_count", type=int, default=3, help="bigrams seen less often than this are left out (default %(default)s)")
     # What is written.
-    parser.add_argument("--textfile", required=True, help="entries to write, one a line (.txt)")
-    parser.add_argument("--embfile", required=True, help="their embeddings to write (.npy), float32, one row an entry")
+    parser.add_argument("--textfile", required=True, help="entries to write or change, one a line (.txt)")
+    parser.add_argument("--embfile", required=True, help="their embeddings to write or change (.npy), float32, one row an entry")
     # How they are encoded.
-    parser.add_argument("--prefix", default="", help='text set before each entry for CLIP, such as "a photo of " (default none)')
+    parser.add_argument("--prefix", help='text set before each entry for CLIP, such as "a photo of " (default none; where a '
+                        "cache is changed, the one that it was made with)")
     parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name, hub id or folder of a CLIP (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=128, help="entries encoded at a time (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     args = parser.parse_args()
-    if sum(source is not None for source in (args.datadir, args.corpus, args.entries)) != 1:
-        raise InputError("exactly one of --datadir, --corpus and --entries says where the entries come from")
+    sources = sum(source is not None for source in (args.datadir, args.corpus, args.entries))
+    if sources + bool(args.add or args.add_from or args.remove) != 1:
+        raise InputError("a new cache needs exactly one of --datadir, --corpus and --entries; one that exists is changed by "
+                         "--add, --add_from and --remove")
     return args
-
-
-def read_lines(path, what):
-    """Lines of a text file without blank ones."""
-    try:
-        lines = existing_file(path, what).read_text(encoding="utf-8-sig").splitlines()  # editors on Windows set a mark first
-    except UnicodeDecodeError as error:
-        raise InputError(f"the {what} {path} is not UTF-8 text") from error
-    return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def words(caption):
@@ -74,6 +76,41 @@ def mine(captions, topk, min_count):
     return by_count + [" ".join(pair) for pair in by_pmi]
 
 
+def change_cache(args, device):
+    """Adds entries at the end of a cache and takes others out. All three files are replaced, or none."""
+    [(textfile, embfile)] = existing_caches([args.textfile], [args.embfile])
+    wanted = [" ".join(entry.split()) for entry in args.add] + (read_lines(args.add_from, "list of entries") if args.add_from else [])
+    removed = {" ".join(entry.split()) for entry in args.remove}
+    if both := sorted(removed.intersection(wanted)):
+        raise InputError(f'"{both[0]}" is to be added and removed')
+    from model import Clip
+    clip = Clip(args.clip_model, device)
+    old, rows = read_one_cache(textfile, embfile, clip.identity)
+    if rows.shape[1] != clip.dim:
+        raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but the CLIP model {clip.identity} has {clip.dim}")
+    made = cache_description(embfile)
+    prefix = made["prefix"] if made else args.prefix or ""
+    if made is None:  # without a description only a look can tell whether these are this CLIP's vectors
+        some = random.Random(0).sample(range(len(old)), min(8, len(old)))
+        if ((clip.encode_texts([prefix + old[i] for i in some]).numpy() * rows[some]).sum(1) < 0.99).any():
+            raise InputError(f'{embfile} was not made with the CLIP model {clip.identity} and the prefix "{prefix}"')
+    elif args.prefix not in (None, prefix):
+        raise InputError(f'{embfile} was made with the prefix "{prefix}", not "{args.prefix}"')
+    there, kept = set(old), [i for i, entry in enumerate(old) if entry not in removed]
+    new = [entry for entry in dict.fromkeys(wanted) if entry and entry not in there]
+    if not kept and not new:
+        raise InputError(f"this would leave {textfile} empty")
+    rows = rows[kept]
+    if new:
+        added = clip.encode_texts([prefix + entry for entry in new], args.batch_size, "encoding entries")  # (new, dim)
+        rows = np.concatenate((rows, added.numpy()))
+    if new or len(kept) < len(old):
+        write_cache(textfile, embfile, [old[i] for i in kept] + new, rows, clip.identity, prefix)
+    missing = sorted(removed - there)
+    print(f"added {len(new):,} entries to {textfile} ({len(wanted) - len(new):,} were there before), removed {len(old) - len(kept):,}"
+          + (f"; not there to be removed: {', '.join(missing)}" if missing else "") + f"; it has {len(kept) + len(new):,}")
+
+
 def main():
     args = parse()
     for name, least in (("topk", 1), ("batch_size", 1), ("ncaptions", 0)):
@@ -86,6 +123,8 @@ def main():
     if Path(args.textfile).resolve() == Path(args.embfile).resolve():
         raise InputError(f"--textfile and --embfile are both {args.textfile}")
     device = choose_device(args.device)
+    if args.add or args.add_from or args.remove:
+        return change_cache(args, device)
 
     # The entries. CLIP is loaded before they are mined, so that a wrong name is told at once.
     if args.entries:
@@ -109,8 +148,9 @@ def main():
         raise InputError(f"there is no word in {source}, so there is nothing to make a cache of")
 
     # Their embeddings.
-    embeddings = clip.encode_texts([args.prefix + entry for entry in entries], args.batch_size, "encoding entries")
-    write_cache(args.textfile, args.embfile, entries, embeddings.numpy(), clip.identity, args.prefix)
+    prefix = args.prefix or ""
+    embeddings = clip.encode_texts([prefix + entry for entry in entries], args.batch_size, "encoding entries")
+    write_cache(args.textfile, args.embfile, entries, embeddings.numpy(), clip.identity, prefix)
     print(f"wrote {len(entries):,} entries to {args.textfile} and {args.embfile} (CLIP {clip.identity}, {device})")
 
 

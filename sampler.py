@@ -2,19 +2,26 @@
 
     python sampler.py --datadir coco --textfile cache.txt --embfile cache.npy --savedir results --ckpt checkpoints/best.safetensors
     python sampler.py --images photos/ --textfile cache.txt mine.txt --embfile cache.npy mine.npy --savedir results \\
-        --ckpt checkpoints/best.safetensors --do_sample --num_return_sequences 100 --top_p 0.9
+        --ckpt checkpoints/best.safetensors --do_sample --num_return_sequences 100 --top_p 0.9 --sidecar
+
+A run that was stopped goes on where it was when the same command is given again.
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import math
+import os
+import re
+import sys
 
 from tqdm import tqdm
 
+from gallery import write_gallery
 from utils import (
-    InputError, atomic, choose_device, choose_dtype, existing_file, linearize, list_images, output_folder, read_cache, read_coco,
-    report_bad_images, run, search, write_gallery, write_json, write_lines,
+    TEXT, InputError, atomic, choose_device, choose_dtype, existing_caches, existing_file, file_sha256, linearize, list_images,
+    output_folder, read_cache, read_coco, read_lines, report_bad_images, run, search, write_json, write_lines,
 )
 
 
@@ -23,12 +30,19 @@ def parse():
     # What is captioned: one of two.
     parser.add_argument("--datadir", help="folder in COCO's layout (annotations/, val2017/)")
     parser.add_argument("--split", default="val2017", help="split of --datadir (default %(default)s)")
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="image files and folders (with subfolders) instead")
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with subfolders) and "
+                        "patterns instead")
     # What it is captioned with, and where results go.
     parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
     parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
     parser.add_argument("--savedir", required=True, help="folder for preds.txt, ref0.txt ..., captions.json, details.jsonl, gallery.html")
     parser.add_argument("--ckpt", help="checkpoint of trainer.py; without it the language model writes as it was pretrained")
+    parser.add_argument("--only", metavar="FILE", help="use only those entries of the caches that are lines of this file")
+    parser.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a line of this file, as whole "
+                        "words in any case")
+    parser.add_argument("--csv", action="store_true", help="write captions.csv, too")
+    parser.add_argument("--sidecar", action="store_true", help="write each caption beside its image, too: dog.jpg gets dog.txt")
+    parser.add_argument("--overwrite", action="store_true", help="let --sidecar replace .txt files that are there")
     parser.add_argument("--features", help="folder where image features are kept for later runs (default: --savedir)")
     parser.add_argument("--gallery", type=int, default=200, help="images shown in gallery.html at most (default %(default)s)")
     # The models.
@@ -42,6 +56,8 @@ def parse():
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default %(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0, help="probability mass of nucleus sampling (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default %(default)s)")
+    parser.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language model's mean log-probability a "
+                        "token beside CLIP's cosine in the choice of the best (default %(default)s: CLIP alone)")
     # How it is computed.
     parser.add_argument("--batch_size", type=int, default=16, help="images a batch of beam search (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
@@ -65,33 +81,107 @@ def check(args):
                          f"raise --num_beams, or give --do_sample")
     if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
-    for path in args.textfile + args.embfile:
-        existing_file(path, "cache file")
+    existing_caches(args.textfile, args.embfile)
+    if not math.isfinite(args.lm_weight):
+        raise InputError(f"--lm_weight must be a number, not {args.lm_weight}")
     if args.ckpt:
         existing_file(args.ckpt, "checkpoint")
 
 
+def restrict(entries, embeddings, only, banned):
+    """The entries, and the rows of embeddings, that --only and --ban leave. only: a list or None; banned: a pattern or None."""
+    if only and (missing := set(only).difference(entries)):
+        raise InputError(f'"{min(missing)}" and {len(missing) - 1} more lines of --only are in no cache; compute_cache.py --add '
+                         f"puts them into one")
+    only = set(only or entries)
+    rows = [i for i, entry in enumerate(entries) if entry in only and not (banned and banned.search(entry))]
+    if not rows:
+        raise InputError("--ban leaves no entry")
+    return [entries[i] for i in rows], embeddings[rows]
+
+
+def whole_words(lines):
+    """A pattern that finds any of the lines as whole words, in any case."""
+    return re.compile(r"(?<!\w)(?:%s)(?!\w)" % "|".join(map(re.escape, lines)), re.IGNORECASE)
+
+
+def sidecars(pictures, overwrite):
+    """The .txt path of each picture. Raises InputError where two share one, or where a file is there and must stay."""
+    paths = [picture.path.with_suffix(".txt") for picture in pictures]
+    if len(set(paths)) < len(paths):
+        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
+        raise InputError(f"two images would have the same --sidecar {twice}; rename one of them")
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        raise InputError(f"{there[0]} and {len(there) - 1} more files that --sidecar would write are there; --overwrite replaces them")
+    return paths
+
+
+def kept_records(part, pictures, batch_size):
+    """Cuts what a stopped run wrote down to the whole batches of these pictures. Returns how many pictures that are."""
+    sizes = []
+    with open(part, "ab+") as file:
+        file.seek(0)
+        for picture, line in zip(pictures, file):
+            if not line.endswith(b"\n") or json.loads(line)["image_id"] != picture.id:  # killed in a line; other images
+                break
+            sizes.append(len(line))
+        done = len(sizes) if len(sizes) == len(pictures) else len(sizes) // batch_size * batch_size
+        file.truncate(sum(sizes[:done]))
+    return done
+
+
 def sample_seed(seed, image_id):
     """A seed for an image's samples that depends on nothing else, so that neighbours in a batch change nothing."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{image_id}".encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}/{image_id}".encode(errors="surrogateescape")).digest()[:7], "big")
 
 
-def write_results(savedir, records, references, gallery):
-    """preds.txt, ref*.txt, captions.json (COCO results), details.jsonl and gallery.html of captioned images."""
+def without_banned(captioner, banned, candidates, table, seed):
+    """The candidates without a banned word; where none is left, samples without one; where there are none, no candidate."""
+    for attempt in range(10):
+        if clean := [(text, likelihood) for text, likelihood in candidates if not banned.search(text)]:
+            return clean
+        candidates = captioner.sample(table, 100, seed=seed + attempt)
+    return []
+
+
+def write_results(savedir, part, pictures, args):
+    """preds.txt, ref*.txt, captions.json (COCO results), gallery.html and what else was asked for, from the records in part."""
+    records, shown = [], []
+    with open(part, **TEXT) as file:
+        for line in file:
+            record = json.loads(line)
+            shown += [record] * (len(shown) < args.gallery)
+            records.append({name: record[name] for name in ("image_id", "file", "caption", "score")})
     write_lines(savedir / "preds.txt", [r["caption"] for r in records])
-    for i in range(min(map(len, references), default=0)):
+    references = [p.captions for p in pictures]
+    for i in range(min(map(len, references))):
         write_lines(savedir / f"ref{i}.txt", [told[i] for told in references])
     write_json(savedir / "captions.json", [{"image_id": r["image_id"], "caption": r["caption"]} for r in records])
-    with atomic(savedir / "details.jsonl") as file:
-        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    remark = f"{len(records)} images" + (f", the first {gallery} of them" if gallery < len(records) else "")
-    write_gallery(savedir / "gallery.html", "Captions", [("Captions", remark, records[:gallery], references)])
+    if args.csv:
+        with atomic(savedir / "captions.csv") as file:
+            writer = csv.DictWriter(file, ("image_id", "file", "caption", "score"))
+            writer.writeheader()
+            writer.writerows(records)
+    if args.sidecar:
+        for picture, record in zip(pictures, records):
+            write_lines(picture.path.with_suffix(".txt"), [record["caption"]])
+    remark = f"{len(records)} images" + (f", the first {len(shown)} of them" if len(shown) < len(records) else "")
+    write_gallery(savedir / "gallery.html", "Captions", [("Captions", remark, shown, references)])
+    os.replace(part, savedir / "details.jsonl")  # last: until here a stopped run goes on
+    for abandoned in savedir.glob("details-*.jsonl.part"):  # of runs with other settings
+        abandoned.unlink()
+    return sum(not r["caption"] for r in records)
 
 
 def main():
     args = parse()
     check(args)
     pictures = list_images(args.images) if args.images else read_coco(args.datadir, args.split)
+    only, ban = (path and read_lines(path, "list of words") for path in (args.only, args.ban))
+    if [] in (only, ban):
+        raise InputError(f"there is no word in {args.only if only == [] else args.ban}")
+    banned = ban and whole_words(ban)
     savedir = output_folder(args.savedir)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
@@ -102,39 +192,58 @@ def main():
     topk = args.topk or settings["topk"]
     clip = Clip(args.clip_model, device)
     entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity, clip.dim)
+    if only or banned:
+        entries, embeddings = restrict(entries, embeddings, only, banned)
     captioner = Captioner(args.lm, device, dtype, settings["maxlen_enc"], settings["maxlen_dec"])
     if args.ckpt:
         load_checkpoint(args.ckpt, captioner)
     print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, with {args.ckpt or 'no checkpoint: as pretrained'}")
 
+    # What a stopped run of the same settings has written is kept.
+    decides = [clip.identity, captioner.identity, args.ckpt and file_sha256(args.ckpt), entries, topk, banned and banned.pattern,
+               str(dtype), args.num_beams, args.num_return_sequences, args.do_sample, args.temperature, args.top_p, args.seed,
+               args.lm_weight, args.batch_size, args.sidecar]
+    part = savedir / f"details-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.jsonl.part"
+    if args.sidecar:
+        sidecars(pictures, args.overwrite or part.is_file())
     features, pictures, bad = image_features(clip, pictures, output_folder(args.features or savedir))
     if not pictures:
         report_bad_images(bad)
         raise InputError("none of the images can be read")
+    done = kept_records(part, pictures, args.batch_size)
 
     # For each batch the tables (each image's nearest entries), the candidates, and CLIP's choice.
-    records = []
-    for start in tqdm(range(0, len(pictures), args.batch_size), "captioning", unit="batch"):
-        batch = slice(start, start + args.batch_size)
-        scores, indices = search(features[batch], embeddings, topk)  # (B, k), (B, k)
-        tables = [[entries[i] for i in row] for row in indices.tolist()]
-        tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
-        if args.do_sample:
-            found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, sample_seed(args.seed, picture.id))
-                     for ids, picture in zip(tokens, pictures[batch])]
-        else:
-            found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
-        found = [list(dict(candidates).items()) for candidates in found]  # distinct texts
-        matches = rescore(clip, features[batch], [[text for text, _ in candidates] for candidates in found])
-        for picture, table, row, candidates, cosines in zip(pictures[batch], tables, scores.tolist(), found, matches):
-            ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates, cosines)),
-                            key=lambda c: -c[1])
-            records.append({"image_id": picture.id, "file": str(picture.path), "caption": ranked[0][0], "score": ranked[0][1],
-                            "table": [(entry, round(score, 5)) for entry, score in zip(table, row)], "candidates": ranked})
+    with open(part, "a", **TEXT) as file, tqdm(total=len(pictures), initial=done, desc="captioning", unit="image") as bar:
+        for start in range(done, len(pictures), args.batch_size):
+            batch = slice(start, start + args.batch_size)
+            scores, indices = search(features[batch], embeddings, topk)  # (B, k), (B, k)
+            tables = [[entries[i] for i in row] for row in indices.tolist()]
+            tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
+            seeds = [sample_seed(args.seed, picture.id) for picture in pictures[batch]]
+            if args.do_sample:
+                found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, seed)
+                         for ids, seed in zip(tokens, seeds)]
+            else:
+                found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
+            if banned:
+                found = [without_banned(captioner, banned, *each) for each in zip(found, tokens, seeds)]
+            found = [list(dict(candidates).items()) for candidates in found]  # distinct texts
+            matches = rescore(clip, features[batch], [[text for text, _ in candidates] for candidates in found])
+            for picture, table, row, candidates, cosines in zip(pictures[batch], tables, scores.tolist(), found, matches):
+                ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates, cosines)),
+                                key=lambda c: -c[1] - args.lm_weight * c[2])
+                best, score = ranked[0][:2] if ranked else ("", 0.0)
+                record = {"image_id": picture.id, "file": str(picture.path), "caption": best, "score": score,
+                          "table": [(entry, round(s, 5)) for entry, s in zip(table, row)], "candidates": ranked}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(tables))
 
-    write_results(savedir, records, [p.captions for p in pictures], args.gallery)
+    empty = write_results(savedir, part, pictures, args)
     report_bad_images(bad)
-    print(f"captioned {len(records)} images; wrote preds.txt, captions.json, details.jsonl and {savedir / 'gallery.html'}")
+    if empty:
+        print(f"{empty} images have an empty caption: every candidate held a banned word", file=sys.stderr)
+    print(f"captioned {len(pictures)} images; wrote preds.txt, captions.json, details.jsonl and {savedir / 'gallery.html'}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from utils import (
-    InputError, atomic, choose_device, choose_dtype, existing_file, linearize, output_folder, read_cache, read_coco,
+    InputError, atomic, choose_device, choose_dtype, existing_caches, linearize, output_folder, read_cache, read_coco,
     report_bad_images, run, search,
 )
 
@@ -106,8 +106,7 @@ def main():
             raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.warmup < 0 or not args.lrate > 0:
         raise InputError(f"--warmup must not be below 0 and --lrate must be above 0, not {args.warmup} and {args.lrate}")
-    for path in args.textfile + args.embfile:
-        existing_file(path, "cache file")
+    existing_caches(args.textfile, args.embfile)
     train, val = read_coco(args.datadir, args.split), read_coco(args.datadir, args.val_split)
     train, val = ([p for p in pictures if p.captions] for pictures in (train, val))
     if not train or not val:

@@ -1,17 +1,15 @@
-"""What the scripts share around the models: the cache on disk, search, the table, images, COCO, safe writing, the gallery.
+"""What the scripts share around the models: the cache on disk, search, the table, images, COCO, safe writing.
 
 Nothing here imports from this project or knows a model.
 """
 
-import base64
+import glob
 import hashlib
-import html
-import io
 import json
 import os
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +90,15 @@ def existing_file(path, what):
     return path
 
 
+def read_lines(path, what):
+    """Lines of a text file, white space made single, without blank ones. Raises InputError."""
+    try:
+        lines = existing_file(path, what).read_text(encoding="utf-8-sig").splitlines()  # editors on Windows set a mark first
+    except UnicodeDecodeError as error:
+        raise InputError(f"the {what} {path} is not UTF-8 text") from error
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
 # --------------------------------------------------------------------------------------- device and dtype
 
 def choose_device(name):
@@ -113,20 +120,50 @@ def choose_dtype(name, device):
 
 # -------------------------------------------------------------------------------------------------- cache
 
-def text_sha256(path):
+def file_sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def staged(path):
+    """Where a cache's file waits until all of them are written."""
+    return Path(path).with_name(f".{Path(path).name}.new")
+
+
+def finish_cache(textfile, embfile):
+    """Moves the files that write_cache staged into place, also those of a run that was killed there.
+
+    The description is staged last: where it is, all are whole. So text and embeddings are never out of step.
+    """
+    files = textfile, embfile, f"{embfile}.json"
+    if staged(files[-1]).is_file():
+        for path in files:
+            with suppress(FileNotFoundError):  # moved before
+                os.replace(staged(path), path)
 
 
 def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix):
     """Writes entries (one a line), embeddings (entries, dim) float32 .npy, and what they were made with (.npy.json).
 
-    The JSON goes last: it holds the text's sha256, so files of two different runs are never taken for one cache.
+    All of them or none come into place (finish_cache). The JSON holds the text's sha256, so that files of two runs
+    are never taken for one cache.
     """
-    write_lines(textfile, entries)
-    with atomic(embfile, "wb") as file:
+    write_lines(staged(textfile), entries)
+    with atomic(staged(embfile), "wb") as file:
         np.save(file, np.ascontiguousarray(embeddings, dtype=np.float32))
-    write_json(f"{embfile}.json", {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
-                                   "prefix": prefix, "text_sha256": text_sha256(textfile)}, indent=1)
+    write_json(staged(f"{embfile}.json"), {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
+                                           "prefix": prefix, "text_sha256": file_sha256(staged(textfile))}, indent=1)
+    finish_cache(textfile, embfile)
+
+
+def existing_caches(textfiles, embfiles):
+    """Pairs of paths (text, embeddings), after a look whether they are there. Raises InputError."""
+    if len(textfiles) != len(embfiles):
+        raise InputError(f"{len(textfiles)} --textfile stand beside {len(embfiles)} --embfile; they go in pairs")
+    pairs = []
+    for textfile, embfile in zip(textfiles, embfiles):
+        finish_cache(textfile, embfile)
+        pairs.append((existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings")))
+    return pairs
 
 
 def read_cache(textfiles, embfiles, clip_model, dim=None):
@@ -136,11 +173,9 @@ def read_cache(textfiles, embfiles, clip_model, dim=None):
     Returns (entries, a list of N texts; embeddings, float32 tensor (N, dim) of unit rows).
     Raises InputError: a file is missing or empty, lengths differ, another CLIP model or text, not finite.
     """
-    if len(textfiles) != len(embfiles):
-        raise InputError(f"{len(textfiles)} --textfile stand beside {len(embfiles)} --embfile; they go in pairs")
     entries, parts, seen = [], [], set()
-    for textfile, embfile in zip(textfiles, embfiles):
-        lines, rows = read_one_cache(existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings"), clip_model)
+    for textfile, embfile in existing_caches(textfiles, embfiles):
+        lines, rows = read_one_cache(textfile, embfile, clip_model)
         if rows.shape[1] != (dim or rows.shape[1]):
             raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but the CLIP model {clip_model} has {dim}")
         if parts and rows.shape[1] != parts[0].shape[1]:
@@ -149,6 +184,18 @@ def read_cache(textfiles, embfiles, clip_model, dim=None):
         entries += [lines[i] for i in fresh]
         parts.append(torch.from_numpy(rows[fresh] if len(fresh) < len(lines) else rows))
     return entries, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def cache_description(embfile):
+    """What write_cache noted beside the embeddings, a dict; None where there is nothing. Raises InputError."""
+    side = Path(f"{embfile}.json")
+    if not side.is_file():
+        return None
+    try:
+        made = json.loads(side.read_text(encoding="utf-8"))
+        return {name: made[name] + "" for name in ("clip_model", "text_sha256", "prefix")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{side} is not the description of a cache; delete it to load the cache unchecked") from error
 
 
 def read_one_cache(textfile, embfile, clip_model):
@@ -169,19 +216,13 @@ def read_one_cache(textfile, embfile, clip_model):
         raise InputError(f"{embfile} does not hold a table of real numbers, one row an entry")
     if len(lines) != len(rows):
         raise InputError(f"{textfile} has {len(lines)} entries, but {embfile} has {len(rows)} rows: not the same cache")
-    side = Path(f"{embfile}.json")
-    if side.is_file():
-        try:
-            made = json.loads(side.read_text(encoding="utf-8"))
-            made_by, made_text = made["clip_model"], made["text_sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{side} is not the description of a cache; delete it to load the cache unchecked") from error
-        if made_by != clip_model:
-            raise InputError(f"the cache {embfile} was made with the CLIP model {made_by}, not with {clip_model}")
-        if made_text != text_sha256(textfile):
-            raise InputError(f"{textfile} is not the text that {embfile} was made from; compute the cache again")
-    else:
-        print(f"warning: {side} is missing, so it is not checked that {embfile} was made with {clip_model}", file=sys.stderr)
+    made = cache_description(embfile)
+    if made is None:
+        print(f"warning: {embfile}.json is missing, so it is not checked that {embfile} was made with {clip_model}", file=sys.stderr)
+    elif made["clip_model"] != clip_model:
+        raise InputError(f"the cache {embfile} was made with the CLIP model {made['clip_model']}, not with {clip_model}")
+    elif made["text_sha256"] != file_sha256(textfile):
+        raise InputError(f"{textfile} is not the text that {embfile} was made from; compute the cache again")
     rows = rows.astype(np.float32, copy=False)
     if not np.isfinite(rows).all():
         raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
@@ -255,18 +296,23 @@ def report_bad_images(bad):
 
 
 def list_images(paths):
-    """All image files of files and folders (with subfolders), sorted within each folder, each once."""
+    """All image files of files, folders (with subfolders) and patterns such as "photos/*.jpg", sorted within each, each once.
+
+    Nothing is fetched: an address is no path. Raises InputError.
+    """
     found = {}
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not matches:
+            raise InputError(f"there is no image or folder at {path}; only local files are read")
+        for match in matches:
+            if match.is_file():
+                found[match] = None
+                continue
+            inside = sorted(p for p in match.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
-                raise InputError(f"the folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+                raise InputError(f"the folder {match} holds no images ({', '.join(IMAGE_SUFFIXES)})")
             found |= dict.fromkeys(inside)
-        elif path.is_file():
-            found[path] = None
-        else:
-            raise InputError(f"there is no image or folder at {path}")
     return [Picture(str(path), path) for path in found]
 
 
@@ -298,70 +344,3 @@ def read_coco(datadir, split, need_images=True):
     if need_images and not (datadir / split).is_dir():
         raise InputError(f"there is no image folder at {datadir / split}")
     return pictures
-
-
-# ------------------------------------------------------------------------------------------------ gallery
-
-GALLERY_HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>%s</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1240px; padding: 0 1rem; color: #1c2430; background: #f4f6f8 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem } h2 + p { margin: 0 0 .8rem; color: #56616f }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 14px }
-.card { background: #fff; border-radius: 10px; padding: 12px; box-shadow: 0 1px 3px #0002; overflow-wrap: anywhere }
-.top { display: flex; gap: 12px } .top img { width: 148px; height: 148px; object-fit: contain; border-radius: 6px; background: #eef1f4 }
-.caption { font-size: 1.08rem; font-weight: 600 } .small { color: #6a7583; font-size: .82rem }
-.entries { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0 4px }
-.entry { font-size: .78rem; padding: 1px 7px; border-radius: 9px; border: 1px solid #d5dbe2 }
-.used { border-color: #2f7d4f } details { font-size: .84rem } li { margin: 1px 0 }
-</style>
-<h1>%s</h1>
-"""
-
-
-def thumbnail(path, side=296):
-    """An image as a data URI of a JPEG of at most side pixels."""
-    image = read_image(path)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=86)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def gallery_card(record, references):
-    """One image of the gallery: the picture, its caption, and the evidence. record: a line of details.jsonl."""
-    escape = html.escape
-    words = set(record["caption"].lower().split())
-    scores = [score for _, score in record["table"]]
-    low, high = min(scores), max(scores)
-    entries = "".join(
-        f'<span class="entry{" used" if set(entry.lower().split()) <= words else ""}" title="cosine {score:.3f}" '
-        f'style="background:rgba(70,160,110,{0.08 + 0.5 * (score - low) / (high - low or 1):.2f})">{escape(entry)}</span>'
-        for entry, score in record["table"])
-    candidates = "".join(f"<li>{escape(text)} <span class=small>CLIP {clip:.3f}</span></li>" for text, clip, _ in record["candidates"][:10])
-    told = "".join(f"<li>{escape(text)}</li>" for text in references)
-    return (f'<div class="card"><div class="top"><img alt="" src="{thumbnail(record["file"])}"><div>'
-            f'<div class="caption">{escape(record["caption"])}</div>'
-            f'<div class="small">{escape(str(record["image_id"]))} · CLIP {record["score"]:.3f}</div></div></div>'
-            f'<div class="entries">{entries}</div>'
-            f"<details><summary>{len(record['candidates'])} candidates</summary><ul>{candidates}</ul></details>"
-            + (f"<details><summary>{len(references)} references</summary><ul>{told}</ul></details>" if told else "") + "</div>\n")
-
-
-def write_gallery(path, title, sections):
-    """Writes one self-contained HTML page: no script, no other file, every text of a user shown as text.
-
-    sections: (heading, remark, records, references): records as in details.jsonl, references a list of tuples.
-    """
-    with atomic(path) as file:
-        file.write(GALLERY_HEAD % (html.escape(title), html.escape(title)))
-        file.write("<p class=small>Under each caption: the cache entries that it was written from, best first, darker where "
-                   "they match the image better; outlined where their words are in the caption.</p>\n")
-        for heading, remark, records, references in sections:
-            file.write(f"<h2>{html.escape(heading)}</h2><p>{html.escape(remark)}</p><div class=grid>\n")
-            for record, told in zip(records, references):
-                file.write(gallery_card(record, told))
-            file.write("</div>\n")
-        file.write("</html>\n")

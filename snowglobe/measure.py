@@ -17,8 +17,9 @@ from pathlib import Path
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
+from gallery import write_gallery
 from snowglobe import scenes
-from utils import read_coco, run as run_script, write_gallery, write_json
+from utils import read_coco, run as run_script, write_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 RUNS = {  # folder of the run in DIR/runs: (split, what it is)

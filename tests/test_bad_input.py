@@ -326,7 +326,7 @@ SETTINGS = [
     *(("sampler", option, 0) for option in ("num_beams", "num_return_sequences")),
     *(("sampler", "temperature", value) for value in ("0.0", "-1.0", "nan", "inf")),
     *(("sampler", "top_p", value) for value in ("0.0", "1.5", "nan")),
-    ("sampler", "gallery", -1),
+    ("sampler", "gallery", -1), ("sampler", "lm_weight", "nan"),
     *((name, "device", "toaster") for name in SCRIPTS),
 ]
 
@@ -339,6 +339,21 @@ def test_a_setting_that_cannot_work_is_named(refuse, name, option, value):
 def test_beam_search_returns_no_more_candidates_than_beams(refuse, command):
     refuse("sampler", 4, 5, "--do_sample", num_beams=4, num_return_sequences=5)
     assert command("sampler", num_beams=4, num_return_sequences=5, do_sample=True).code == 0
+
+
+@pytest.mark.parametrize("option", ["only", "ban"])
+def test_a_word_list_that_cannot_be_used_is_named(refuse, tmp_path, option):
+    words = tmp_path / "words.txt"
+    refuse("sampler", words, **{option: words})
+    words.write_text("\n")
+    refuse("sampler", words, **{option: words})
+    words.write_bytes(b"\xff\xfe")
+    refuse("sampler", words, **{option: words})
+
+
+def test_only_names_what_no_cache_holds(refuse, tmp_path):
+    (tmp_path / "words.txt").write_text("hippogriff\n")
+    refuse("sampler", "hippogriff", only=tmp_path / "words.txt")
 
 
 # -------------------------------------------------------------------------------------------- the folders

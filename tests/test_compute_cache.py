@@ -87,3 +87,75 @@ def test_a_byte_order_mark_is_no_part_of_the_first_entry(script, tmp_path):
     run = compute(script, tmp_path, "--entries", tmp_path / "in.txt")
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_bytes() == b"penguin\nwhale\n"
+
+
+def contents(folder):
+    return [(folder / name).read_bytes() for name in ("c.txt", "c.npy", "c.npy.json")]
+
+
+def entries_cache(script, folder, *entries, more=()):
+    (folder / "list.txt").write_text("\n".join(entries))
+    run = compute(script, folder, "--entries", folder / "list.txt", *more)
+    assert run.code == 0, run.err
+
+
+def test_added_and_removed_entries_give_the_cache_of_the_changed_list(script, tmp_path, monkeypatch):
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    whole.mkdir()
+    changed.mkdir()
+    entries_cache(script, whole, "a dog", "red", "Geoff Hinton", "a golden retriever puppy", "penguin")
+    entries_cache(script, changed, "a dog", "a cat", "red")
+    (tmp_path / "more.txt").write_text("penguin\n\n  red \n")
+    encoded, encode = [], Clip.encode_texts
+    monkeypatch.setattr(Clip, "encode_texts", lambda self, texts, *how: encoded.extend(texts) or encode(self, texts, *how))
+    run = compute(script, changed, "--add", "Geoff Hinton", "a dog", "a golden  retriever puppy", "--add_from", tmp_path / "more.txt",
+                  "--remove", "a cat", "unicorn")
+    assert run.code == 0, run.err
+    assert encoded == ["Geoff Hinton", "a golden retriever puppy", "penguin"]
+    assert "added 3 entries" in run.out and "(2 were there before)" in run.out
+    assert "removed 1" in run.out and "unicorn" in run.out
+    assert contents(whole)[::2] == contents(changed)[::2]  # the text and the description
+    assert np.abs(np.load(whole / "c.npy") - np.load(changed / "c.npy")).max() < 1e-6
+
+
+def test_adding_what_is_there_changes_no_file(script, tmp_path):
+    entries_cache(script, tmp_path, "a dog", "red")
+    before = contents(tmp_path), [(tmp_path / "c.npy").stat().st_mtime_ns]
+    assert "added 0 entries" in compute(script, tmp_path, "--add", "red").out
+    assert before == (contents(tmp_path), [(tmp_path / "c.npy").stat().st_mtime_ns])
+
+
+def test_a_caches_prefix_holds_for_what_is_added(script, tmp_path):
+    entries_cache(script, tmp_path, "dog", more=("--prefix", "a photo of "))
+    assert compute(script, tmp_path, "--add", "cat").code == 0
+    assert np.allclose(np.load(tmp_path / "c.npy")[1], Clip(CLIP).encode_texts(["a photo of cat"])[0], atol=1e-6)
+    run = compute(script, tmp_path, "--add", "cow", "--prefix", "this is ")
+    assert run.code == 2 and '"a photo of "' in run.err
+
+
+def test_a_cache_without_a_description_is_changed_only_where_its_rows_are_this_clips(script, tmp_path):
+    entries_cache(script, tmp_path, "dog", "cat")
+    (tmp_path / "c.npy.json").unlink()
+    assert compute(script, tmp_path, "--add", "cow").code == 0
+    np.save(tmp_path / "c.npy", np.load(tmp_path / "c.npy")[::-1])
+    (tmp_path / "c.npy.json").unlink()
+    before = (tmp_path / "c.npy").read_bytes()
+    run = compute(script, tmp_path, "--add", "cow two")
+    assert run.code == 2 and "was not made with the CLIP model" in run.err
+    assert before == (tmp_path / "c.npy").read_bytes()
+
+
+@pytest.mark.parametrize("how, said", [
+    (("--add", "x", "--remove", "x"), "is to be added and removed"), (("--remove", "dog"), "empty"),
+    (("--add", "x", "--datadir", "."), "exactly one of"), (("--add_from", "nowhere.txt"), "nowhere.txt"), ((), "exactly one of")])
+def test_changes_that_cannot_be_made_are_refused(script, tmp_path, how, said):
+    entries_cache(script, tmp_path, "dog")
+    before = contents(tmp_path)
+    run = compute(script, tmp_path, *how)
+    assert run.code == 2 and said in run.err and len(run.err.splitlines()) == 1
+    assert before == contents(tmp_path)
+
+
+def test_there_must_be_a_cache_to_change(script, tmp_path):
+    run = compute(script, tmp_path, "--add", "dog")
+    assert run.code == 2 and str(tmp_path / "c.txt") in run.err

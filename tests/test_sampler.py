@@ -1,11 +1,16 @@
 """The results of the sampler, in every form, and what must not change them."""
 
+import csv
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from conftest import BART, CLIP
-from model import Clip
+from model import Clip, rescore
+from snowglobe import scenes
 from utils import read_coco, read_image
 
 
@@ -83,3 +88,103 @@ def test_a_word_beside_the_cache_is_offered_where_it_fits(script, world, cache, 
         assert ("penguin" in offered) or scene["groups"][0][0] != "penguin"
         rest = [entry for entry in offered if entry != "penguin"]
         assert rest == [entry for entry, _ in b["table"]][:len(rest)]
+
+
+def test_only_and_ban_keep_words_out_of_tables_and_captions(script, world, cache, checkpoint, tmp_path):
+    plain = sample(script, cache, tmp_path / "a", "--datadir", world, "--ckpt", checkpoint)
+    word = next(w for w in plain[0]["caption"].split() if w not in scenes.FUNCTION_WORDS)
+    (tmp_path / "ban.txt").write_text(f"{word.upper()}\n")
+    banned = sample(script, cache, tmp_path / "b", "--datadir", world, "--ckpt", checkpoint, "--ban", tmp_path / "ban.txt")
+    for record in banned:
+        for text in [entry for entry, _ in record["table"]] + [text for text, _, _ in record["candidates"]]:
+            assert word not in re.findall(r"\w+", text.lower())
+    entries = [entry for entry, _ in plain[0]["table"]][:5]
+    (tmp_path / "only.txt").write_text("\n".join(entries))
+    for record in sample(script, cache, tmp_path / "c", "--datadir", world, "--ckpt", checkpoint, "--only", tmp_path / "only.txt"):
+        assert {entry for entry, _ in record["table"]} == set(entries)
+
+
+def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, cache, checkpoint, tmp_path):
+    (tmp_path / "ban.txt").write_text("\n".join("abcdefghijklmnopqrstuvwxyz") + "\n" + "\n".join(sorted(
+        {w for p in read_coco(world, "train2017") for c in p.captions for w in re.findall(r"\w+", c)} - {"dog"})))
+    words = tmp_path / "words.txt"
+    words.write_text("qqq\n")
+    assert script("compute_cache", "--entries", words, "--textfile", tmp_path / "w.txt", "--embfile", tmp_path / "w.npy",
+                  "--clip_model", CLIP).code == 0
+    with open(tmp_path / "ban.txt", "a") as file:
+        file.write("\n" + "\n".join(sorted(name for kind in scenes.KINDS.values() for pair in kind.nouns for name in pair)))
+    run = script("sampler", "--images", world / "out", "--textfile", tmp_path / "w.txt", "--embfile", tmp_path / "w.npy", "--savedir",
+                 tmp_path / "r", "--clip_model", CLIP, "--lm", BART, "--ban", tmp_path / "ban.txt", "--ckpt", checkpoint)
+    captions = json.loads((tmp_path / "r" / "captions.json").read_text())
+    empty = sum(not c["caption"] for c in captions)
+    assert run.code == 0 and (not empty or f"{empty} images have an empty caption" in run.err)
+    banned = set((tmp_path / "ban.txt").read_text().split("\n"))
+    assert not any(set(c["caption"].split()) & banned for c in captions)
+
+
+def test_sidecars_and_csv_hold_the_captions(script, world, cache, checkpoint, tmp_path):
+    folder = shutil.copytree(world / "near", tmp_path / "photos")
+    how = ("--images", folder, "--ckpt", checkpoint, "--sidecar")
+    records = sample(script, cache, tmp_path / "r", *how, "--csv")
+    assert all(Path(r["file"]).with_suffix(".txt").read_text() == r["caption"] + "\n" for r in records)
+    with open(tmp_path / "r" / "captions.csv", newline="") as file:
+        assert [(r["file"], r["caption"]) for r in csv.DictReader(file)] == [(r["file"], r["caption"]) for r in records]
+    mine = folder / f"{Path(records[0]['file']).stem}.txt"
+    mine.write_text("written by hand")
+    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "s", "--clip_model", CLIP,
+                 "--lm", BART, *how)
+    assert run.code == 2 and "--overwrite" in run.err and mine.read_text() == "written by hand"
+    sample(script, cache, tmp_path / "t", *how, "--overwrite")
+    assert mine.read_text() == records[0]["caption"] + "\n"
+    shutil.copy(records[0]["file"], folder / f"{mine.stem}.webp")
+    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "u", "--clip_model", CLIP,
+                 "--lm", BART, *how, "--overwrite")
+    assert run.code == 2 and str(mine) in run.err
+
+
+@pytest.mark.parametrize("how", [(), ("--do_sample", "--num_return_sequences", "5")])
+def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, checkpoint, tmp_path, monkeypatch, how):
+    how = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3", *how)
+    sample(script, cache, tmp_path / "whole", *how)
+    arguments = ("--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "cut", "--clip_model", CLIP, "--lm", BART)
+    seen = []
+
+    def stops(clip, features, candidates):
+        seen.append(len(features))
+        if len(seen) in (2, 4):
+            raise KeyboardInterrupt
+        return rescore(clip, features, candidates)
+
+    monkeypatch.setattr("model.rescore", stops)
+    for _ in range(2):
+        assert script("sampler", *arguments, *how).code == 130
+        [part] = (tmp_path / "cut").glob("*.part")
+        with open(part, "a") as file:
+            file.write('{"image_id": 10000003, "capt')  # as a kill leaves it
+        assert not (tmp_path / "cut" / "details.jsonl").exists()
+    sample(script, cache, tmp_path / "cut", *how)
+    assert seen == [3, 3, 3, 2, 2]  # nothing was done twice but the batches that were cut
+    for name in ("details.jsonl", "preds.txt", "captions.json", "gallery.html", "ref0.txt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert not list((tmp_path / "cut").glob("*.part"))
+
+
+def test_a_stopped_run_of_other_settings_is_not_gone_on_with(script, world, cache, checkpoint, tmp_path, monkeypatch):
+    how = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3")
+    calls = []
+    monkeypatch.setattr("model.rescore", lambda *a: calls.append(1) or (rescore(*a) if len(calls) < 3 else [].pop()))
+    with pytest.raises(IndexError):
+        script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path, "--clip_model", CLIP,
+               "--lm", BART, *how)
+    monkeypatch.setattr("model.rescore", rescore)
+    records = sample(script, cache, tmp_path, *how, "--topk", "6")
+    assert all(len(r["table"]) == 6 for r in records) and not list(tmp_path.glob("*.part"))
+
+
+def test_the_weight_of_the_likelihood_moves_the_choice(script, world, cache, checkpoint, tmp_path):
+    how = ("--datadir", world, "--ckpt", checkpoint)
+    for weight in (0, 0.5, 1e6):
+        for record in sample(script, cache, tmp_path / str(weight), *how, "--lm_weight", weight):
+            scores = [cosine + weight * likelihood for _, cosine, likelihood in record["candidates"]]
+            assert scores == sorted(scores, reverse=True)
+            assert record["caption"] == record["candidates"][0][0] and record["score"] == record["candidates"][0][1]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import utils
+from gallery import write_gallery
 from utils import InputError
 
 
@@ -98,8 +99,45 @@ def test_the_gallery_shows_a_users_text_as_text(tmp_path):
     evil = "<script>alert(1)</script> \"'&"
     record = {"image_id": evil, "file": str(tmp_path / "i.png"), "caption": evil, "score": 0.3, "table": [[evil, 0.3], ["dog", 0.2]],
               "candidates": [[evil, 0.3, -1.0]]}
-    utils.write_gallery(tmp_path / "gallery.html", evil, [(evil, evil, [record], [(evil,)])])
+    write_gallery(tmp_path / "gallery.html", evil, [(evil, evil, [record], [(evil,)])])
     page = (tmp_path / "gallery.html").read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 9
     assert not re.search(r'(?:src|href)="(?!data:)', page)  # self-contained
+
+
+def test_patterns_folders_and_files_are_listed_once_in_order(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    whole = [tmp_path / name for name in ("a.JPG", "b.png", "sub/c.webp")]
+    assert [p.path for p in utils.list_images([tmp_path])] == whole
+    assert [p.path for p in utils.list_images([f"{tmp_path}/*.png", tmp_path])] == [whole[1], whole[0], whole[2]]
+    assert [p.path for p in utils.list_images([f"{tmp_path}/**/*.webp"])] == whole[2:]
+    with pytest.raises(InputError, match="only local files"):
+        utils.list_images(["https://example.com/dog.jpg"])
+
+
+@pytest.mark.parametrize("killed_at", range(7))
+def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_at):
+    """Killed before any of its renames, a write leaves the old cache or the new one, never a mixture."""
+    files, old, new = (tmp_path / "c.txt", tmp_path / "c.npy"), unit_rows(2, 4).numpy(), unit_rows(3, 4, seed=1).numpy()
+    utils.write_cache(*files, ["a", "b"], old, "clip", "")
+    replace, count = utils.os.replace, [0]
+
+    def killed(*paths):
+        count[0] += 1
+        if count[0] > killed_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(utils.os, "replace", killed)
+    try:
+        utils.write_cache(*files, ["a", "b", "c"], new, "clip", "")
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.setattr(utils.os, "replace", replace)
+    entries, embeddings = utils.read_cache([files[0]], [files[1]], "clip", 4)
+    assert len(entries) == (2 if killed_at < 3 else 3)
+    assert np.array_equal(embeddings.numpy(), old if killed_at < 3 else new)
+    assert utils.cache_description(files[1])["text_sha256"] == utils.file_sha256(files[0])
