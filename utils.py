@@ -316,6 +316,19 @@ def list_images(paths):
     return [Picture(str(path), path) for path in found]
 
 
+def read_annotations(path):
+    """{image id: (file name, [captions])} of a COCO caption file. Raises InputError where it is none."""
+    try:
+        data = json.loads(existing_file(path, "caption file").read_text(encoding="utf-8"))
+        images = {image["id"]: (str(image["file_name"]), []) for image in data["images"]}
+        for annotation in data["annotations"]:
+            if annotation["image_id"] in images:
+                images[annotation["image_id"]][1].append(" ".join(annotation["caption"].split()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a COCO caption file ({type(error).__name__}: {error})") from error
+    return images
+
+
 def read_coco(datadir, split, need_images=True):
     """The images of a COCO split with their captions, in the order of their ids: a list of Picture.
 
@@ -329,16 +342,11 @@ def read_coco(datadir, split, need_images=True):
     if not path.is_file():
         there = sorted(p.stem.removeprefix("captions_") for p in path.parent.glob("captions_*.json"))
         raise InputError(f"there is no split {split} in {datadir} (no {path}); there is {', '.join(there) or 'none'}")
+    pictures = [Picture(image, datadir / split / name, tuple(told)) for image, (name, told) in read_annotations(path).items()]
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        captions = {}
-        for annotation in data["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(" ".join(annotation["caption"].split()))
-        pictures = [Picture(image["id"], datadir / split / str(image["file_name"]), tuple(captions.get(image["id"], ())))
-                    for image in data["images"]]
         pictures.sort(key=lambda p: p.id)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a COCO caption file ({type(error).__name__}: {error})") from error
+    except TypeError as error:
+        raise InputError(f"{path} is not a COCO caption file (its image ids are of two kinds)") from error
     if not pictures:
         raise InputError(f"{path} lists no images")
     if need_images and not (datadir / split).is_dir():
