@@ -42,7 +42,8 @@ def parse():
     # How they are encoded.
     parser.add_argument("--prefix", help='text set before each entry for CLIP, such as "a photo of " (default none; where a '
                         "cache is changed, the one that it was made with)")
-    parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name, hub id or folder of a CLIP (default %(default)s)")
+    parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name or .pt file, hub id or folder of a CLIP or "
+                        "SigLIP (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=128, help="entries encoded at a time (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     args = parser.parse_args()

@@ -10,9 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
+from transformers import (
+    AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel,
+    DynamicCache, EncoderDecoderCache,
+)
 from transformers.utils import logging
 
+from foreign import ResNetClip, is_resnet, is_torch_zip, lightning_settings, lightning_tensors, read_openai_clip
 from utils import InputError, atomic, read_image
 
 logging.disable_progress_bar()
@@ -35,6 +39,8 @@ def load(loader, name, what, **options):
             if Path(name).exists() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
                 raise
             return loader.from_pretrained(name, **options)
+    except ImportError as error:  # of SigLIP's tokenizer: sentencepiece, protobuf
+        raise InputError(f"the {what} {name} needs another library: {' '.join(str(error).split()).split('. ')[0]}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # RuntimeError: sizes differ
         raise InputError(f"the {what} {name} could not be loaded: it is neither a folder with a model nor, as far as "
                          f"can be seen from here, a name on the Hugging Face hub") from error
@@ -49,59 +55,96 @@ def load_tokenizer(name, what):
 
 
 def identity(name):
-    """What files made with a model are stamped with: the hub's name, or a folder's name and weights' digest."""
-    folder = Path(name)
-    if not folder.is_dir():
+    """What files made with a model are stamped with: the hub's name, or a folder's or file's name and weights' digest."""
+    place = Path(name)
+    if not place.exists():
         return name
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    for path in [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin")):
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
-    return f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
+    return f"{place.resolve().name}@{digest.hexdigest()[:12]}"
 
 
 # --------------------------------------------------------------------------------------------------- CLIP
 
 class Clip:
-    """A frozen CLIP with its preprocessing.
+    """A frozen CLIP, SigLIP or SigLIP 2 with its preprocessing.
 
-    name: one of CLIP_NAMES, a hub id, or a folder. identity: the stamp of caches made with it. dim: of its vectors.
+    name: one of CLIP_NAMES, a hub id, a folder, or a .pt file of OpenAI's. identity: the stamp of caches made with it.
+    dim: of its vectors. Raises InputError where it cannot be loaded.
     """
 
     def __init__(self, name, device="cpu"):
         name = CLIP_NAMES.get(name, name)
         what = "CLIP model"
-        self.model = load(AutoModel, name, what, dtype=torch.float32).to(device).eval().requires_grad_(False)
-        if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
-            raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
-        self.tokenizer = load_tokenizer(name, what)
-        self.processor = load(AutoImageProcessor, name, what)
+        if Path(name).is_file():
+            model, self.tokenizer, self.processor = openai_clip(name)
+        else:
+            model = load(AutoModel, name, what, dtype=torch.float32)
+            if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+                raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
+            self.tokenizer = load_tokenizer(name, what)
+            self.processor = load(AutoImageProcessor, name, what)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.identity, self.device = identity(name), device
-        self.max_length = self.model.config.text_config.max_position_embeddings
-        self.dim = self.model.config.projection_dim
+        config = self.model.config
+        self.max_length = config.text_config.max_position_embeddings
+        # SigLIP was trained on lower-cased texts, padded to full length without a mask, and is read at the last place.
+        self.siglip = config.model_type.startswith("siglip")
+        self.padding = dict(padding="max_length", max_length=self.max_length, return_attention_mask=False) if self.siglip else {}
+        self.dim = config.text_config.projection_size if self.siglip else config.projection_dim
 
     @torch.inference_mode()
     def encode_images(self, images):
         """images: PIL images (RGB). Returns unit vectors, float32 (len(images), dim), on the CPU."""
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)  # (B, 3, H, W)
-        return unit(self.model.get_image_features(pixel_values=pixels))
+        batch = self.processor(images=images, return_tensors="pt").to(self.device)  # pixel_values (B, 3, H, W); NaFlex: more
+        return unit(self.model.get_image_features(**batch))
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=128, progress=None):
         """Returns unit vectors, float32 (len(texts), dim), on the CPU, in the order of texts.
 
         Texts are sorted by length and each batch is trimmed to its longest. That is exact: the text tower is causal
-        and is read at the end token, so padding behind it changes nothing.
+        and is read at the end token, so padding behind it changes nothing. Not so SigLIP's, which gets its full length.
         """
-        tokens = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        texts = [text.lower() if self.siglip else text for text in texts]
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         vectors = torch.empty(len(tokens), self.dim)
         for start in tqdm(range(0, len(order), batch_size), progress, disable=progress is None, unit="batch"):
             rows = order[start:start + batch_size]
-            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, return_tensors="pt").to(self.device)
-            vectors[rows] = unit(self.model.get_text_features(**batch))
+            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, return_tensors="pt", **self.padding)
+            vectors[rows] = unit(self.model.get_text_features(**batch.to(self.device)))
         return vectors
+
+
+def openai_clip(path):
+    """A .pt file of OpenAI's as (model, tokenizer, image processor). Raises InputError.
+
+    A tokenizer is not in the file: it is taken from the folder that the file lies in, else from the hub.
+    """
+    sizes, weights = read_openai_clip(path)
+    config = CLIPConfig(**sizes)
+    folder, hub = Path(path).parent, CLIP_NAMES["ViT-B/32"]
+    try:
+        tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else hub, "tokenizer")
+    except InputError as error:
+        raise InputError(f"{path} needs OpenAI's tokenizer, which cannot be had from here: save tokenizer.json and "
+                         f"tokenizer_config.json of {hub} in the folder of the file") from error
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise InputError(f"{path} knows {config.text_config.vocab_size} tokens, but the tokenizer has {len(tokenizer)}")
+    if is_resnet(weights):
+        model = ResNetClip(weights, path)
+        model.config = config
+    else:
+        model, report = CLIPModel.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
+                                                  ignore_mismatched_sizes=True, output_loading_info=True)
+        if wrong := [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]:
+            raise InputError(f"{path} is not quite a CLIP of OpenAI's (at {min(wrong)})")
+    side = config.vision_config.image_size
+    return model, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def unit(output):
@@ -329,11 +372,13 @@ def save_checkpoint(path, trained, settings):
 
 
 def checkpoint_settings(path):
-    """The settings that a checkpoint was trained with. Raises InputError where it is no checkpoint of ours."""
+    """The settings that a checkpoint of ours, or of the original's, was trained with. Raises InputError where it is neither."""
     try:
+        if is_torch_zip(path):
+            return lightning_settings(path)
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["antarctic_captions"])
-        return settings | {name: settings[name] for name in ("lm", "topk", "maxlen_enc", "maxlen_dec")}  # KeyError if one is missing
+        return settings | {name: settings[name] for name in ("lm", "topk", "maxlen_enc", "maxlen_dec")}  # or KeyError
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
 
@@ -341,10 +386,13 @@ def checkpoint_settings(path):
 def load_checkpoint(path, captioner):
     """Puts a checkpoint's tensors into the captioner. Raises InputError where it is of another language model."""
     settings = checkpoint_settings(path)
-    if settings["lm"] != captioner.identity:
+    if settings["lm"] not in (captioner.identity, None):
         raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, not to {captioner.identity}")
     parameters = dict(captioner.model.named_parameters())
-    tensors = load_file(path)
+    if settings["lm"] is None:  # the original's, which holds all weights
+        tensors = lightning_tensors(path, [name for name in parameters if is_layernorm(name)])
+    else:
+        tensors = load_file(path)
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise InputError(f"the checkpoint {path} does not fit the language model {captioner.identity} (at {name})")

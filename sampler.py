@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -36,7 +37,8 @@ def parse():
     parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
     parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
     parser.add_argument("--savedir", required=True, help="folder for preds.txt, ref0.txt ..., captions.json, details.jsonl, gallery.html")
-    parser.add_argument("--ckpt", help="checkpoint of trainer.py; without it the language model writes as it was pretrained")
+    parser.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; without it the language model "
+                        "writes as it was pretrained")
     parser.add_argument("--only", metavar="FILE", help="use only those entries of the caches that are lines of this file")
     parser.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a line of this file, as whole "
                         "words in any case")
@@ -46,7 +48,8 @@ def parse():
     parser.add_argument("--features", help="folder where image features are kept for later runs (default: --savedir)")
     parser.add_argument("--gallery", type=int, default=200, help="images shown in gallery.html at most (default %(default)s)")
     # The models.
-    parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name, hub id or folder of a CLIP (default %(default)s)")
+    parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name or .pt file, hub id or folder of a CLIP or "
+                        "SigLIP (default %(default)s)")
     parser.add_argument("--lm", default="facebook/bart-large", help="hub id or folder of a BART (default %(default)s)")
     parser.add_argument("--topk", type=int, help="entries in a table (default: as in training, 10 without --ckpt)")
     # The candidates.
@@ -213,6 +216,7 @@ def main():
     done = kept_records(part, pictures, args.batch_size)
 
     # For each batch the tables (each image's nearest entries), the candidates, and CLIP's choice.
+    start_time = time.perf_counter()
     with open(part, "a", **TEXT) as file, tqdm(total=len(pictures), initial=done, desc="captioning", unit="image") as bar:
         for start in range(done, len(pictures), args.batch_size):
             batch = slice(start, start + args.batch_size)
@@ -239,11 +243,13 @@ def main():
             file.flush()
             bar.update(len(tables))
 
+    seconds = (time.perf_counter() - start_time) / max(1, len(pictures) - done)
     empty = write_results(savedir, part, pictures, args)
     report_bad_images(bad)
     if empty:
         print(f"{empty} images have an empty caption: every candidate held a banned word", file=sys.stderr)
-    print(f"captioned {len(pictures)} images; wrote preds.txt, captions.json, details.jsonl and {savedir / 'gallery.html'}")
+    print(f"captioned {len(pictures)} images ({seconds:.3f} s an image); wrote preds.txt, captions.json, details.jsonl and "
+          f"{savedir / 'gallery.html'}")
 
 
 if __name__ == "__main__":

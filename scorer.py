@@ -48,8 +48,8 @@ def parse():
     parser.add_argument("--train_captions", metavar="FILE", help="what the captioner learned from, for the share of novel words: "
                         "COCO's caption file (.json) or text, one caption a line")
     # How it is computed, and where the scores go.
-    parser.add_argument("--clip_model", default="ViT-B/32", help="OpenAI's name, hub id or folder of a CLIP; better not the "
-                        "one that chose the captions (default %(default)s, which is CLIPScore's)")
+    parser.add_argument("--clip_model", default="ViT-B/32", help="OpenAI's name or .pt file, hub id or folder of a CLIP or "
+                        "SigLIP; better not the one that chose the captions (default %(default)s, which is CLIPScore's)")
     parser.add_argument("--tokenizer", default="auto", choices=("auto", *TOKENIZERS), help="ptb needs Java and is what COCO's "
                         "evaluation uses; auto: ptb where there is Java, else treebank (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="images or captions a batch of CLIP (default %(default)s)")

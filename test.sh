@@ -4,4 +4,15 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . ./venv.sh
 export HF_HUB_OFFLINE=1
+
+# OpenAI's own package, in a folder apart, for tests/test_foreign.py to compare with; without it those tests are skipped.
+export OPENAI_CLIP="$PWD/.venv/openai-clip"
+if [ ! -d "$OPENAI_CLIP" ]; then
+    rm -rf "$OPENAI_CLIP.new"
+    if python -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --target "$OPENAI_CLIP.new" \
+        clip-anytorch==2.6.0 ftfy==6.3.1 wcwidth==0.9.4
+    then mv "$OPENAI_CLIP.new" "$OPENAI_CLIP"
+    else echo "OpenAI's package could not be installed, so nothing is compared with it" >&2
+    fi
+fi
 exec python -m pytest -q "$@"

@@ -30,7 +30,8 @@ def parse():
     parser.add_argument("--savedir", default="checkpoints", help="folder for best.safetensors, last.safetensors, image "
                         "features, loss.csv and loss.png (default %(default)s)")
     # The models.
-    parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name, hub id or folder of a CLIP (default %(default)s)")
+    parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name or .pt file, hub id or folder of a CLIP or "
+                        "SigLIP (default %(default)s)")
     parser.add_argument("--lm", default="facebook/bart-large", help="hub id or folder of a BART (default %(default)s)")
     parser.add_argument("--trained", default="layernorms", choices=("layernorms", "all"), help="what of the language model is "
                         "trained; all is there for comparison (default %(default)s)")

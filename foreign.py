@@ -1,0 +1,276 @@
+"""Readers of other projects' files: OpenAI's CLIP (.pt) and the original's Lightning checkpoints (.ckpt). They run nothing of
+what the files hold.
+
+PyTorch's files are zips of raw numbers and of a pickle that says what the numbers are. A pickle can call any function of any
+library while Python loads it. Here it can name only what KNOWN and STORAGES list, and gets stand-ins for all of that.
+"""
+
+import io
+import math
+import pickle
+import zipfile
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from utils import InputError
+
+STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
+    "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64, "Long": torch.int64,
+    "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
+KNOWN = ("collections.OrderedDict", "argparse.Namespace", "pathlib.", "pytorch_lightning.", "__torch__.", "torch.jit._pickle.")
+MOST_PICKLE = 1 << 24  # bytes; that of BART and CLIP with an optimizer's state has less than 1 MB
+
+
+# --------------------------------------------------------------------------------------- PyTorch's files
+
+class Entry(NamedTuple):
+    """A tensor that is still in the file: a view of one of its storages, as torch.as_strided takes it."""
+
+    key: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple
+    stride: tuple
+
+
+class StandIn(dict):
+    """An object of any class that a file names: it takes what it is given, and does nothing."""
+
+    state = None  # what the pickle sets of it: a dict of attributes, as a rule
+
+    def __init__(self, *args, **options):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class Reader(pickle._Unpickler):
+    """Python's unpickler, of which the file can reach nothing but StandIn, the names of storages, and the two methods below.
+
+    It is the one written in Python, since the other reserves as much memory for its memo as a file asks for.
+    """
+
+    def __init__(self, file, path):
+        super().__init__(file)
+        self.path = path
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        if name in STORAGES:
+            return STORAGES[name]
+        if name == "torch._utils._rebuild_tensor_v2":
+            return self.tensor  # a bound method: a file can set no attribute of it
+        if name == "torch._utils._rebuild_parameter":
+            return self.parameter
+        if any(name == known or known.endswith(".") and name.startswith(known) for known in KNOWN):
+            return StandIn
+        raise InputError(f"{self.path} asks for {name[:100]!r}, which no file of weights needs, so it was not loaded")
+
+    def persistent_load(self, pid):
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise pickle.UnpicklingError("a storage is described in an unknown way")
+        return key, dtype
+
+    def tensor(self, storage, offset, shape, stride, *_):
+        numbers = (offset, *shape, *stride)  # checked, since a text times a number would be a very long text
+        if len(numbers) > 20 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+            raise pickle.UnpicklingError("a tensor is described in an unknown way")
+        return Entry(*storage, offset, tuple(shape), tuple(stride))
+
+    def parameter(self, data, *_):
+        return data
+
+
+@contextmanager
+def torch_file(path):
+    """Opens a file of torch.save (since PyTorch 1.6) or of torch.jit.save. Yields (content, fetch).
+
+    content: what was saved, with Entry for each tensor and StandIn for each object. fetch(entry): its numbers, a tensor in
+    memory of its own; nothing else is read, so a file can be much larger than what is wanted of it.
+    Raises InputError: the file names anything unknown, is damaged, or does not hold what the body of the with looks for.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            def read(name):
+                info = archive.getinfo(name)
+                if info.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes: nothing is larger than the file
+                    raise zipfile.BadZipFile(f"{name} is compressed")
+                return archive.read(info)
+
+            def fetch(entry):
+                numbers = torch.frombuffer(bytearray(read(f"{root}data/{entry.key}")), dtype=entry.dtype)
+                if math.prod(entry.shape) > len(numbers):  # a view can repeat numbers without end
+                    raise ValueError("a tensor is larger than its storage")
+                return numbers.as_strided(entry.shape, entry.stride, entry.offset).clone()
+
+            pickled, = (name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1)
+            if archive.getinfo(pickled).file_size > MOST_PICKLE:
+                raise ValueError("the pickle is too large")
+            root = pickled.removesuffix("data.pkl")
+            yield Reader(io.BytesIO(read(pickled)), path).load(), fetch
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in every way there is
+        raise InputError(f"{path} cannot be read: it is damaged, cut short, or nothing that this project knows") from error
+
+
+def named_entries(content):
+    """{name: Entry} of a state dict, or of the modules of a JIT archive, whose names are joined by dots as in a state dict."""
+    found, modules = {}, [("", content)]
+    for prefix, module in modules:  # grows meanwhile
+        attributes = module.state if isinstance(module, StandIn) and isinstance(module.state, dict) else {}
+        for name, value in (*module.items(), *attributes.items()):
+            if isinstance(value, Entry):
+                found[prefix + name] = value
+            elif isinstance(value, StandIn):
+                modules.append((f"{prefix}{name}.", value))
+            if len(found) + len(modules) > 10000 or len(prefix) + len(name) > 1000:  # a module inside itself
+                raise ValueError("too many tensors, or too deep")
+    return found
+
+
+# -------------------------------------------------------------------------------------------- OpenAI's CLIP
+
+TOWERS = {  # OpenAI's names of its weights to transformers', by how they begin
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # sic
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+}
+LAYERS = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.",
+          ".mlp.c_proj.": ".mlp.fc2."}
+
+
+def read_openai_clip(path):
+    """A CLIP of OpenAI's from its .pt file: a state dict, or the JIT archive that OpenAI published.
+
+    Returns (sizes, transformers' CLIPConfig as a dict, read from the weights; weights, {transformers' name: float32 tensor}).
+    Of a ResNet, which transformers does not have, sizes tell of the text and the image size alone, and names stay OpenAI's.
+    OpenCLIP's files have the same names but often another activation, which weights do not tell: take those from the hub.
+    Raises InputError, see torch_file.
+    """
+    with torch_file(path) as (content, fetch):
+        entries = named_entries(content)
+        for name in ("input_resolution", "context_length", "vocab_size"):  # of JIT archives; told by the weights, too
+            entries.pop(name, None)
+        if not {"visual.conv1.weight", "text_projection"} <= entries.keys():
+            raise InputError(f"{path} holds no CLIP of OpenAI's")
+        weights = {name: fetch(entry).float() for name, entry in entries.items()}
+        sizes = clip_sizes(weights)
+        return sizes, weights if is_resnet(weights) else openai_to_transformers(weights)
+
+
+def is_resnet(weights):
+    return "visual.layer1.0.conv1.weight" in weights
+
+
+def clip_sizes(weights):
+    """transformers' CLIPConfig as a dict. weights: by OpenAI's names. OpenAI's heads are 64 wide."""
+    def tower(prefix, width):
+        if not width or width % 64:
+            raise ValueError(f"{width} is no width of OpenAI's")
+        layers = sum(name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight") for name in weights)
+        inner = len(weights[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"])
+        return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+                "num_attention_heads": width // 64, "hidden_act": "quick_gelu"}
+
+    vocabulary, length = len(weights["token_embedding.weight"]), len(weights["positional_embedding"])
+    text = tower("", len(weights["ln_final.weight"])) | {"vocab_size": vocabulary, "max_position_embeddings": length,
+                                                         "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
+    if is_resnet(weights):
+        vision = {"image_size": 32 * math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)}
+    else:
+        width, _, patch, _ = weights["visual.conv1.weight"].shape
+        vision = tower("visual.", width) | {
+            "patch_size": patch, "image_size": patch * math.isqrt(len(weights["visual.positional_embedding"]) - 1)}
+    return {"projection_dim": weights["text_projection"].shape[1], "text_config": text, "vision_config": vision}
+
+
+def openai_to_transformers(weights):
+    """The weights of a CLIP with a vision transformer, renamed; a name that is not OpenAI's stays."""
+    renamed = {}
+    for name, tensor in weights.items():
+        begin = next((begin for begin in TOWERS if name.startswith(begin)), None)
+        if begin:
+            name = TOWERS[begin] + name.removeprefix(begin)
+        for old, new in LAYERS.items():
+            name = name.replace(old, new)
+        if name.endswith("projection.weight"):
+            tensor = tensor.T.contiguous()
+        if ".in_proj_" in name:  # queries, keys and values in one
+            renamed |= {name.replace("in_proj_", f"{part}_proj."): rows for part, rows in zip("qkv", tensor.chunk(3))}
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+class ResNetClip(torch.nn.Module):
+    """A CLIP with a ResNet (RN50 ... RN50x64), which transformers does not have: OpenAI's own package computes it, behind the
+    methods of transformers' CLIPModel.
+
+    weights: as read_openai_clip gives them; path: their file. Raises InputError where the package is not installed.
+    """
+
+    def __init__(self, weights, path):
+        super().__init__()
+        try:
+            from clip.model import build_model
+        except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit torch
+            raise InputError(f"{path} is a ResNet of OpenAI's: that needs their package (pip install "
+                             f"git+https://github.com/openai/CLIP)") from error
+        self.length = len(weights["positional_embedding"])
+        self.clip = build_model(weights).float()
+
+    def get_image_features(self, pixel_values):
+        return self.clip.encode_image(pixel_values)
+
+    def get_text_features(self, input_ids, attention_mask):
+        full = torch.nn.functional.pad(input_ids, (0, self.length - input_ids.shape[1]))  # the package takes no shorter texts
+        return self.clip.encode_text(full)
+
+
+# ---------------------------------------------------------------------------------- the original's checkpoints
+
+def is_torch_zip(path):
+    """Whether a file begins as a zip does, as those of torch.save do since PyTorch 1.6."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+def lightning_settings(path):
+    """The settings of a checkpoint that the original trained, as model.checkpoint_settings gives them; what the file does not
+    say is the original's default. The language model ("lm") is None: it is not in the file. Raises InputError."""
+    with torch_file(path) as (content, _):
+        content["state_dict"]  # KeyError: no checkpoint
+        told = content.get("hyper_parameters", {})
+        told = told.state if isinstance(told, StandIn) and told.state else told
+        settings = {name: told.get(name) for name in ("topk", "maxlen_enc", "maxlen_dec")}
+        defaults = {"topk": 10, "maxlen_enc": 128, "maxlen_dec": 32}
+        return {name: n if type(n) is int and n > 0 else defaults[name] for name, n in settings.items()} | {"lm": None}
+
+
+def lightning_tensors(path, names):
+    """{name: tensor} of some parameters of a Lightning checkpoint; the others are not read.
+
+    names: the language model's own; the file's begin with the name that the model had in the training's module ("model.").
+    Raises InputError: the file is none, or does not hold them all.
+    """
+    with torch_file(path) as (content, fetch):
+        entries = named_entries(content["state_dict"])
+        first = next(iter(names))
+        for prefix in [name.removesuffix(first) for name in entries if name.endswith(first)]:
+            if all(prefix + name in entries for name in names):
+                return {name: fetch(entries[prefix + name]) for name in names}
+    raise InputError(f"the checkpoint {path} does not fit the language model: it has no {first}, or not all like it")

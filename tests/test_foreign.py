@@ -1,0 +1,453 @@
+"""Other projects' files: equal to what those projects make of them, and nothing of them is run."""
+
+import argparse
+import collections
+import hashlib
+import io
+import json
+import os
+import pickle
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModel, AutoProcessor, CLIPTokenizer, Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model, SiglipConfig,
+    SiglipImageProcessorPil, SiglipModel,
+)
+
+import foreign
+import model
+from conftest import BART, CLIP
+from model import Captioner, Clip, checkpoint_settings, is_layernorm, load_checkpoint
+from utils import InputError, linearize, read_cache
+
+TEXTS = ["a dog", "Two Red cats, next to a big house in the snow!", "penguin", "there is a train at night, it's 10 o'clock", "a"]
+TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]
+
+
+def unit(tensor):
+    return torch.nn.functional.normalize(tensor.float(), dim=-1)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    sizes = ((90, 64), (64, 64), (70, 151), (40, 31))
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+# -------------------------------------------------------------------------------------------- OpenAI's CLIP
+
+@pytest.fixture(scope="module")
+def openai():
+    """OpenAI's model.py and tokenizer, without the package's __init__, which needs torchvision."""
+    folder = Path(os.environ.get("OPENAI_CLIP", "nowhere"))
+    if not (folder / "clip" / "model.py").is_file():
+        pytest.skip("OpenAI's package is not there: test.sh installs it, and says where it is in OPENAI_CLIP")
+    with pytest.MonkeyPatch.context() as patch:
+        package = types.ModuleType("clip")
+        package.__path__ = [str(folder / "clip")]
+        patch.setitem(sys.modules, "clip", package)
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
+        from clip import model as openai_model
+        from clip import simple_tokenizer
+        yield types.SimpleNamespace(model=openai_model, tokenizer=simple_tokenizer.SimpleTokenizer())
+
+
+@pytest.fixture(scope="module")
+def beside(openai, tmp_path_factory):
+    """A folder with OpenAI's tokenizer as transformers keeps it."""
+    folder = tmp_path_factory.mktemp("openai")
+    CLIPTokenizer(vocab=openai.tokenizer.encoder, merges=list(openai.tokenizer.bpe_ranks)).save_pretrained(folder)
+    return folder
+
+
+def make_clip(openai, layers=2, width=64, patch=16):
+    """A small CLIP of OpenAI's with random weights in half precision; layernorms, too, which are all alike at first."""
+    torch.manual_seed(0)
+    clip = openai.model.CLIP(32, 64, layers, width, patch, 77, len(openai.tokenizer.encoder), 128, 2, 3)
+    clip.eval().requires_grad_(False)
+    for parameter in clip.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    openai.model.convert_weights(clip)
+    return clip
+
+
+def encoded_by_openai(openai, clip, texts, pixels):
+    """(text vectors, image vectors) as OpenAI's package computes them in float32 on a CPU, unit length."""
+    rows = [[49406, *openai.tokenizer.encode(text), 49407] for text in texts]
+    tokens = torch.tensor([row + [0] * (77 - len(row)) for row in rows])
+    clip = openai.model.build_model(dict(clip.state_dict())).float()
+    return unit(clip.encode_text(tokens).detach()), unit(clip.encode_image(pixels).detach())
+
+
+def save_jit(clip, path):
+    """As OpenAI's archives: traced, with the three numbers that are no weights."""
+    for name, number in (("input_resolution", 64), ("context_length", 77), ("vocab_size", 49408)):
+        vars(clip).pop(name, None)
+        clip.register_buffer(name, torch.tensor(number))
+    clip.float()  # some operations are not there in half precision on a CPU
+    archive = torch.jit.trace(clip, (torch.zeros(1, 3, 64, 64), torch.zeros(1, 77, dtype=torch.long)), check_trace=False)
+    torch.jit.save(archive.half(), path)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
+@pytest.mark.parametrize("form", ["state dict", "JIT archive"])
+def test_a_pt_file_encodes_as_openais_package_does(openai, beside, images, form):
+    made, path = make_clip(openai), beside / "tiny.pt"
+    if form == "JIT archive":
+        save_jit(made, path)
+        saved = torch.jit.load(path).state_dict()
+        with foreign.torch_file(path) as (content, fetch):
+            read = {name: fetch(entry) for name, entry in foreign.named_entries(content).items()}
+        assert read.keys() == saved.keys() and all(torch.equal(read[name], saved[name]) for name in saved)
+    else:
+        torch.save(made.state_dict(), path)
+    clip = Clip(str(path))
+    pixels = clip.processor(images=images, return_tensors="pt")["pixel_values"]
+    texts, pictures = encoded_by_openai(openai, made, TEXTS, pixels)
+    close(clip.encode_texts(TEXTS, batch_size=2), texts)
+    close(clip.encode_images(images), pictures)
+    assert clip.dim == 32 and clip.identity == f"tiny.pt@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def test_images_are_prepared_as_openai_does(openai, beside, images):
+    torch.save(make_clip(openai).state_dict(), beside / "tiny.pt")
+    found = Clip(str(beside / "tiny.pt")).processor(images=images, return_tensors="pt")["pixel_values"]
+    for image, pixels in zip(images, found):
+        width, height = image.size
+        short = min(image.size)
+        image = image.resize((int(64 * width / short), int(64 * height / short)), Image.Resampling.BICUBIC)
+        left, top = (round((length - 64) / 2) for length in image.size)
+        plain = torch.from_numpy(np.array(image.crop((left, top, left + 64, top + 64)))).permute(2, 0, 1) / 255
+        mean, deviation = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+        close(pixels, (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None])
+
+
+def test_a_resnet_goes_through_openais_package(openai, beside, images, monkeypatch):
+    made, path = make_clip(openai, (1, 1, 1, 1), 16, None), beside / "resnet.pt"
+    torch.save(made.state_dict(), path)
+    clip = Clip(str(path))
+    pixels = clip.processor(images=images, return_tensors="pt")["pixel_values"]
+    texts, pictures = encoded_by_openai(openai, made, TEXTS, pixels)
+    close(clip.encode_texts(TEXTS, batch_size=2), texts)
+    close(clip.encode_images(images), pictures)
+    monkeypatch.setitem(sys.modules, "clip.model", None)  # not installed
+    with pytest.raises(InputError, match="ResNet of OpenAI's"):
+        Clip(str(path))
+
+
+@pytest.mark.parametrize("change", [
+    lambda weights: weights.pop("ln_final.bias"),
+    lambda weights: weights.update({"ln_final.bias": torch.zeros(3)}),
+    lambda weights: weights.update({"visual.ln_pree.bias": torch.zeros(64)}),
+], ids=["missing", "misshapen", "unknown"])
+def test_a_pt_file_that_is_not_quite_a_clip_is_refused(openai, beside, change):
+    weights = make_clip(openai).state_dict()
+    change(weights)
+    torch.save(weights, beside / "other.pt")
+    with pytest.raises(InputError, match="not quite a CLIP of OpenAI's .at .*(final_layer_norm|ln_pree).bias"):
+        Clip(str(beside / "other.pt"))
+
+
+def test_a_pt_file_without_a_tokenizer_says_what_to_do(openai, tmp_path):
+    torch.save(make_clip(openai).state_dict(), tmp_path / "ViT-B-32.pt")
+    with pytest.raises(InputError, match="save tokenizer.json and tokenizer_config.json"):
+        Clip(str(tmp_path / "ViT-B-32.pt"))
+
+
+@pytest.mark.parametrize("content", [{}, {"visual.conv1.weight": torch.ones(1), "text_projection": torch.ones(1)}, [1], "text"])
+def test_a_pt_file_that_is_no_clip_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="other.pt"):
+        Clip(str(tmp_path / "other.pt"))
+
+
+# --------------------------------------------------------------------------------------------------- SigLIP
+
+def siglip_tokenizer(folder):
+    """SigLIP's: sentencepiece, </s> is the padding, too. The tokenizer drops punctuation and case."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 9), model_prefix=str(folder / "spiece"), vocab_size=60, hard_vocab_limit=False,
+        pad_id=-1, bos_id=-1, eos_id=1, unk_id=2, minloglevel=2)
+    return {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "pad_token": "</s>", "eos_token": "</s>",
+            "unk_token": "<unk>"}
+
+
+def gemma_tokenizer(folder):
+    """SigLIP 2's: Gemma's, which knows capitals, though the model was trained without them."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.train_from_iterator(TEXTS * 9, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True, "padding_side": "right",
+            **{f"{token[1:-1]}_token": token for token in special}}
+
+
+def features(encode, inputs):
+    with torch.no_grad():
+        return unit(torch.cat([encode(**one).pooler_output for one in inputs]))
+
+
+@pytest.mark.parametrize("tokenizer, config, network, processor", [
+    pytest.param(siglip_tokenizer, SiglipConfig, SiglipModel, SiglipImageProcessorPil, id="SigLIP"),
+    pytest.param(gemma_tokenizer, SiglipConfig, SiglipModel, SiglipImageProcessorPil, id="SigLIP2"),
+    pytest.param(gemma_tokenizer, Siglip2Config, Siglip2Model, Siglip2ImageProcessorPil, id="SigLIP2-NaFlex"),
+])
+def test_siglip_encodes_as_its_own_processor_and_model_do(tmp_path, images, tokenizer, config, network, processor):
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    flexible = network is Siglip2Model
+    vision = {"num_patches": 16, "patch_size": 16} if flexible else {"image_size": 32, "patch_size": 16}
+    ids = {"vocab_size": 100, "bos_token_id": 2, "eos_token_id": 1}
+    network(config(text_config={**size, **ids, "hidden_size": 32, "projection_size": 48},
+                   vision_config={**size, **vision, "hidden_size": 48})).save_pretrained(tmp_path)
+    patches = {"max_num_patches": 16} if flexible else {}  # NaFlex's processor cuts 256 if not told otherwise
+    processor(**(patches or {"size": {"height": 32, "width": 32}})).save_pretrained(tmp_path)
+    described = tokenizer(tmp_path) | {"processor_class": network.__name__.replace("Model", "Processor")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+
+    clip = Clip(str(tmp_path))
+    plain, prepare = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    as_trained = dict(padding="max_length", max_length=64, truncation=True, return_attention_mask=False, return_tensors="pt")
+    texts = features(plain.get_text_features, [prepare(text=[text.lower()], **as_trained) for text in TEXTS])
+    pictures = features(plain.get_image_features, [prepare(images=[image], return_tensors="pt", **patches) for image in images])
+    for batch_size in (1, 2, 128):
+        close(clip.encode_texts(TEXTS, batch_size), texts)
+    close(clip.encode_images(images), pictures)
+    assert clip.dim == 48
+
+
+# --------------------------------------------------------------------------- the original's checkpoints
+
+def lightning_file(path, captioner, **more):
+    """What Lightning 1.4 saved of the original's training: the whole module, and the training's state."""
+    callbacks = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    callbacks.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
+    parsing = types.ModuleType("pytorch_lightning.utilities.parsing")
+    parsing.AttributeDict = type("AttributeDict", (dict,), {"__module__": parsing.__name__})
+    names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.utilities")
+    weights = collections.OrderedDict((f"model.{name}", tensor) for name, tensor in captioner.model.state_dict().items())
+    weights = collections.OrderedDict({"perceiver.visual.conv1.weight": torch.ones(4, 3, 2, 2).half(), **weights})
+    weights._metadata = collections.OrderedDict({"": {"version": 1}})
+    optimizer = torch.optim.AdamW(captioner.train_only(is_layernorm).values(), lr=0)
+    captioner.loss(captioner.tokenize(TABLES, 64), captioner.tokenize(["a dog"] * 3, 16)).backward()
+    optimizer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (*map(types.ModuleType, names), callbacks, parsing):
+            patch.setitem(sys.modules, module.__name__, module)
+        torch.save({"epoch": 5, "global_step": 100, "pytorch-lightning_version": "1.4.0", "state_dict": weights,
+                    "callbacks": {callbacks.ModelCheckpoint: {"best_model_score": torch.tensor(2.0), "dirpath": Path("a")}},
+                    "optimizer_states": [optimizer.state_dict()], "lr_schedulers": [{"T_max": 1e5, "base_lrs": [3e-4]}],
+                    "hparams_name": "args", "hparams_type": parsing.AttributeDict, **more}, path)
+
+
+@pytest.fixture(scope="module")
+def lightning(checkpoint, tmp_path_factory):
+    """A Lightning checkpoint with the parameters of the checkpoint fixture."""
+    captioner, path = Captioner(BART), tmp_path_factory.mktemp("lightning") / "original.ckpt"
+    load_checkpoint(checkpoint, captioner)
+    lightning_file(path, captioner, hyper_parameters={"topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "clip_model": "ViT-B/16"})
+    return path
+
+
+def beams(captioner):
+    return [[text for text, _ in candidates] for candidates in captioner.beam(captioner.tokenize(TABLES, 64))]
+
+
+def test_a_lightning_checkpoint_captions_as_ours_does(lightning, checkpoint, monkeypatch):
+    ours, theirs = Captioner(BART, maxlen_dec=20), Captioner(BART, maxlen_dec=20)
+    load_checkpoint(checkpoint, ours)
+    read, plain = [], zipfile.ZipFile.read
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda archive, info: read.append(info.filename) or plain(archive, info))
+    settings = load_checkpoint(lightning, theirs)
+    assert settings == checkpoint_settings(lightning) == {"topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "lm": None}
+    wanted = load_file(checkpoint)
+    assert len([name for name in read if "/data/" in name]) == len(wanted)  # of the weights only those
+    for (name, mine), (_, other) in zip(ours.model.named_parameters(), theirs.model.named_parameters()):
+        assert torch.equal(mine, other), name
+    assert beams(ours) == beams(theirs)
+
+
+@pytest.mark.parametrize("told, expected", [
+    ({"hyper_parameters": argparse.Namespace(topk=5, maxlen_enc=64, maxlen_dec=16)}, (5, 64, 16)),
+    ({"hyper_parameters": {"topk": "many", "maxlen_dec": -1}}, (10, 128, 32)),
+    ({}, (10, 128, 32)),
+])
+def test_what_a_lightning_checkpoint_does_not_say_is_the_originals_default(tmp_path, told, expected):
+    torch.save({"state_dict": {}, **told}, tmp_path / "a.ckpt")
+    settings = checkpoint_settings(tmp_path / "a.ckpt")
+    assert (settings["topk"], settings["maxlen_enc"], settings["maxlen_dec"]) == expected
+
+
+@pytest.mark.parametrize("change", [
+    lambda weights: weights.pop("model.encoder.layers.1.final_layer_norm.bias"),
+    lambda weights: weights.update({"model.encoder.layers.1.final_layer_norm.bias": torch.zeros(3)}),
+    dict.clear,
+])
+def test_a_checkpoint_of_another_language_model_is_refused_and_changes_nothing(tmp_path, change):
+    captioner = Captioner(BART)
+    before = {name: tensor.clone() for name, tensor in captioner.model.state_dict().items()}
+    weights = {name: torch.zeros_like(tensor) for name, tensor in before.items() if is_layernorm(name)}
+    change(weights)
+    torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="does not fit the language model"):
+        load_checkpoint(tmp_path / "a.ckpt", captioner)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in captioner.model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------ hostile and damaged
+
+class Hostile:
+    """An object whose loading calls a function, as any pickle can."""
+
+    def __init__(self, call, *arguments):
+        self.reduced = call, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def refused_everywhere(path):
+    captioner = Captioner(BART)
+    for read in (checkpoint_settings, lambda path: load_checkpoint(path, captioner), foreign.read_openai_clip):
+        with pytest.raises(InputError, match=path.name) as refused:
+            read(path)
+        assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("call", ["system", "open", "exec"])
+def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, call):
+    marker = tmp_path / "marker"
+    hostile = {"system": Hostile(os.system, f"touch {marker}"), "open": Hostile(open, str(marker), "w"),
+               "exec": Hostile(exec, f"open({str(marker)!r}, 'w')")}[call]
+    lightning_file(tmp_path / "a.ckpt", Captioner(BART), hyper_parameters={"topk": 10, "note": hostile})
+    assert call in refused_everywhere(tmp_path / "a.ckpt")
+    assert not marker.exists()
+    with pytest.MonkeyPatch.context() as patch:  # the file is as hostile as it should be
+        patch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+        pickle.loads(pickle.dumps(hostile))
+    assert marker.exists()
+
+
+def global_(name):
+    return b"c" + name.encode().replace(b" ", b"\n") + b"\n"
+
+
+ATTRIBUTE = b"N}X\x01\0\0\0a" + global_("pathlib Path") + b"s\x86b."  # sets .a of what stands before it
+PICKLES = {  # as bytes, since no object of Python's is pickled so; most of them would change what later files are read with
+    "attribute of a stand-in class": global_("pathlib Path") + ATTRIBUTE,
+    "attribute of a function": global_("torch._utils _rebuild_tensor_v2") + ATTRIBUTE,
+    "dotted name": b"\x80\x04\x8c\x02os\x8c\x0bpath.os.system\x93\x8c\x04true\x85R.",
+    "old instance": b"(S'true'\nios\nsystem\n.",
+    "extension registry": b"\x82\x01)R.",
+    "far memo": b"Nr\xff\xff\xff\x7f0\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
+    "storage of another kind": global_("os system") + b"Q.",
+    "storage that is no tuple": b"X\x01\0\0\0aQ.",
+    "empty": b"",
+    "cut short": b"\x80\x02}X",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_no_pickle_reaches_anything(tmp_path, name):
+    before = dict(vars(foreign.StandIn)), dict(vars(foreign.Reader)), dict(vars(foreign.Reader.tensor))
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", PICKLES[name])
+    refused_everywhere(tmp_path / "a.ckpt")
+    assert (dict(vars(foreign.StandIn)), dict(vars(foreign.Reader)), dict(vars(foreign.Reader.tensor))) == before
+
+
+def entry(key="0", dtype=torch.float32, offset=0, shape=(4,), stride=(1,)):
+    return foreign.Entry(key, dtype, offset, shape, stride)
+
+
+@pytest.mark.parametrize("bad", [
+    entry(key="../data.pkl"), entry(key="7"), entry(shape=(5,)), entry(shape=(8,), stride=(0,)), entry(offset=1),
+    entry(offset=-1), entry(stride=(-1,)), entry(dtype=torch.float64)], ids=str)
+def test_a_tensor_that_is_not_in_the_file_is_refused(tmp_path, bad):
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "a.pt")
+    with foreign.torch_file(tmp_path / "a.pt") as (content, fetch):
+        assert torch.equal(fetch(content["a"]), torch.arange(4.0)) and content["a"] == entry()
+    with pytest.raises(InputError, match="a.pt cannot be read"):
+        with foreign.torch_file(tmp_path / "a.pt") as (_, fetch):
+            fetch(bad)
+
+
+@pytest.mark.parametrize("offset, shape, stride", [
+    (-1, (1,), (1,)), (0.5, (), ()), (0, (-1,), (1,)), (0, ("a", 1 << 40), (1, 1)), (0, (1 << 60,), (1,)),
+    (0, (1,) * 99, (1,) * 99)])
+def test_a_tensor_is_described_by_few_small_numbers(offset, shape, stride):
+    with pytest.raises(pickle.UnpicklingError):
+        foreign.Reader(io.BytesIO(), "a.pt").tensor(("0", torch.float32), offset, shape, stride)
+
+
+def compressed(path, data):
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(path.with_suffix(".new"), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    path.with_suffix(".new").rename(path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path, data: path.write_bytes(data[:len(data) // 2]),
+    lambda path, data: path.write_bytes(data[:4]),
+    lambda path, data: path.write_bytes(b""),
+    lambda path, data: path.write_bytes(b"weights" * 1000),
+    lambda path, data: path.write_bytes(data[:200] + bytes(100) + data[300:]),
+    lambda path, data: zipfile.ZipFile(path, "w").close(),
+    lambda path, data: torch.save({"state_dict": {}}, path, _use_new_zipfile_serialization=False),
+    compressed,
+], ids=["half", "four bytes", "empty", "garbage", "hole", "no pickle", "older than PyTorch 1.6", "compressed"])
+def test_a_damaged_file_is_refused(tmp_path, damage):
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"model.encoder.layer_norm.weight": torch.arange(100.0)}}, path)
+    assert checkpoint_settings(path)["topk"] == 10  # whole as yet
+    damage(path, path.read_bytes())
+    refused_everywhere(path)
+
+
+def test_a_module_inside_itself_ends(tmp_path):
+    module = argparse.Namespace()
+    module.itself = module
+    torch.save(module, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="a.pt cannot be read"):
+        foreign.read_openai_clip(tmp_path / "a.pt")
+
+
+# ------------------------------------------------------------------------------------------ the original's cache
+
+@pytest.mark.parametrize("dtype, slack", [(np.float32, 1e-7), (np.float16, 1e-3)])
+def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
+    rows = unit(torch.randn(3, 8, generator=torch.Generator().manual_seed(0))).numpy()
+    np.save(tmp_path / "postcache.npy", rows.astype(dtype))
+    (tmp_path / "postcache.txt").write_text("a dog\ngeoff hinton\nfrisbee")  # the last line may lack its end
+    entries, embeddings = read_cache([tmp_path / "postcache.txt"], [tmp_path / "postcache.npy"], "ViT-B/16", 8)
+    assert entries == ["a dog", "geoff hinton", "frisbee"] and embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, torch.from_numpy(rows), atol=slack, rtol=0)
+    assert "it is not checked" in capsys.readouterr().err
+
+
+def test_a_folder_a_file_and_a_name_have_identities(tmp_path):
+    (tmp_path / "ViT-B-32.pt").write_bytes(b"weights")
+    assert model.identity(str(tmp_path / "ViT-B-32.pt")) == f"ViT-B-32.pt@{hashlib.sha256(b'weights').hexdigest()[:12]}"
+    assert model.identity(CLIP).startswith("clip@") and model.identity("openai/clip") == "openai/clip"
