@@ -6,9 +6,13 @@
 """
 
 import argparse
+import glob
+import hashlib
+import json
 import math
 import random
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,8 @@ from tqdm import tqdm
 from utils import (
     InputError, cache_description, choose_device, existing_caches, output_folder, read_coco, read_lines, read_one_cache, run, write_cache,
 )
+
+CHUNK = 2048  # entries encoded between two writes
 
 
 def parse():
@@ -75,6 +81,28 @@ def mine(captions, topk, min_count):
     pmi = {pair: math.log2(n * total / (unigrams[pair[0]] * unigrams[pair[1]])) for pair, n in bigrams.items() if n >= min_count}
     by_pmi = sorted(pmi, key=lambda pair: (-pmi[pair], pair))[:topk]
     return by_count + [" ".join(pair) for pair in by_pmi]
+
+
+@contextmanager
+def encoded(clip, entries, prefix, batch_size, embfile):
+    """The entries as CLIP's vectors, float32 (entries, dim), in a file beside embfile for as long as they are in use.
+
+    The file grows by CHUNK entries at a time, and a run that was killed goes on at its end.
+    """
+    key = hashlib.sha256(json.dumps([clip.identity, entries, prefix, batch_size]).encode()).hexdigest()[:16]
+    part = embfile.with_name(f".{embfile.name}.{key}.part")
+    with open(part, "ab") as file, tqdm(total=len(entries), desc="encoding entries", unit="entry") as bar:
+        done = file.tell() // (CHUNK * clip.dim * 4) * CHUNK
+        file.truncate(done * clip.dim * 4)
+        bar.update(done)
+        for start in range(done, len(entries), CHUNK):
+            vectors = clip.encode_texts([prefix + entry for entry in entries[start:start + CHUNK]], batch_size)  # (CHUNK, dim)
+            file.write(vectors.numpy().tobytes())
+            file.flush()
+            bar.update(len(vectors))
+    yield np.memmap(part, np.float32, "r", shape=(len(entries), clip.dim))
+    for path in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):  # this one, and what other entries abandoned
+        path.unlink()
 
 
 def change_cache(args, device):
@@ -150,8 +178,8 @@ def main():
 
     # Their embeddings.
     prefix = args.prefix or ""
-    embeddings = clip.encode_texts([prefix + entry for entry in entries], args.batch_size, "encoding entries")
-    write_cache(args.textfile, args.embfile, entries, embeddings.numpy(), clip.identity, prefix)
+    with encoded(clip, entries, prefix, args.batch_size, Path(args.embfile)) as embeddings:
+        write_cache(args.textfile, args.embfile, entries, embeddings, clip.identity, prefix)
     print(f"wrote {len(entries):,} entries to {args.textfile} and {args.embfile} (CLIP {clip.identity}, {device})")
 
 

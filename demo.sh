@@ -44,18 +44,25 @@ caption() {
         --features "$demo" --clip_model $clip --lm $bart --batch_size 64 --gallery 24 "$@"
 }
 
+# The mined cache with the held-out words added to it.
+add_words() {
+    for end in txt npy npy.json; do
+        cp "$demo/cache.$end" "$demo/added.$end"
+    done
+    python compute_cache.py --textfile "$demo/added.txt" --embfile "$demo/added.npy" --clip_model $clip --add_from snowglobe/held_out.txt
+}
+
 stage world \
     python -m snowglobe.scenes --datadir "$demo/world" --train $train --val $val
 stage cache \
     python compute_cache.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --clip_model $clip --topk 300
-stage words \
-    python compute_cache.py --entries snowglobe/held_out.txt --textfile "$demo/words.txt" --embfile "$demo/words.npy" --clip_model $clip
+stage words add_words
 stage train \
     python trainer.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --savedir "$demo/checkpoints" \
     --clip_model $clip --lm $bart --topk 16 --batch_size 16 --lrate 7e-2 --epochs $epochs
 
 mined=(--textfile "$demo/cache.txt" --embfile "$demo/cache.npy")
-added=(--textfile "$demo/cache.txt" "$demo/words.txt" --embfile "$demo/cache.npy" "$demo/words.npy")
+added=(--textfile "$demo/added.txt" --embfile "$demo/added.npy")
 tuned=(--ckpt "$demo/checkpoints/best.safetensors")
 caption untuned val2017 "${mined[@]}" --topk 16
 caption tuned val2017 "${mined[@]}" "${tuned[@]}"

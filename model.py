@@ -1,6 +1,7 @@
 """The models: CLIP (images and texts to unit vectors) and the captioner (table to caption), and the captioner's checkpoints."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from foreign import ResNetClip, is_resnet, is_torch_zip, lightning_settings, lightning_tensors, read_openai_clip
-from utils import InputError, atomic, read_image
+from utils import InputError, atomic
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -153,47 +154,6 @@ def unit(output):
     return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
 
 
-def image_features(clip, pictures, folder, batch_size=64):
-    """CLIP vectors of all images that can be read, from a file in folder where an earlier run left one.
-
-    The file is keyed by the CLIP model and by each image's path, size and time of change.
-    Returns (features, float32 (n, dim); the n Pictures that they belong to; bad, a list of (path, reason)).
-    """
-    stats = []
-    for picture in pictures:
-        try:
-            stat = picture.path.stat()
-            stats.append((str(picture.path.resolve()), stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            stats.append((str(picture.path), 0, 0))
-    key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
-    path = Path(folder) / f"features-{key}.safetensors"
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            bad = {row: reason for row, reason in json.loads(file.metadata()["bad"])}
-            features = file.get_tensor("features")
-    else:
-        features, bad = encode_files(clip, [p.path for p in pictures], batch_size)
-        with atomic(path, "wb") as file:
-            file.write(save({"features": features}, {"clip_model": clip.identity, "bad": json.dumps(sorted(bad.items()))}))
-    good = [picture for row, picture in enumerate(pictures) if row not in bad]
-    return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
-
-
-def encode_files(clip, paths, batch_size):
-    """(vectors of the images that can be read, {row of a bad one: reason})."""
-    vectors, bad, batch = [torch.empty(0, clip.dim)], {}, []
-    for row, path in enumerate(tqdm(paths, "encoding images", unit="image")):
-        try:
-            batch.append(read_image(path))
-        except OSError as error:
-            bad[row] = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        if batch and (len(batch) == batch_size or row == len(paths) - 1):
-            vectors.append(clip.encode_images(batch))
-            batch = []
-    return torch.cat(vectors), bad
-
-
 # ---------------------------------------------------------------------------------------------- captioner
 
 def is_layernorm(name):
@@ -277,47 +237,47 @@ class Captioner:
 
     @torch.inference_mode()
     def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
-        """n samples of one image's caption: a list of (text, likelihood) as beam gives, in the order drawn.
+        """n independent samples of one image's caption: a list of (text, likelihood, how many of the n it is), each sequence
+        of tokens once.
 
-        table: token ids. The nucleus is Holtzman et al.'s (2019, https://arxiv.org/abs/1904.09751). The likelihood is the
-        model's own, before temperature and nucleus. The encoder runs once; its keys and values are shared by all samples,
-        chunk of which run at a time; finished ones are dropped. The same seed gives the same samples.
+        table: token ids. The likelihood is the model's own, as beam gives it, before temperature and nucleus. The same seed
+        gives the same samples.
+
+        Samples that begin alike share their beginning. A row is a distinct prefix with the number of samples that it stands
+        for; of each it is drawn how many go on with which token, a multinomial, which is what drawing for one after the other
+        amounts to. So the first tokens cost one row, a caption drawn forty times costs once, and the distribution is that of
+        independent samples. The encoder runs once and its keys and values are shared; at most chunk rows run at a time, the
+        others wait, which bounds the memory.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
-        config, decoder = self.model.config, self.model.get_decoder()
-        found = []
+        generator = torch.Generator("cpu" if self.device.type == "mps" else self.device).manual_seed(seed)  # no doubles on mps
+        config, decoder, found = self.model.config, self.model.get_decoder(), []
         with self.autocast():
-            inputs = self.pad([table])
-            encoded = self.model.get_encoder()(**inputs).last_hidden_state  # (1, T, dim)
+            encoded = self.model.get_encoder()(**self.pad([table])).last_hidden_state  # (1, T, dim)
             start = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=self.device)
-            for first in range(0, n, chunk):
-                rows = min(chunk, n - first)
-                cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-                hidden = decoder(input_ids=start, encoder_hidden_states=encoded, past_key_values=cache).last_hidden_state[:, -1]
-                share(cache, rows)
-                hidden = hidden.expand(rows, -1)  # (rows, dim)
-                tokens = torch.full((rows, self.maxlen_dec), config.pad_token_id, device=self.device)
-                total, length = torch.zeros(rows, device=self.device), torch.ones(rows, device=self.device)
-                alive = torch.arange(rows, device=self.device)
-                for place in range(2, self.maxlen_dec):
-                    logits = self.model.lm_head(hidden) + self.model.final_logits_bias
-                    log_p = logits.float().log_softmax(-1)  # (alive, vocabulary)
-                    if place == self.maxlen_dec - 1:
-                        drawn = torch.full_like(alive, config.eos_token_id)
-                    else:
-                        drawn = nucleus(log_p / temperature, top_p).multinomial(1, generator=generator)[:, 0]  # (alive,)
-                    tokens[alive, place] = drawn
-                    total[alive] += log_p.gather(1, drawn[:, None])[:, 0]
-                    length[alive] += 1
-                    going = (drawn != config.eos_token_id).nonzero()[:, 0]
-                    if not len(going):
-                        break
-                    if len(going) < len(alive):
-                        alive, drawn = alive[going], drawn[going]
-                        keep(cache, going)
-                    hidden = decoder(input_ids=drawn[:, None], encoder_hidden_states=encoded.expand(len(alive), -1, -1),
-                                     past_key_values=cache).last_hidden_state[:, -1]
-                found += zip(self.decode(tokens), (total / length).tolist())
+            # The prefixes (R, length), their log-probabilities (R,), how many samples each is (R,), keys and values of all but
+            # the last token (at the start: of none).
+            waiting = [(start, torch.zeros(1, device=self.device), torch.tensor([n], device=self.device),
+                        EncoderDecoderCache(DynamicCache(), DynamicCache()))]
+            while waiting:
+                tokens, total, counts, cache = waiting.pop()
+                rows, length = tokens.shape
+                if rows > chunk:
+                    for part in torch.arange(rows, device=self.device).tensor_split(2):
+                        waiting.append((tokens[part], total[part], counts[part], branched(cache, part)))
+                    continue
+                hidden = decoder(input_ids=tokens[:, cache.get_seq_length():], encoder_hidden_states=encoded.expand(rows, -1, -1),
+                                 past_key_values=cache).last_hidden_state[:, -1]
+                log_p = (self.model.lm_head(hidden) + self.model.final_logits_bias).float().log_softmax(-1)  # (R, vocabulary)
+                if length == self.maxlen_dec - 1:
+                    parent, token = torch.arange(rows, device=self.device), torch.full_like(counts, config.eos_token_id)
+                else:
+                    parent, token, counts = draw(log_p / temperature, top_p, counts, generator)
+                tokens, total = torch.cat((tokens[parent], token[:, None]), 1), total[parent] + log_p[parent, token]
+                ended = token == config.eos_token_id
+                found += zip(self.decode(tokens[ended]), (total[ended] / length).tolist(), counts[ended].tolist())
+                if not ended.all():
+                    tokens, total, counts, parent = tokens[~ended], total[~ended], counts[~ended], parent[~ended]
+                    waiting.append((tokens, total, counts, branched(cache, parent)))
         return found
 
     def decode(self, sequences):
@@ -325,30 +285,52 @@ class Captioner:
         return [" ".join(text.split()) for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
 
-def share(cache, rows):
-    """Lets rows samples go on from a cache of one: own copies of the decoder's keys and values, a view of the encoder's."""
-    for layer in cache.self_attention_cache.layers:
-        layer.keys, layer.values = (t.repeat(rows, 1, 1, 1) for t in (layer.keys, layer.values))
-    for layer in cache.cross_attention_cache.layers:
-        layer.keys, layer.values = (t.expand(rows, -1, -1, -1) for t in (layer.keys, layer.values))
+def branched(cache, rows):
+    """A cache of some rows of another, int64 (R,), each as often as it stands there. The encoder's part is of one image, so all
+    of its rows are one and the same, and it is a view."""
+    new = copy.copy(cache)
+    new.self_attention_cache, new.cross_attention_cache = (copy.copy(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
+    for part in (new.self_attention_cache, new.cross_attention_cache):
+        part.layers = [copy.copy(layer) for layer in part.layers]
+    for layer in new.self_attention_cache.layers:
+        if len(rows) != len(layer.keys) or (rows[1:] == rows[:-1]).any():
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    for layer in new.cross_attention_cache.layers:
+        layer.keys, layer.values = (t[:1].expand(len(rows), -1, -1, -1) for t in (layer.keys, layer.values))
+    return new
 
 
-def keep(cache, rows):
-    """Drops all samples but rows, an int64 tensor, from a cache that share made."""
-    for layer in cache.self_attention_cache.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-    for layer in cache.cross_attention_cache.layers:
-        layer.keys, layer.values = layer.keys[:len(rows)], layer.values[:len(rows)]  # all rows are one and the same
+def draw(log_p, top_p, counts, generator):
+    """Of each row's samples, how many go on with which token, drawn from the nucleus by inverting its distribution function.
+
+    log_p: (R, V). counts: int64 (R,), samples of each row. Returns int64 (D,) each: row, token, samples; distinct, rows ascending.
+    """
+    p, order = (t.to(generator.device) for t in nucleus(log_p, top_p))  # (R, K), (R, K)
+    rows, width = p.shape
+    reached = p.double().cumsum(-1)
+    # One search over all rows, row r's values being in [r, r + 1). A token of no probability has no room between two values.
+    reached = (reached / reached[:, -1:] + torch.arange(rows, device=p.device)[:, None]).flatten()
+    row = torch.arange(rows, device=p.device).repeat_interleave(counts.to(p.device))  # (samples,)
+    uniform = torch.rand(len(row), generator=generator, device=p.device, dtype=torch.double)
+    place = torch.searchsorted(reached, uniform + row, right=True).minimum((row + 1) * width - 1)
+    place, counts = place.unique(return_counts=True)
+    return tuple(t.to(log_p.device) for t in (place // width, order.flatten()[place], counts))
 
 
 def nucleus(log_p, top_p):
-    """Probabilities (B, V) of a nucleus: the most probable tokens that reach top_p together, scaled to sum to 1."""
-    p = log_p.softmax(-1)
+    """The most probable tokens of each row that reach top_p together, best first, and as many more, of no probability, as the
+    widest row has (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
+
+    log_p: (R, V). Returns (probabilities (R, K), not scaled to sum to 1; tokens int64 (R, K)).
+    """
+    p, width = log_p.softmax(-1), 256  # sorting all of a large vocabulary costs more than the model
     if top_p >= 1:
-        return p
-    best, order = p.sort(-1, descending=True)
-    best = best.masked_fill(best.cumsum(-1) - best >= top_p, 0)  # the token that crosses the limit still counts
-    return torch.zeros_like(p).scatter_(1, order, best / best.sum(-1, keepdim=True))
+        return p, torch.arange(p.shape[1], device=p.device).expand_as(p)
+    best, order = p.topk(min(width, p.shape[1]))
+    if (best.sum(-1) < top_p).any():
+        best, order = p.sort(-1, descending=True)
+    before = best.cumsum(-1) - best
+    return best.masked_fill(before >= top_p, 0), order  # the token that crosses the limit still counts
 
 
 def rescore(clip, features, candidates):

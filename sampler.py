@@ -16,13 +16,15 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 
 from tqdm import tqdm
 
 from gallery import write_gallery
 from utils import (
     TEXT, InputError, atomic, choose_device, choose_dtype, existing_caches, existing_file, file_sha256, linearize, list_images,
-    output_folder, read_cache, read_coco, read_lines, report_bad_images, run, search, write_json, write_lines,
+    output_folder, read_cache, read_coco, read_lines, report_bad_images, run, search, seed_of, write_json,
+    write_lines,
 )
 
 
@@ -94,8 +96,8 @@ def check(args):
 def restrict(entries, embeddings, only, banned):
     """The entries, and the rows of embeddings, that --only and --ban leave. only: a list or None; banned: a pattern or None."""
     if only and (missing := set(only).difference(entries)):
-        raise InputError(f'"{min(missing)}" and {len(missing) - 1} more lines of --only are in no cache; compute_cache.py --add '
-                         f"puts them into one")
+        raise InputError(f'{len(missing)} lines of --only, such as "{min(missing)}", are in no cache; compute_cache.py --add puts '
+                         f"them into one")
     only = set(only or entries)
     rows = [i for i, entry in enumerate(entries) if entry in only and not (banned and banned.search(entry))]
     if not rows:
@@ -108,16 +110,15 @@ def whole_words(lines):
     return re.compile(r"(?<!\w)(?:%s)(?!\w)" % "|".join(map(re.escape, lines)), re.IGNORECASE)
 
 
-def sidecars(pictures, overwrite):
-    """The .txt path of each picture. Raises InputError where two share one, or where a file is there and must stay."""
+def check_sidecars(pictures, overwrite):
+    """Raises InputError where two pictures would share a .txt file, or where one is there and must stay."""
     paths = [picture.path.with_suffix(".txt") for picture in pictures]
     if len(set(paths)) < len(paths):
-        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
+        [(twice, _)] = Counter(paths).most_common(1)
         raise InputError(f"two images would have the same --sidecar {twice}; rename one of them")
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
-        raise InputError(f"{there[0]} and {len(there) - 1} more files that --sidecar would write are there; --overwrite replaces them")
-    return paths
+        raise InputError(f"{len(there)} files that --sidecar would write are there, such as {there[0]}; --overwrite replaces them")
 
 
 def kept_records(part, pictures, batch_size):
@@ -134,15 +135,10 @@ def kept_records(part, pictures, batch_size):
     return done
 
 
-def sample_seed(seed, image_id):
-    """A seed for an image's samples that depends on nothing else, so that neighbours in a batch change nothing."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{image_id}".encode(errors="surrogateescape")).digest()[:7], "big")
-
-
 def without_banned(captioner, banned, candidates, table, seed):
     """The candidates without a banned word; where none is left, samples without one; where there are none, no candidate."""
     for attempt in range(10):
-        if clean := [(text, likelihood) for text, likelihood in candidates if not banned.search(text)]:
+        if clean := [candidate for candidate in candidates if not banned.search(candidate[0])]:
             return clean
         candidates = captioner.sample(table, 100, seed=seed + attempt)
     return []
@@ -188,7 +184,8 @@ def main():
     savedir = output_folder(args.savedir)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    from model import Captioner, Clip, checkpoint_settings, image_features, load_checkpoint, rescore
+    from features import image_features
+    from model import Captioner, Clip, checkpoint_settings, load_checkpoint, rescore
 
     # The models. The checkpoint knows the table and the lengths that it was trained with.
     settings = checkpoint_settings(args.ckpt) if args.ckpt else {"topk": 10, "maxlen_enc": 128, "maxlen_dec": 32}
@@ -208,7 +205,7 @@ def main():
                args.lm_weight, args.batch_size, args.sidecar]
     part = savedir / f"details-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.jsonl.part"
     if args.sidecar:
-        sidecars(pictures, args.overwrite or part.is_file())
+        check_sidecars(pictures, args.overwrite or part.is_file())
     features, pictures, bad = image_features(clip, pictures, output_folder(args.features or savedir))
     if not pictures:
         report_bad_images(bad)
@@ -223,7 +220,7 @@ def main():
             scores, indices = search(features[batch], embeddings, topk)  # (B, k), (B, k)
             tables = [[entries[i] for i in row] for row in indices.tolist()]
             tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
-            seeds = [sample_seed(args.seed, picture.id) for picture in pictures[batch]]
+            seeds = [seed_of(args.seed, picture.id) for picture in pictures[batch]]
             if args.do_sample:
                 found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, seed)
                          for ids, seed in zip(tokens, seeds)]
@@ -231,7 +228,7 @@ def main():
                 found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
             if banned:
                 found = [without_banned(captioner, banned, *each) for each in zip(found, tokens, seeds)]
-            found = [list(dict(candidates).items()) for candidates in found]  # distinct texts
+            found = [list({text: likelihood for text, likelihood, *_ in candidates}.items()) for candidates in found]  # distinct texts
             matches = rescore(clip, features[batch], [[text for text, _ in candidates] for candidates in found])
             for picture, table, row, candidates, cosines in zip(pictures[batch], tables, scores.tolist(), found, matches):
                 ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates, cosines)),

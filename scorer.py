@@ -208,7 +208,8 @@ def clip_scores(clip, captions, references, paths, folder, batch_size):
     captions: N texts; references: N lists of texts, or of none: then there is no RefCLIPScore; paths: N images, whose features
     are kept in folder. Returns ({metric: score}, n images that were read). Raises InputError where none can be read.
     """
-    from model import image_features, rescore
+    from features import image_features
+    from model import rescore
     features, pictures, bad = image_features(clip, [Picture(*row) for row in enumerate(paths)], folder, batch_size)  # (n, dim)
     report_bad_images(bad)
     if not pictures:

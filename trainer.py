@@ -3,12 +3,18 @@
     python trainer.py --datadir coco --textfile cache.txt --embfile cache.npy --savedir checkpoints
     python trainer.py --datadir world --textfile cache.txt --embfile cache.npy --clip_model snowglobe/weights/clip \\
         --lm snowglobe/weights/bart --topk 24 --lrate 2e-2 --batch_size 64
+
+A run that was stopped goes on where it was when the same command is given again: its state is saved every --save_seconds.
 """
 
 import argparse
 import csv
+import hashlib
+import json
 import math
+import pickle
 import random
+import time
 
 import torch
 from tqdm import tqdm
@@ -46,6 +52,8 @@ def parse():
     parser.add_argument("--epochs", type=int, default=6, help="passes over the images, one caption each time (default %(default)s)")
     parser.add_argument("--tmax", type=int, default=100000, help="most steps; the rate falls as a cosine to 0 at the last step "
                         "(default %(default)s)")
+    parser.add_argument("--save_seconds", type=float, default=30, help="seconds between saves of the state to go on from "
+                        "(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of images and captions (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="arithmetic of the language "
@@ -79,6 +87,25 @@ def validate(captioner, tables, captions, batch_size):
     return total / len(tables)
 
 
+def save_state(path, trained, optimizer, progress):
+    """Saves what a stopped run needs to go on. trained: {name: parameter}. progress: plain numbers, lists and tuples."""
+    with atomic(path, "wb") as file:
+        torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress}, file)
+
+
+def load_state(path, trained, optimizer):
+    """Puts the saved numbers into the trained parameters and the optimizer. Returns the progress. Raises InputError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["trained"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["progress"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"the state {path} of a stopped run cannot be read; delete it to start anew") from error
+
+
 def write_curve(folder, history):
     """loss.csv and loss.png. history: (step, training loss, validation loss or None, learning rate)."""
     import matplotlib
@@ -107,6 +134,8 @@ def main():
             raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.warmup < 0 or not args.lrate > 0:
         raise InputError(f"--warmup must not be below 0 and --lrate must be above 0, not {args.warmup} and {args.lrate}")
+    if not args.save_seconds >= 0:
+        raise InputError(f"--save_seconds must be at least 0, not {args.save_seconds}")
     existing_caches(args.textfile, args.embfile)
     train, val = read_coco(args.datadir, args.split), read_coco(args.datadir, args.val_split)
     train, val = ([p for p in pictures if p.captions] for pictures in (train, val))
@@ -115,7 +144,8 @@ def main():
     savedir = output_folder(args.savedir)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    from model import Captioner, Clip, image_features, is_layernorm, save_checkpoint
+    from features import image_features
+    from model import Captioner, Clip, is_layernorm, save_checkpoint
 
     # The models, and every image as a vector: encoded once, found again by later runs.
     clip = Clip(args.clip_model, device)
@@ -142,8 +172,12 @@ def main():
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lrate)
     steps_an_epoch = math.ceil(len(train) / args.batch_size)
     steps = min(args.tmax, args.epochs * steps_an_epoch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, steps, min(args.warmup, steps // 4)))
-    best, step, recent, history = math.inf, 0, [], []
+    warmup = min(args.warmup, steps // 4)
+    # What decides the outcome names the state, so a run of other settings starts anew.
+    decides = [settings, args.lrate, warmup, steps, args.batch_size, str(dtype), tables, captions, val_tables, val_captions]
+    state = savedir / f"state-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.pt"
+    best, done, recent, history = load_state(state, trained, optimizer) if state.is_file() else (math.inf, 0, [], [])
+    step, saved = 0, time.monotonic()
     with tqdm(total=round(steps / steps_an_epoch * len(train)), unit="image", desc="training") as bar:
         for epoch in range(math.ceil(steps / steps_an_epoch)):
             rng = random.Random(f"{args.seed}/{epoch}")
@@ -152,30 +186,41 @@ def main():
                 if step == steps:
                     break
                 rows = order[start:start + args.batch_size]
-                loss = captioner.loss([tables[i] for i in rows], [rng.choice(captions[i]) for i in rows])
-                loss.backward()
-                rate = schedule.get_last_lr()[0]
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+                told = [rng.choice(captions[i]) for i in rows]
                 step += 1
-                recent.append(loss.item())
+                if step <= done:  # before the stop
+                    bar.update(len(rows))
+                    continue
+                loss = captioner.loss([tables[i] for i in rows], told)
+                recent = recent[-9:] + [loss.item()]
                 if not math.isfinite(recent[-1]):
                     raise InputError(f"the loss became {recent[-1]} at step {step}; the checkpoints in {savedir} are of the last "
                                      f"good epoch (try a lower --lrate than {args.lrate})")
+                loss.backward()
+                optimizer.param_groups[0]["lr"] = args.lrate * cosine_rate(step - 1, steps, warmup)
+                optimizer.step()
+                optimizer.zero_grad()
                 bar.update(len(rows))
                 if step % 10 == 0:
-                    history.append((step, sum(recent[-10:]) / 10, None, rate))
+                    history.append((step, sum(recent) / 10, None, optimizer.param_groups[0]["lr"]))
                     bar.set_postfix(loss=f"{history[-1][1]:.3f}", refresh=False)
+                if time.monotonic() - saved > args.save_seconds:
+                    save_state(state, trained, optimizer, (best, step, recent, history))
+                    saved = time.monotonic()
+            if any(h[0] == step and h[2] is not None for h in history):  # validated before the stop
+                continue
             val_loss = validate(captioner, val_tables, val_captions, args.batch_size)
-            history.append((step, sum(recent[-10:]) / len(recent[-10:]), val_loss, rate))
+            history.append((step, sum(recent) / len(recent), val_loss, optimizer.param_groups[0]["lr"]))
             settings |= {"step": step, "epoch": epoch + 1, "val_loss": round(val_loss, 6)}
             save_checkpoint(savedir / "last.safetensors", trained, settings)
             if val_loss < best:
                 best = val_loss
                 save_checkpoint(savedir / "best.safetensors", trained, settings)
             write_curve(savedir, history)
+            save_state(state, trained, optimizer, (best, step, recent, history))
             bar.write(f"epoch {epoch + 1}: step {step}, validation loss {val_loss:.4f}, best {best:.4f}")
+    for path in savedir.glob("state-*.pt"):  # this one is done with, those of other settings were abandoned
+        path.unlink()
     print(f"wrote {savedir / 'best.safetensors'} (validation loss {best:.4f}), last.safetensors, loss.csv and loss.png")
 
 

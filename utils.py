@@ -7,7 +7,9 @@ import glob
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +29,13 @@ class InputError(Exception):
 
 
 def run(main):
-    """Runs a script's main(). InputError becomes one sentence and exit code 2, Ctrl-C one sentence and 130."""
+    """Runs a script's main(). InputError becomes one sentence and exit code 2, Ctrl-C one sentence and 130, and SIGTERM, which
+    batch systems send before they kill, the same."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except InputError as error:
@@ -97,6 +105,11 @@ def read_lines(path, what):
     except UnicodeDecodeError as error:
         raise InputError(f"the {what} {path} is not UTF-8 text") from error
     return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def seed_of(*what):
+    """A seed that depends on these things alone, such as --seed and an image's id, so that neighbours in a batch change nothing."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode(errors="surrogateescape")).digest()[:7], "big")
 
 
 # --------------------------------------------------------------------------------------- device and dtype

@@ -121,7 +121,8 @@ def measure_alone(folder, described):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model import Captioner, Clip, image_features
+    from features import image_features
+    from model import Captioner, Clip
     from snowglobe import build
     from utils import read_cache, search
 

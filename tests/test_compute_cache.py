@@ -159,3 +159,28 @@ def test_changes_that_cannot_be_made_are_refused(script, tmp_path, how, said):
 def test_there_must_be_a_cache_to_change(script, tmp_path):
     run = compute(script, tmp_path, "--add", "dog")
     assert run.code == 2 and str(tmp_path / "c.txt") in run.err
+
+
+def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(script, world, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("compute_cache.CHUNK", 50)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    compute(script, tmp_path / "whole", "--datadir", world)
+    encoded, encode = [], Clip.encode_texts
+
+    def stops(self, texts, *how):
+        if len(encoded) == 100:
+            encoded.append("the stop")
+            raise KeyboardInterrupt
+        encoded.extend(texts)
+        return encode(self, texts, *how)
+
+    monkeypatch.setattr(Clip, "encode_texts", stops)
+    assert compute(script, tmp_path / "cut", "--datadir", world).code == 130
+    [part] = (tmp_path / "cut").iterdir()
+    with open(part, "ab") as file:
+        file.write(b"half a row")  # as a kill leaves it
+    assert compute(script, tmp_path / "cut", "--datadir", world).code == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(list((tmp_path / "cut").iterdir())) == 3
+    entries = (tmp_path / "cut" / "c.txt").read_text().splitlines()
+    assert encoded == [*entries[:100], "the stop", *entries[100:]]

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 import model
 from conftest import BART, CLIP
+from features import image_features
 from model import Captioner, Clip, is_layernorm
 from snowglobe import scenes
 from utils import linearize, read_coco, read_image
@@ -59,12 +60,45 @@ def test_trimmed_sorted_batches_encode_texts_as_one_by_one_at_full_length():
 
 def test_images_are_encoded_alike_in_batches_and_found_again(world, tmp_path, monkeypatch):
     clip, pictures = Clip(CLIP), read_coco(world, "val2017")
-    features, good, bad = model.image_features(clip, pictures, tmp_path, batch_size=3)
+    features, good, bad = image_features(clip, pictures, tmp_path, batch_size=3)
     assert good == pictures and bad == []
     alone = torch.cat([clip.encode_images([read_image(p.path)]) for p in pictures])
     torch.testing.assert_close(features, alone, atol=2e-6, rtol=0)
-    monkeypatch.setattr(model, "encode_files", None)  # a second run encodes nothing
-    assert torch.equal(model.image_features(clip, pictures, tmp_path)[0], features)
+    monkeypatch.setattr("features.encode_files", None)  # a second run encodes nothing
+    assert torch.equal(image_features(clip, pictures, tmp_path)[0], features)
+
+
+def test_images_are_encoded_once_though_the_run_is_stopped(world, tmp_path, monkeypatch):
+    clip, pictures = Clip(CLIP), read_coco(world, "val2017")
+    pictures.insert(2, pictures[0]._replace(path=tmp_path / "gone.png"))
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, good, bad = image_features(clip, pictures, tmp_path / "whole", shard=3)
+    assert len(good) == len(pictures) - 1 and [path.name for path, _ in bad] == ["gone.png"]
+    encoded, encode = [], Clip.encode_images
+
+    def stops(self, images):
+        if len(encoded) == 5:
+            raise KeyboardInterrupt
+        encoded.extend(images)
+        return encode(self, images)
+
+    monkeypatch.setattr(Clip, "encode_images", stops)
+    with pytest.raises(KeyboardInterrupt):
+        image_features(clip, pictures, tmp_path / "cut", shard=3)
+    assert len(list((tmp_path / "cut").iterdir())) == 2  # shards that are whole
+    encoded.append("the stop")
+    features, *rest = image_features(clip, pictures, tmp_path / "cut", shard=3)
+    assert len(encoded) == len(good) + 1 and torch.equal(features, whole) and rest == [good, bad]
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [path.name for path in (tmp_path / "whole").iterdir()]
+
+
+def test_a_damaged_features_file_is_made_again(world, tmp_path):
+    clip, pictures = Clip(CLIP), read_coco(world, "val2017")[:2]
+    before = image_features(clip, pictures, tmp_path)[0]
+    [path] = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    assert torch.equal(image_features(clip, pictures, tmp_path)[0], before)
 
 
 def test_a_changed_image_is_encoded_again(world, tmp_path):
@@ -72,9 +106,9 @@ def test_a_changed_image_is_encoded_again(world, tmp_path):
     pictures = [p._replace(path=tmp_path / f"{i}.png") for i, p in enumerate(pictures)]
     for i, name in enumerate(("red", "blue")):
         scenes.Image.new("RGB", (9, 9), name).save(pictures[i].path)
-    before = model.image_features(clip, pictures, tmp_path)[0]
+    before = image_features(clip, pictures, tmp_path)[0]
     scenes.Image.new("RGB", (30, 30), "green").save(pictures[1].path)
-    after = model.image_features(clip, pictures, tmp_path)[0]
+    after = image_features(clip, pictures, tmp_path)[0]
     assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
 
 
@@ -111,44 +145,89 @@ def test_the_likelihood_of_a_candidate_is_the_models_own(captioner):
     table = captioner.tokenize(TABLES[:1], 64)[0]
     for candidates in (captioner.sample(table, 6), captioner.sample(table, 6, 0.7, 0.9), captioner.beam([table])[0],
                        captioner.beam([table], 1, 1)[0]):
-        for text, likelihood in candidates:
+        for text, likelihood, *_ in candidates:
             assert likelihood == pytest.approx(plain_likelihood(captioner, table, text), abs=1e-3)
 
 
-def test_samples_depend_on_the_seed_alone_and_chunks_share_one_distribution(captioner):
+def test_samples_depend_on_the_seed_alone(captioner):
     table = captioner.tokenize(TABLES[:1], 64)[0]
     assert captioner.sample(table, 20, seed=3) == captioner.sample(table, 20, seed=3)
     assert captioner.sample(table, 20, seed=3) != captioner.sample(table, 20, seed=4)
 
 
-def test_first_words_are_drawn_with_the_models_probabilities(captioner):
-    table, n = captioner.tokenize(TABLES[:1], 64)[0], 3000
-    start = torch.tensor([[captioner.model.config.decoder_start_token_id, captioner.model.config.bos_token_id]])
-    with torch.no_grad():
-        p = captioner.model(**captioner.pad([table]), decoder_input_ids=start).logits[0, -1].softmax(-1)
-    short = Captioner(BART, maxlen_dec=4)  # <s>, one word, </s>
-    counts = Counter(text for text, _ in short.sample(table, n))
-    likely = [i for i in p.argsort(descending=True)[:8].tolist() if p[i] * n >= 10]
-    assert likely
-    for i in likely:
-        expected, deviation = p[i].item() * n, (n * p[i] * (1 - p[i])).sqrt().item()
-        assert abs(counts[captioner.decode([[i]])[0]] - expected) < 5 * deviation
+def random_captioner():
+    """A BART of random weights and 9 words, so that all captions of up to 3 words can be counted."""
+    torch.manual_seed(0)
+    captioner = Captioner(BART, maxlen_dec=6)  # </s> <s> and 3 tokens and </s>
+    captioner.model = BartForConditionalGeneration(BartConfig(
+        vocab_size=12, d_model=16, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
+        decoder_attention_heads=2, max_position_embeddings=16, bos_token_id=0, pad_token_id=1, eos_token_id=2, init_std=0.6,
+        decoder_start_token_id=2, forced_eos_token_id=2, attn_implementation="eager")).eval()
+    captioner.decode = lambda sequences: list(map(tuple, sequences.tolist()))  # tokens in place of texts
+    return captioner
+
+
+def all_captions(captioner, table, temperature, top_p):
+    """{tokens: probability} of all captions, by the plain formula: all prefixes of one length after the other, without a cache."""
+    found, prefixes = {}, {(2, 0): 1.0}
+    while prefixes:
+        with torch.no_grad():
+            logits = captioner.model(**captioner.pad([table] * len(prefixes)), decoder_input_ids=torch.tensor(list(prefixes))).logits
+        longer = {}
+        for (prefix, mass), row in zip(prefixes.items(), logits[:, -1] / temperature):
+            p = plain_nucleus(row.softmax(-1), top_p).tolist()
+            if len(prefix) == captioner.maxlen_dec - 1:
+                p = [float(token == 2) for token in range(len(p))]
+            for token, share in enumerate(p):
+                if share:
+                    (found if token == 2 else longer)[(*prefix, token)] = mass * share
+        prefixes = longer
+    return found
+
+
+@pytest.mark.parametrize("temperature, top_p, chunk", [(1.0, 1.0, 256), (0.7, 0.9, 256), (1.3, 0.8, 5)])
+def test_samples_that_share_prefixes_are_distributed_as_independent_ones(temperature, top_p, chunk):
+    """Chi-square of all samples of many seeds against enumerated probabilities; and over the seeds the number of samples that
+    are one caption varies as a binomial does, which samples that depend on one another would break."""
+    captioner, table, n, seeds = random_captioner(), [0, 5, 6, 7, 2], 40, 250
+    exact = all_captions(captioner, table, temperature, top_p)
+    assert sum(exact.values()) == pytest.approx(1)
+    drawn = [{text: count for text, _, count in captioner.sample(table, n, temperature, top_p, seed, chunk)} for seed in range(seeds)]
+    assert all(sum(counts.values()) == n for counts in drawn)
+    total = sum(map(Counter, drawn), Counter())
+    assert set(total) <= set(exact)
+    common = [caption for caption in exact if exact[caption] * n * seeds >= 5]
+    rest = 1 - sum(exact[c] for c in common)
+    cells = [(total[c], exact[c] * n * seeds) for c in common] + [(n * seeds - sum(total[c] for c in common), rest * n * seeds)] * (rest > 1e-4)
+    assert len(cells) > 20
+    chi_square, freedom = sum((seen - expected) ** 2 / expected for seen, expected in cells), len(cells) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+    likely = sorted(common, key=exact.get)[-8:]
+    ratios = [torch.tensor([float(counts.get(c, 0)) for counts in drawn]).var().item() / (n * exact[c] * (1 - exact[c])) for c in likely]
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=4 * (2 / seeds / len(ratios)) ** 0.5)
+
+
+def plain_nucleus(p, top_p):
+    """The nucleus of one distribution (V,), token by token."""
+    chosen, mass = [], 0.0
+    for i in p.argsort(descending=True).tolist():
+        if mass >= top_p:
+            break
+        chosen.append(i)
+        mass += p[i].item()
+    return torch.zeros_like(p).index_copy(0, torch.tensor(chosen), p[chosen] / p[chosen].sum())
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
-    log_p = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
-    kept = model.nucleus(log_p, top_p)
+@pytest.mark.parametrize("vocabulary, spread", [(40, 2.0), (2000, 2.0), (2000, 0.2)])  # the last needs more than the 256 best
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, vocabulary, spread):
+    log_p = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)).mul(spread).log_softmax(-1)
+    best, order = model.nucleus(log_p, top_p)
+    kept = torch.zeros_like(log_p).scatter(1, order, best)
     for row, p in zip(kept, log_p.exp()):
-        chosen, mass = [], 0.0
-        for i in p.argsort(descending=True).tolist():
-            if mass >= top_p:
-                break
-            chosen.append(i)
-            mass += p[i].item()
-        expected = torch.zeros(40)
-        expected[chosen] = p[chosen] / p[chosen].sum()
-        torch.testing.assert_close(row, expected)
+        expected = plain_nucleus(p, top_p)
+        assert ((row > 0) == (expected > 0)).sum() >= vocabulary - 1  # rounding decides the one token at the limit
+        torch.testing.assert_close(row / row.sum(), expected, atol=2e-3, rtol=0)
 
 
 def test_rescoring_gives_each_candidate_its_cosine():

@@ -138,7 +138,7 @@ def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
             assert all(text.startswith("A photo depicts ") for text in texts)
             return torch.tensor([vectors[text.split()[-1]] for text in texts])
 
-    monkeypatch.setattr("model.image_features", lambda clip, pictures, *_: (torch.tensor([(1.0, 0.0)] * 4), pictures, []))
+    monkeypatch.setattr("features.image_features", lambda clip, pictures, *_: (torch.tensor([(1.0, 0.0)] * 4), pictures, []))
     captions, references = ["near", "far", "near", "far"], [["back", "told"], ["far"], ["back"], ["told", "back"]]
     one = 2 * 1.5 * 0.96 / (1.5 + 0.96)  # cosines .6 with the image and .48 + .48 with the better reference
     found, read = scorer.clip_scores(Plane(), captions, references, [None] * 4, tmp_path, 3)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import BART, CLIP
-from model import checkpoint_settings
+from model import Captioner, checkpoint_settings
 from trainer import cosine_rate
 
 
@@ -74,3 +74,43 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(sc
     assert run.code == 2 and "the loss became" in run.err and "at step" in run.err
     if (tmp_path / "best.safetensors").exists():
         assert math.isfinite(checkpoint_settings(tmp_path / "best.safetensors")["val_loss"])
+
+
+@pytest.mark.parametrize("stop_at, save_seconds", [(2, 0), (3, 0), (4, 0), (5, 1000), (6, 0)])
+def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, tmp_path, monkeypatch, stop_at, save_seconds):
+    """Stopped before its loss of step stop_at: in an epoch, at its end, before any save but that of the first epoch."""
+    train(script, world, cache, tmp_path / "whole")
+    plain, steps = Captioner.loss, []
+
+    def stops(self, tables, captions):
+        if torch.is_grad_enabled():
+            steps.append(len(tables))
+            if len(steps) == stop_at:
+                raise KeyboardInterrupt
+        return plain(self, tables, captions)
+
+    monkeypatch.setattr(Captioner, "loss", stops)
+    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "cut",
+                 "--clip_model", CLIP, "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2",
+                 "--save_seconds", save_seconds)
+    assert run.code == 130 and len(list((tmp_path / "cut").glob("state-*.pt"))) == 1
+    train(script, world, cache, tmp_path / "cut", "--save_seconds", save_seconds)
+    assert len(steps) == 6 + 1 + (1 if save_seconds else 0)  # the one that was cut, and what was not saved
+    for name in ("best.safetensors", "last.safetensors", "loss.csv", "loss.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    assert not list((tmp_path / "cut").glob("state-*.pt"))
+
+
+def test_a_damaged_state_is_named_and_other_settings_start_anew(script, world, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.write_curve", lambda *_: [].pop())  # after the first epoch's checkpoints, before its state
+    arguments = ("--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path, "--clip_model", CLIP,
+                 "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2", "--save_seconds", "0")
+    with pytest.raises(IndexError):
+        script("trainer", *arguments)
+    monkeypatch.undo()
+    [state] = tmp_path.glob("state-*.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    run = script("trainer", *arguments)
+    assert run.code == 2 and str(state) in run.err.splitlines()[-1]
+    train(script, world, cache, tmp_path, "--seed", "1")
+    assert not state.exists()

@@ -1,0 +1,79 @@
+"""Images as CLIP's vectors: encoded once, kept in a file, found again by later runs."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from utils import atomic, read_image
+
+
+def image_features(clip, pictures, folder, batch_size=64, shard=512):
+    """CLIP vectors of all images that can be read, from a file in folder where an earlier run left one.
+
+    The file is keyed by the CLIP model and by each image's path, size and time of change. Until it is whole, each shard of
+    so many images is a file of its own, so that a run that is killed loses no more than one.
+    Returns (features, float32 (n, dim); the n Pictures that they belong to; bad, a list of (path, reason)).
+    """
+    stats = []
+    for picture in pictures:
+        try:
+            stat = picture.path.stat()
+            stats.append((str(picture.path.resolve()), stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            stats.append((str(picture.path), 0, 0))
+    key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
+    path = Path(folder) / f"features-{key}.safetensors"
+    if (found := read_features(path)) is None:
+        shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard] for start in range(0, len(pictures), shard)}
+        parts, bad = [], {}
+        with tqdm(total=len(pictures), desc="encoding images", unit="image") as bar:
+            for part, some in shards.items():
+                if (found := read_features(part)) is None:
+                    found = encode_files(clip, [picture.path for picture in some], batch_size, bar)
+                    write_features(part, *found)
+                else:
+                    bar.update(len(some))
+                bad |= {len(parts) * shard + row: reason for row, reason in found[1].items()}
+                parts.append(found[0])
+        found = torch.cat(parts), bad
+        write_features(path, *found)
+        for part in shards:
+            part.unlink()
+    features, bad = found
+    good = [picture for row, picture in enumerate(pictures) if row not in bad]
+    return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
+
+
+def read_features(path):
+    """What write_features wrote, or None where there is nothing, or nothing that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("features"), {int(row): reason for row, reason in json.loads(file.metadata()["bad"]).items()}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_features(path, features, bad):
+    """features: float32 (n, dim). bad: {row of an image that could not be read: reason}."""
+    with atomic(path, "wb") as file:
+        file.write(save({"features": features}, {"bad": json.dumps(bad)}))
+
+
+def encode_files(clip, paths, batch_size, bar):
+    """(vectors of the images that can be read, {row of a bad one: reason}). bar: a tqdm that counts images."""
+    vectors, bad, batch = [torch.empty(0, clip.dim)], {}, []
+    for row, path in enumerate(paths):
+        try:
+            batch.append(read_image(path))
+        except OSError as error:
+            bad[row] = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        if batch and (len(batch) == batch_size or row == len(paths) - 1):
+            vectors.append(clip.encode_images(batch))
+            batch = []
+        bar.update()
+    return torch.cat(vectors), bad

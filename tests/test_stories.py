@@ -1,0 +1,244 @@
+"""Stories: each goes on from its caption as the model would, and depends on its caption and the seed alone."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stories
+from conftest import BART, CLIP, ROOT
+from model import nucleus
+
+GPT = str(ROOT / "snowglobe" / "weights" / "gpt")
+CAPTIONS = ["a red dog", "A whale by a lighthouse.", "two sheep and an umbrella in a quiet wood", "Geoff Hinton on a bus",
+            "a red dog", "a pair of red windmills, a black turtle, a yellow rocket, and four purple pigs by a train in the dark"]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """The model and tokenizer as transformers loads them."""
+    return AutoModelForCausalLM.from_pretrained(GPT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(GPT)
+
+
+@pytest.fixture
+def tell(script, tmp_path):
+    """tell(arguments...) runs the script on CAPTIONS, or on other captions, and returns the lines of stories.jsonl."""
+    def told(*arguments, captions=CAPTIONS):
+        source = ["--captions", captions] if not isinstance(captions, list) else ["--caption", *captions]
+        result = script("stories", *source, "--savedir", tmp_path / "out", "--lm", GPT, "--device", "cpu", *arguments)
+        assert result.code == 0, result.err
+        with open(tmp_path / "out" / "stories.jsonl", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    return told
+
+
+def test_a_batch_equals_one_by_one(tell):
+    how = ("--num_return_sequences", 3, "--top_p", 1)
+    together = tell(*how, "--batch_size", 64)
+    assert together == tell(*how, "--batch_size", 1) == tell(*how, "--batch_size", 5)
+    for place in (0, 2, 5):  # the fifth caption is the first again
+        assert tell(*how, captions=[CAPTIONS[place]]) == [together[place]]
+
+
+def test_a_story_is_drawn_as_by_the_plain_loop(lm):
+    """Against the definition: the whole text through the model for each token, no padding, no cache."""
+    model, tokenizer = lm
+    prompts = tokenizer([f"Once upon a time there was {caption}" for caption in CAPTIONS])["input_ids"]
+    ours = stories.load_lm(GPT, tokenizer.eos_token_id, "cpu", torch.float32)
+    found = stories.sample(ours, prompts, range(len(prompts)), 60, temperature=1.3, top_p=0.95)
+    assert any(ended for _, ended in found)
+    for seed, (prompt, (new, ended)) in enumerate(zip(prompts, found)):
+        generator, ids = torch.Generator().manual_seed(seed), list(prompt)
+        while len(ids) < len(prompt) + 60 and ids[-1] != tokenizer.eos_token_id:
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids])).logits[0, -1:]
+            p, order = nucleus(logits / 1.3, 0.95)
+            ids.append(order[0, p.multinomial(1, generator=generator)].item())
+        assert ended == (ids[-1] == tokenizer.eos_token_id)
+        assert prompt + new == (ids[:-1] if ended else ids)
+
+
+def test_near_temperature_zero_the_story_is_the_greedy_one(tell, lm):
+    model, tokenizer = lm
+    records = tell("--temperature", "1e-4", "--num_return_sequences", 2)
+    for record in records:
+        inputs = tokenizer(record["prompt"], return_tensors="pt")
+        greedy = model.generate(**inputs, do_sample=False, max_new_tokens=100, pad_token_id=0)[0]
+        if greedy[-1] == tokenizer.eos_token_id:
+            assert record["stories"] == [tokenizer.decode(greedy, skip_special_tokens=True)] * 2
+        else:
+            assert all(tokenizer.decode(greedy).startswith(story) for story in record["stories"])
+
+
+def test_the_seed_decides(tell):
+    first, again, other = tell("--seed", 7), tell("--seed", 7), tell("--seed", 8)
+    assert first == again
+    assert all(a["stories"] != b["stories"] for a, b in zip(first, other))
+
+
+def test_a_caption_has_as_many_stories_as_asked_and_all_begin_with_its_prompt(tell, tmp_path):
+    few, many = tell("--num_return_sequences", 2), tell("--num_return_sequences", 5)
+    lines = (tmp_path / "out" / "stories.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [" ".join(story.split()) for record in many for story in record["stories"]]
+    for caption, record, fewer in zip(CAPTIONS, many, few):
+        assert record["caption"] == caption and "image_id" not in record
+        assert len(record["stories"]) == len(set(record["stories"])) == 5
+        assert record["stories"][:2] == fewer["stories"]  # asking for more keeps those that were there
+        assert all(story.startswith(record["prompt"]) and len(story) > len(record["prompt"]) for story in record["stories"])
+    assert not set(many[0]["stories"]) & set(many[4]["stories"])  # one caption that comes twice
+
+
+@pytest.mark.parametrize("template, caption, prompt", [
+    ("Once upon a time there was {caption}", "A whale.", "Once upon a time there was a whale"),
+    ("Once upon a time there was {caption}", "Antarctica .", "Once upon a time there was Antarctica"),
+    ("{caption}. One day", "The whale.", "The whale. One day"),
+    ("{} {0} {name} {caption}{{", "a whale", "{} {0} {name} a whale{{"),
+])
+def test_the_caption_is_set_into_the_template(template, caption, prompt):
+    assert stories.fill(template, caption) == prompt
+
+
+def test_all_forms_of_captions_agree(tell, tmp_path):
+    ids = [42, "photos/a.jpg", 7, 8, 9, 10]
+    results = [{"image_id": i, "caption": caption} for i, caption in zip(ids, CAPTIONS)]
+    forms = {"preds.txt": "".join(f"{caption}\n" for caption in CAPTIONS), "captions.json": json.dumps(results),
+             "details.jsonl": "".join(json.dumps(r | {"file": "x.jpg", "table": [], "candidates": []}) + "\n" for r in results),
+             "marked.txt": "\ufeff" + "\r\n\r\n".join(CAPTIONS)}
+    direct = tell()
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        records = tell(captions=tmp_path / name)
+        assert [r.pop("image_id", None) for r in records] == ([None] * 6 if name.endswith(".txt") else ids)
+        assert records == direct
+
+
+def test_without_a_folder_stories_are_printed(script, tell):
+    result = script("stories", "--caption", *CAPTIONS, "--lm", GPT, "--device", "cpu", "--max_tokens", 40)
+    assert result.code == 0
+    assert result.out.splitlines() == [" ".join(record["stories"][0].split()) for record in tell("--max_tokens", 40)]
+
+
+def test_a_story_broken_off_ends_with_its_last_full_sentence(tell):
+    whole = tell("--num_return_sequences", 4, captions=CAPTIONS[:3])
+    cut = tell("--num_return_sequences", 4, "--max_tokens", 20, captions=CAPTIONS[:3])
+    for story, short in ((s, c) for w, c in zip(whole, cut) for s, c in zip(w["stories"], c["stories"])):
+        assert story.startswith(short) and short.endswith(".") and len(short) < len(story)
+
+
+@pytest.mark.parametrize("new, ended, more", [
+    (" near a cat. It was", False, " near a cat."),
+    (' near a cat. "It was sad!" The dog', False, ' near a cat. "It was sad!"'),
+    (" of 3.5 years and", False, " of 3.5 years and"),  # no sentence ends
+    (" near a cat. It was", True, " near a cat. It was"),  # the model's own end
+])
+def test_only_what_is_broken_off_is_cut(lm, new, ended, more):
+    prompt = "Mr. Hinton"
+    ids, new = (lm[1](text)["input_ids"] for text in (prompt, new))
+    assert stories.tell(lm[1], prompt, ids, new, ended) == prompt + more
+
+
+def test_positions_bound_a_story_and_no_neighbour_does(tell, lm):
+    """Prompts near the model's 128 positions, of several lengths, beside a short one that has room for all."""
+    long = ["a " + " ".join(["red dog"] * n) for n in (50, 30, 51, 51)]
+    assert len(lm[1](f"Once upon a time there was {long[-1]}")["input_ids"]) in range(100, 128)
+    together = tell("--top_p", 1, "--batch_size", 8, captions=long + CAPTIONS)
+    for caption in (long[0], long[1], CAPTIONS[0]):
+        assert tell("--top_p", 1, captions=[caption])[0] in together
+    for record in together:
+        assert len(lm[1](record["stories"][0])["input_ids"]) <= 128
+
+
+def test_a_tokenizer_that_cannot_pad_will_do(tell, tmp_path):
+    """As GPT-2's and GPT-Neo's on the hub."""
+    expected = tell()
+    folder = tmp_path / "gpt"
+    AutoModelForCausalLM.from_pretrained(GPT).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((ROOT / "snowglobe" / "weights" / "gpt" / name).read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    assert tell("--lm", folder) == expected
+
+
+def test_settings_that_a_model_brings_do_not_steer_the_sampling(tell, tmp_path):
+    folder = tmp_path / "gpt"
+    model = AutoModelForCausalLM.from_pretrained(GPT)
+    model.generation_config.update(repetition_penalty=5.0, min_new_tokens=90, max_length=10)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(GPT).save_pretrained(folder)
+    assert tell("--lm", folder) == tell()
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+@pytest.fixture
+def refuse(script, tmp_path):
+    """refuse(what the one sentence names, arguments...): exit code 2, no story, no file."""
+    def refused(named, *arguments):
+        source = [] if "--caption" in arguments or "--captions" in arguments else ["--caption", "a dog"]
+        result = script("stories", "--savedir", tmp_path / "out", "--lm", GPT, *source, *arguments)
+        assert result.code == 2 and result.out == "", result.err
+        assert result.err.startswith("error: ") and result.err.count("\n") == 1 and str(named) in result.err, result.err
+        assert not list((tmp_path / "out").glob("*"))
+    return refused
+
+
+@pytest.mark.parametrize("named, arguments", [
+    ("nowhere.txt", ["--captions", "nowhere.txt"]),
+    ("exactly one", ["--caption", "a dog", "--captions", "nowhere.txt"]),
+    ("no caption", ["--caption", "", " . "]),
+    ("{caption}", ["--prompt", "Once upon a time"]),
+    ("{caption}", ["--prompt", "There was {Caption} {"]),
+    ("--temperature", ["--temperature", "0"]),
+    ("--temperature", ["--temperature", "nan"]),
+    ("--top_p", ["--top_p", "2"]),
+    ("--max_tokens", ["--max_tokens", "0"]),
+    ("--num_return_sequences", ["--num_return_sequences", "0"]),
+    ("--batch_size", ["--batch_size", "-1"]),
+    ("nobody/nothing", ["--lm", "nobody/nothing"]),
+    (CLIP, ["--lm", CLIP]),
+    (BART, ["--lm", BART]),
+    ("128", ["--caption", "a dog", "a dog " * 200]),
+    ("device", ["--device", "abacus"]),
+])
+def test_what_cannot_work_is_named(refuse, named, arguments):
+    refuse(named, *arguments)
+
+
+def test_a_prompt_may_fill_all_positions_but_one(tell, refuse, lm):
+    captions = ["a" + " red" * n for n in range(140)]
+    lengths = [len(lm[1](f"Once upon a time there was {caption}")["input_ids"]) for caption in captions]
+    refuse("128", "--caption", captions[lengths.index(128)])
+    assert len(tell(captions=[captions[lengths.index(127)]])) == 1
+
+
+def test_a_model_without_weights_is_named(refuse, tmp_path):
+    (tmp_path / "config.json").write_text((ROOT / "snowglobe" / "weights" / "gpt" / "config.json").read_text())
+    refuse(tmp_path, "--lm", tmp_path)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.txt", b""), ("a.txt", b"\n \n"), ("a.txt", "ein Bär".encode("utf-16")), ("a.jsonl", b""), ("a.jsonl", b"a dog\n"),
+    ("a.jsonl", b'{"caption": "a dog"}\n{"caption'), ("a.jsonl", b'{"captions": []}'), ("a.json", b""), ("a.json", b"[]"),
+    ("a.json", b"a dog\n"), ("a.json", b'["a dog"]'), ("a.json", b'[{"image_id": 1}]'), ("a.json", b'[{"caption": "a'),
+    ("a.json", b'{"caption": "a dog"}'), ("a.json", b'[{"caption": 5}]'), ("a.json", b'[{"caption": ["a dog"]}]'),
+])
+def test_a_captions_file_without_captions_is_named(refuse, tmp_path, name, text):
+    (tmp_path / name).write_bytes(text)
+    refuse(tmp_path / name, "--captions", tmp_path / name)
+
+
+def test_a_failure_leaves_the_old_files_whole(script, tell, tmp_path, monkeypatch):
+    tell()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"stories.txt", "stories.jsonl"}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(stories, "tell", interrupted)
+    result = script("stories", "--caption", "a whale", "--savedir", tmp_path / "out", "--lm", GPT)
+    assert result.code == 130 and result.err.splitlines()[-1].startswith("stopped")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
