@@ -12,16 +12,15 @@ import json
 import math
 import random
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from nltk import wordpunct_tokenize
 from tqdm import tqdm
 
-from utils import (
-    InputError, cache_description, choose_device, existing_caches, output_folder, read_coco, read_lines, read_one_cache, run, write_cache,
-)
+from cache import cache_description, existing_caches, read_one_cache, write_cache
+from utils import InputError, choose_device, first, gather, output_folder, process, read_coco, read_lines, run
 
 CHUNK = 2048  # entries encoded between two writes
 
@@ -44,7 +43,9 @@ def parse():
     parser.add_argument("--min_count", type=int, default=3, help="bigrams seen less often than this are left out (default %(default)s)")
     # What is written.
     parser.add_argument("--textfile", required=True, help="entries to write or change, one a line (.txt)")
-    parser.add_argument("--embfile", required=True, help="their embeddings to write or change (.npy), float32, one row an entry")
+    parser.add_argument("--embfile", required=True, help="their embeddings to write or change (.npy), one row an entry")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="numbers of a new --embfile; float16 "
+                        "takes half the disk (default %(default)s)")
     # How they are encoded.
     parser.add_argument("--prefix", help='text set before each entry for CLIP, such as "a photo of " (default none; where a '
                         "cache is changed, the one that it was made with)")
@@ -83,26 +84,26 @@ def mine(captions, topk, min_count):
     return by_count + [" ".join(pair) for pair in by_pmi]
 
 
-@contextmanager
-def encoded(clip, entries, prefix, batch_size, embfile):
-    """The entries as CLIP's vectors, float32 (entries, dim), in a file beside embfile for as long as they are in use.
+def encode_entries(clip, texts, batch_size, part):
+    """Writes CLIP's vectors of the texts to the file part, float32 rows, CHUNK a process at a time. A run that was killed goes on
+    at the end of the file."""
+    rank, world = process()
 
-    The file grows by CHUNK entries at a time, and a run that was killed goes on at its end.
-    """
-    key = hashlib.sha256(json.dumps([clip.identity, entries, prefix, batch_size]).encode()).hexdigest()[:16]
-    part = embfile.with_name(f".{embfile.name}.{key}.part")
-    with open(part, "ab") as file, tqdm(total=len(entries), desc="encoding entries", unit="entry") as bar:
-        done = file.tell() // (CHUNK * clip.dim * 4) * CHUNK
-        file.truncate(done * clip.dim * 4)
-        bar.update(done)
-        for start in range(done, len(entries), CHUNK):
-            vectors = clip.encode_texts([prefix + entry for entry in entries[start:start + CHUNK]], batch_size)  # (CHUNK, dim)
-            file.write(vectors.numpy().tobytes())
-            file.flush()
-            bar.update(len(vectors))
-    yield np.memmap(part, np.float32, "r", shape=(len(entries), clip.dim))
-    for path in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):  # this one, and what other entries abandoned
-        path.unlink()
+    def begun():
+        with open(part, "ab") as file:
+            done = file.tell() // (CHUNK * clip.dim * 4) * CHUNK
+            file.truncate(done * clip.dim * 4)
+        return done
+
+    done = first(begun)
+    with tqdm(total=len(texts), initial=done, desc="encoding entries", unit="entry", disable=rank > 0) as bar:
+        for start in range(done, len(texts), CHUNK * world):
+            mine = texts[start + rank * CHUNK:start + (rank + 1) * CHUNK]
+            rows = gather([clip.encode_texts(mine, batch_size).numpy()])  # of (CHUNK, dim), the last ones of fewer
+            if rank == 0:
+                with open(part, "ab") as file:
+                    file.write(b"".join(r.tobytes() for r in rows))
+            bar.update(sum(map(len, rows)))
 
 
 def change_cache(args, device):
@@ -115,13 +116,13 @@ def change_cache(args, device):
     from model import Clip
     clip = Clip(args.clip_model, device)
     old, rows = read_one_cache(textfile, embfile, clip.identity)
-    if rows.shape[1] != clip.dim:
-        raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but the CLIP model {clip.identity} has {clip.dim}")
+    if rows.dim != clip.dim:
+        raise InputError(f"{embfile} has {rows.dim} dimensions, but the CLIP model {clip.identity} has {clip.dim}")
     made = cache_description(embfile)
     prefix = made["prefix"] if made else args.prefix or ""
     if made is None:  # without a description only a look can tell whether these are this CLIP's vectors
-        some = random.Random(0).sample(range(len(old)), min(8, len(old)))
-        if ((clip.encode_texts([prefix + old[i] for i in some]).numpy() * rows[some]).sum(1) < 0.99).any():
+        some = sorted(random.Random(0).sample(range(len(old)), min(8, len(old))))
+        if ((clip.encode_texts([prefix + old[i] for i in some]) * rows.only(some)[:]).sum(1) < 0.99).any():
             raise InputError(f'{embfile} was not made with the CLIP model {clip.identity} and the prefix "{prefix}"')
     elif args.prefix not in (None, prefix):
         raise InputError(f'{embfile} was made with the prefix "{prefix}", not "{args.prefix}"')
@@ -129,12 +130,10 @@ def change_cache(args, device):
     new = [entry for entry in dict.fromkeys(wanted) if entry and entry not in there]
     if not kept and not new:
         raise InputError(f"this would leave {textfile} empty")
-    rows = rows[kept]
-    if new:
-        added = clip.encode_texts([prefix + entry for entry in new], args.batch_size, "encoding entries")  # (new, dim)
-        rows = np.concatenate((rows, added.numpy()))
+    added = clip.encode_texts([prefix + entry for entry in new], args.batch_size, "encoding entries")  # (new, dim)
     if new or len(kept) < len(old):
-        write_cache(textfile, embfile, [old[i] for i in kept] + new, rows, clip.identity, prefix)
+        write_cache(textfile, embfile, [old[i] for i in kept] + new, torch.cat((rows.only(kept)[:], added)).numpy(), clip.identity,
+                    prefix, rows.dtype)
     missing = sorted(removed - there)
     print(f"added {len(new):,} entries to {textfile} ({len(wanted) - len(new):,} were there before), removed {len(old) - len(kept):,}"
           + (f"; not there to be removed: {', '.join(missing)}" if missing else "") + f"; it has {len(kept) + len(new):,}")
@@ -153,7 +152,7 @@ def main():
         raise InputError(f"--textfile and --embfile are both {args.textfile}")
     device = choose_device(args.device)
     if args.add or args.add_from or args.remove:
-        return change_cache(args, device)
+        return change_cache(args, device) if process()[0] == 0 else None  # a few entries: nothing to share
 
     # The entries. CLIP is loaded before they are mined, so that a wrong name is told at once.
     if args.entries:
@@ -177,9 +176,16 @@ def main():
         raise InputError(f"there is no word in {source}, so there is nothing to make a cache of")
 
     # Their embeddings.
-    prefix = args.prefix or ""
-    with encoded(clip, entries, prefix, args.batch_size, Path(args.embfile)) as embeddings:
-        write_cache(args.textfile, args.embfile, entries, embeddings, clip.identity, prefix)
+    prefix, embfile = args.prefix or "", Path(args.embfile)
+    key = hashlib.sha256(json.dumps([clip.identity, entries, prefix, args.batch_size]).encode()).hexdigest()[:16]
+    part = embfile.with_name(f".{embfile.name}.{key}.part")
+    encode_entries(clip, [prefix + entry for entry in entries], args.batch_size, part)
+    if process()[0] > 0:
+        return
+    embeddings = np.memmap(part, np.float32, "r", shape=(len(entries), clip.dim))
+    write_cache(args.textfile, args.embfile, entries, embeddings, clip.identity, prefix, args.dtype)
+    for path in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):  # this one, and what other entries abandoned
+        path.unlink()
     print(f"wrote {len(entries):,} entries to {args.textfile} and {args.embfile} (CLIP {clip.identity}, {device})")
 
 

@@ -55,7 +55,7 @@ add_words() {
 stage world \
     python -m snowglobe.scenes --datadir "$demo/world" --train $train --val $val
 stage cache \
-    python compute_cache.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --clip_model $clip --topk 300
+    python compute_cache.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --clip_model $clip --topk 150
 stage words add_words
 stage train \
     python trainer.py --datadir "$demo/world" --textfile "$demo/cache.txt" --embfile "$demo/cache.npy" --savedir "$demo/checkpoints" \

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from utils import atomic, read_image
+from utils import atomic, first, gather, process, read_image
 
 
 def image_features(clip, pictures, folder, batch_size=64, shard=512):
@@ -28,25 +28,33 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
             stats.append((str(picture.path), 0, 0))
     key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
     path = Path(folder) / f"features-{key}.safetensors"
-    if (found := read_features(path)) is None:
-        shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard] for start in range(0, len(pictures), shard)}
-        parts, bad = [], {}
-        with tqdm(total=len(pictures), desc="encoding images", unit="image") as bar:
-            for part, some in shards.items():
-                if (found := read_features(part)) is None:
-                    found = encode_files(clip, [picture.path for picture in some], batch_size, bar)
-                    write_features(part, *found)
-                else:
-                    bar.update(len(some))
-                bad |= {len(parts) * shard + row: reason for row, reason in found[1].items()}
-                parts.append(found[0])
-        found = torch.cat(parts), bad
-        write_features(path, *found)
-        for part in shards:
-            part.unlink()
+    if (found := first(lambda: read_features(path))) is None:
+        encode_shards(clip, pictures, path, batch_size, shard)
+        found = first(lambda: read_features(path))
     features, bad = found
     good = [picture for row, picture in enumerate(pictures) if row not in bad]
     return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
+
+
+def encode_shards(clip, pictures, path, batch_size, shard):
+    """Writes the features file of image_features by way of its shards, of which each process encodes every world-th."""
+    rank, world = process()
+    shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard] for start in range(0, len(pictures), shard)}
+    missing = first(lambda: [part for part in shards if read_features(part) is None])
+    done = len(pictures) - sum(len(shards[part]) for part in missing)
+    with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image", disable=rank > 0) as bar:
+        for start in range(0, len(missing), world):
+            some = missing[start:start + world]
+            mine = [(part, *encode_files(clip, [p.path for p in shards[part]], batch_size, bar)) for part in some[rank:rank + 1]]
+            for part, features, bad in gather(mine):
+                if rank == 0:
+                    write_features(part, features, bad)
+            bar.update(sum(len(shards[part]) for part in some[1:]))
+    if rank == 0:
+        parts, bads = zip(*map(read_features, shards))
+        write_features(path, torch.cat(parts), {i * shard + row: reason for i, bad in enumerate(bads) for row, reason in bad.items()})
+        for part in shards:
+            part.unlink()
 
 
 def read_features(path):

@@ -111,6 +111,8 @@ class Clip:
         and is read at the end token, so padding behind it changes nothing. Not so SigLIP's, which gets its full length.
         """
         texts = [text.lower() if self.siglip else text for text in texts]
+        if not texts:
+            return torch.empty(0, self.dim)
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         vectors = torch.empty(len(tokens), self.dim)

@@ -20,11 +20,11 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from cache import existing_caches, read_cache, search
 from gallery import write_gallery
 from utils import (
-    TEXT, InputError, atomic, choose_device, choose_dtype, existing_caches, existing_file, file_sha256, linearize, list_images,
-    output_folder, read_cache, read_coco, read_lines, report_bad_images, run, search, seed_of, write_json,
-    write_lines,
+    TEXT, InputError, atomic, choose_device, choose_dtype, existing_file, file_sha256, first, gather, linearize, list_images,
+    output_folder, process, read_coco, read_lines, report_bad_images, run, seed_of, write_json, write_lines,
 )
 
 
@@ -94,7 +94,7 @@ def check(args):
 
 
 def restrict(entries, embeddings, only, banned):
-    """The entries, and the rows of embeddings, that --only and --ban leave. only: a list or None; banned: a pattern or None."""
+    """The entries, and their Embeddings, that --only and --ban leave. only: a list or None; banned: a pattern or None."""
     if only and (missing := set(only).difference(entries)):
         raise InputError(f'{len(missing)} lines of --only, such as "{min(missing)}", are in no cache; compute_cache.py --add puts '
                          f"them into one")
@@ -102,7 +102,7 @@ def restrict(entries, embeddings, only, banned):
     rows = [i for i, entry in enumerate(entries) if entry in only and not (banned and banned.search(entry))]
     if not rows:
         raise InputError("--ban leaves no entry")
-    return [entries[i] for i in rows], embeddings[rows]
+    return [entries[i] for i in rows], embeddings.only(rows)
 
 
 def whole_words(lines):
@@ -142,6 +142,27 @@ def without_banned(captioner, banned, candidates, table, seed):
             return clean
         candidates = captioner.sample(table, 100, seed=seed + attempt)
     return []
+
+
+def write_candidates(captioner, tables, seeds, banned, args):
+    """{text: likelihood} of each table's candidates. tables: B lists of entries. seeds: B integers, for sampling."""
+    tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
+    if args.do_sample:
+        found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, seed) for ids, seed in zip(tokens, seeds)]
+    else:
+        found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
+    if banned:
+        found = [without_banned(captioner, banned, *each) for each in zip(found, tokens, seeds)]
+    return [{text: likelihood for text, likelihood, *_ in candidates} for candidates in found]
+
+
+def record_of(picture, table, scores, candidates, cosines, lm_weight):
+    """A line of details.jsonl: the picture's caption with all that it came from. candidates: {text: likelihood}; cosines in its order."""
+    ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates.items(), cosines)),
+                    key=lambda c: -c[1] - lm_weight * c[2])
+    best, score = ranked[0][:2] if ranked else ("", 0.0)
+    return {"image_id": picture.id, "file": str(picture.path), "caption": best, "score": score,
+            "table": [(entry, round(s, 5)) for entry, s in zip(table, scores)], "candidates": ranked}
 
 
 def write_results(savedir, part, pictures, args):
@@ -210,35 +231,28 @@ def main():
     if not pictures:
         report_bad_images(bad)
         raise InputError("none of the images can be read")
-    done = kept_records(part, pictures, args.batch_size)
+    rank, world = process()
+    done = first(lambda: kept_records(part, pictures, args.batch_size))
 
     # For each batch the tables (each image's nearest entries), the candidates, and CLIP's choice.
     start_time = time.perf_counter()
-    with open(part, "a", **TEXT) as file, tqdm(total=len(pictures), initial=done, desc="captioning", unit="image") as bar:
-        for start in range(done, len(pictures), args.batch_size):
-            batch = slice(start, start + args.batch_size)
-            scores, indices = search(features[batch], embeddings, topk)  # (B, k), (B, k)
-            tables = [[entries[i] for i in row] for row in indices.tolist()]
-            tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
-            seeds = [seed_of(args.seed, picture.id) for picture in pictures[batch]]
-            if args.do_sample:
-                found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, seed)
-                         for ids, seed in zip(tokens, seeds)]
-            else:
-                found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
-            if banned:
-                found = [without_banned(captioner, banned, *each) for each in zip(found, tokens, seeds)]
-            found = [list({text: likelihood for text, likelihood, *_ in candidates}.items()) for candidates in found]  # distinct texts
-            matches = rescore(clip, features[batch], [[text for text, _ in candidates] for candidates in found])
-            for picture, table, row, candidates, cosines in zip(pictures[batch], tables, scores.tolist(), found, matches):
-                ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates, cosines)),
-                                key=lambda c: -c[1] - args.lm_weight * c[2])
-                best, score = ranked[0][:2] if ranked else ("", 0.0)
-                record = {"image_id": picture.id, "file": str(picture.path), "caption": best, "score": score,
-                          "table": [(entry, round(s, 5)) for entry, s in zip(table, row)], "candidates": ranked}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(tables))
+    with tqdm(total=len(pictures), initial=done, desc="captioning", unit="image", disable=rank > 0) as bar:
+        for start in range(done, len(pictures), args.batch_size * world):
+            batch = slice(start + rank * args.batch_size, start + (rank + 1) * args.batch_size)
+            records = []
+            if pictures[batch]:
+                scores, indices = search(features[batch], embeddings, topk)  # (B, k), (B, k)
+                tables = [[entries[i] for i in row] for row in indices.tolist()]
+                found = write_candidates(captioner, tables, [seed_of(args.seed, p.id) for p in pictures[batch]], banned, args)
+                matches = rescore(clip, features[batch], found)
+                records = [record_of(*each, args.lm_weight) for each in zip(pictures[batch], tables, scores.tolist(), found, matches)]
+            records = gather(records)
+            if rank == 0:
+                with open(part, "a", **TEXT) as file:
+                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            bar.update(len(records))
+    if rank > 0:
+        return
 
     seconds = (time.perf_counter() - start_time) / max(1, len(pictures) - done)
     empty = write_results(savedir, part, pictures, args)

@@ -24,8 +24,8 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from tqdm import tqdm
 
 from utils import (
-    InputError, Picture, choose_device, existing_file, list_images, output_folder, read_annotations, report_bad_images,
-    run, write_json,
+    InputError, Picture, choose_device, existing_file, list_images, output_folder, process, read_annotations,
+    report_bad_images, run, write_json,
 )
 
 PROMPT = "A photo depicts "  # before every text for CLIP, as CLIPScore's authors have it
@@ -227,6 +227,8 @@ def clip_scores(clip, captions, references, paths, folder, batch_size):
 
 
 def main():
+    if process()[0] > 0:
+        return  # one process does it all
     args = parse()
     captions, references, paths = read_scored(args)
     train = []

@@ -16,7 +16,7 @@ from operator import itemgetter
 import torch
 from tqdm import tqdm
 
-from utils import InputError, atomic, choose_device, choose_dtype, existing_file, output_folder, run, seed_of, write_lines
+from utils import InputError, atomic, choose_device, choose_dtype, existing_file, output_folder, process, run, seed_of, write_lines
 
 
 def parse():
@@ -156,6 +156,8 @@ def tell(tokenizer, prompt, ids, new, ended):
 
 
 def main():
+    if process()[0] > 0:
+        return  # one process does it all
     args = parse()
     check(args)
     captions = read_captions(args.captions) if args.captions else [(None, text) for text in args.caption]

@@ -19,9 +19,10 @@ import time
 import torch
 from tqdm import tqdm
 
+from cache import existing_caches, read_cache, search
 from utils import (
-    InputError, atomic, choose_device, choose_dtype, existing_caches, linearize, output_folder, read_cache, read_coco,
-    report_bad_images, run, search,
+    InputError, add_up, atomic, choose_device, choose_dtype, first, linearize, output_folder, process, read_coco,
+    report_bad_images, run,
 )
 
 
@@ -77,14 +78,35 @@ def tokenized_tables(captioner, features, entries, embeddings, topk):
     return captioner.tokenize(tables, captioner.maxlen_enc)
 
 
+def share_step(captioner, tables, captions, parameters):
+    """Leaves the gradient of a batch's mean loss a caption token in the parameters, and returns that loss, a float.
+
+    tables, captions: lists of token ids. Each process takes every world-th pair, and its share of the tokens weighs its loss, so
+    that the sum is the loss of the whole batch.
+    """
+    rank, world = process()
+    mine, total = slice(rank, None, world), torch.zeros((), device=captioner.device)
+    if tables[mine]:
+        loss = captioner.loss(tables[mine], captions[mine]) * (sum(map(len, captions[mine])) / sum(map(len, captions)))
+        loss.backward()
+        total += loss.detach()
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    add_up([total, *(parameter.grad for parameter in parameters)])
+    return total.item()
+
+
 def validate(captioner, tables, captions, batch_size):
-    """Mean loss over a fixed set: each image with its first caption, weighted by images."""
-    total = 0.0
+    """Mean loss over a fixed set: each image with its first caption, weighted by images. Each process takes every world-th batch."""
+    rank, world = process()
+    total = torch.zeros((), device=captioner.device)
     with torch.inference_mode():
-        for start in range(0, len(tables), batch_size):
+        for start in range(rank * batch_size, len(tables), world * batch_size):
             batch = slice(start, start + batch_size)
-            total += captioner.loss(tables[batch], [c[0] for c in captions[batch]]).item() * len(tables[batch])
-    return total / len(tables)
+            total += captioner.loss(tables[batch], [c[0] for c in captions[batch]]) * len(tables[batch])
+    add_up([total])
+    return total.item() / len(tables)
 
 
 def save_state(path, trained, optimizer, progress):
@@ -94,9 +116,12 @@ def save_state(path, trained, optimizer, progress):
 
 
 def load_state(path, trained, optimizer):
-    """Puts the saved numbers into the trained parameters and the optimizer. Returns the progress. Raises InputError."""
+    """Puts the saved numbers into the trained parameters and the optimizer. Returns the progress, or None where nothing was
+    saved. Raises InputError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = first(lambda: torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None)
+        if state is None:
+            return None
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(state["trained"][name])
@@ -176,9 +201,10 @@ def main():
     # What decides the outcome names the state, so a run of other settings starts anew.
     decides = [settings, args.lrate, warmup, steps, args.batch_size, str(dtype), tables, captions, val_tables, val_captions]
     state = savedir / f"state-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.pt"
-    best, done, recent, history = load_state(state, trained, optimizer) if state.is_file() else (math.inf, 0, [], [])
+    best, done, recent, history = load_state(state, trained, optimizer) or (math.inf, 0, [], [])
+    rank, _ = process()
     step, saved = 0, time.monotonic()
-    with tqdm(total=round(steps / steps_an_epoch * len(train)), unit="image", desc="training") as bar:
+    with tqdm(total=round(steps / steps_an_epoch * len(train)), unit="image", desc="training", disable=rank > 0) as bar:
         for epoch in range(math.ceil(steps / steps_an_epoch)):
             rng = random.Random(f"{args.seed}/{epoch}")
             order = rng.sample(range(len(train)), len(train))
@@ -191,12 +217,11 @@ def main():
                 if step <= done:  # before the stop
                     bar.update(len(rows))
                     continue
-                loss = captioner.loss([tables[i] for i in rows], told)
-                recent = recent[-9:] + [loss.item()]
-                if not math.isfinite(recent[-1]):
-                    raise InputError(f"the loss became {recent[-1]} at step {step}; the checkpoints in {savedir} are of the last "
+                loss = share_step(captioner, [tables[i] for i in rows], told, trained.values())
+                recent = recent[-9:] + [loss]
+                if not math.isfinite(loss):
+                    raise InputError(f"the loss became {loss} at step {step}; the checkpoints in {savedir} are of the last "
                                      f"good epoch (try a lower --lrate than {args.lrate})")
-                loss.backward()
                 optimizer.param_groups[0]["lr"] = args.lrate * cosine_rate(step - 1, steps, warmup)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -204,13 +229,15 @@ def main():
                 if step % 10 == 0:
                     history.append((step, sum(recent) / 10, None, optimizer.param_groups[0]["lr"]))
                     bar.set_postfix(loss=f"{history[-1][1]:.3f}", refresh=False)
-                if time.monotonic() - saved > args.save_seconds:
+                if rank == 0 and time.monotonic() - saved > args.save_seconds:
                     save_state(state, trained, optimizer, (best, step, recent, history))
                     saved = time.monotonic()
             if any(h[0] == step and h[2] is not None for h in history):  # validated before the stop
                 continue
             val_loss = validate(captioner, val_tables, val_captions, args.batch_size)
             history.append((step, sum(recent) / len(recent), val_loss, optimizer.param_groups[0]["lr"]))
+            if rank > 0:
+                continue
             settings |= {"step": step, "epoch": epoch + 1, "val_loss": round(val_loss, 6)}
             save_checkpoint(savedir / "last.safetensors", trained, settings)
             if val_loss < best:
@@ -219,6 +246,8 @@ def main():
             write_curve(savedir, history)
             save_state(state, trained, optimizer, (best, step, recent, history))
             bar.write(f"epoch {epoch + 1}: step {step}, validation loss {val_loss:.4f}, best {best:.4f}")
+    if rank > 0:
+        return
     for path in savedir.glob("state-*.pt"):  # this one is done with, those of other settings were abandoned
         path.unlink()
     print(f"wrote {savedir / 'best.safetensors'} (validation loss {best:.4f}), last.safetensors, loss.csv and loss.png")

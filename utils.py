@@ -1,4 +1,4 @@
-"""What the scripts share around the models: the cache on disk, search, the table, images, COCO, safe writing.
+"""What the scripts share around the models: processes, safe writing, the table, images, COCO.
 
 Nothing here imports from this project or knows a model.
 """
@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import distributed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SEPARATOR = " | "
@@ -38,12 +39,49 @@ def run(main):
         signal.signal(signal.SIGTERM, stop)
     try:
         main()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; finished files are whole, run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+def process():
+    """(rank, number of processes). It is (0, 1) unless torchrun started several; then this one joins the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def gather(things):
+    """The lists of all processes one behind the other, by rank; on all of them."""
+    lists = [things] * process()[1]
+    if len(lists) > 1:
+        distributed.all_gather_object(lists, things)
+    return [thing for some in lists for thing in some]
+
+
+def add_up(tensors):
+    """Replaces each tensor by its sum over all processes, in one go; they all have one device and float32."""
+    if process()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def first(make):
+    """What make() gives on the first process, which alone looks at and writes files; on all of them."""
+    rank, world = process()
+    thing = [make() if rank == 0 else None]
+    if world > 1:
+        distributed.broadcast_object_list(thing)
+    return thing[0]
 
 
 # ------------------------------------------------------------------------------------------ safe writing
@@ -98,6 +136,10 @@ def existing_file(path, what):
     return path
 
 
+def file_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def read_lines(path, what):
     """Lines of a text file, white space made single, without blank ones. Raises InputError."""
     try:
@@ -118,6 +160,8 @@ def choose_device(name):
     """torch.device for "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each of torchrun's processes has a GPU of its own
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -131,136 +175,7 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
-# -------------------------------------------------------------------------------------------------- cache
-
-def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def staged(path):
-    """Where a cache's file waits until all of them are written."""
-    return Path(path).with_name(f".{Path(path).name}.new")
-
-
-def finish_cache(textfile, embfile):
-    """Moves the files that write_cache staged into place, also those of a run that was killed there.
-
-    The description is staged last: where it is, all are whole. So text and embeddings are never out of step.
-    """
-    files = textfile, embfile, f"{embfile}.json"
-    if staged(files[-1]).is_file():
-        for path in files:
-            with suppress(FileNotFoundError):  # moved before
-                os.replace(staged(path), path)
-
-
-def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix):
-    """Writes entries (one a line), embeddings (entries, dim) float32 .npy, and what they were made with (.npy.json).
-
-    All of them or none come into place (finish_cache). The JSON holds the text's sha256, so that files of two runs
-    are never taken for one cache.
-    """
-    write_lines(staged(textfile), entries)
-    with atomic(staged(embfile), "wb") as file:
-        np.save(file, np.ascontiguousarray(embeddings, dtype=np.float32))
-    write_json(staged(f"{embfile}.json"), {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
-                                           "prefix": prefix, "text_sha256": file_sha256(staged(textfile))}, indent=1)
-    finish_cache(textfile, embfile)
-
-
-def existing_caches(textfiles, embfiles):
-    """Pairs of paths (text, embeddings), after a look whether they are there. Raises InputError."""
-    if len(textfiles) != len(embfiles):
-        raise InputError(f"{len(textfiles)} --textfile stand beside {len(embfiles)} --embfile; they go in pairs")
-    pairs = []
-    for textfile, embfile in zip(textfiles, embfiles):
-        finish_cache(textfile, embfile)
-        pairs.append((existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings")))
-    return pairs
-
-
-def read_cache(textfiles, embfiles, clip_model, dim=None):
-    """Reads caches one after the other as one; an entry that comes again is kept once, at its first place.
-
-    textfiles, embfiles: paths, in pairs. clip_model, dim: identity and width of the CLIP in use (Clip.identity, Clip.dim).
-    Returns (entries, a list of N texts; embeddings, float32 tensor (N, dim) of unit rows).
-    Raises InputError: a file is missing or empty, lengths differ, another CLIP model or text, not finite.
-    """
-    entries, parts, seen = [], [], set()
-    for textfile, embfile in existing_caches(textfiles, embfiles):
-        lines, rows = read_one_cache(textfile, embfile, clip_model)
-        if rows.shape[1] != (dim or rows.shape[1]):
-            raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but the CLIP model {clip_model} has {dim}")
-        if parts and rows.shape[1] != parts[0].shape[1]:
-            raise InputError(f"{embfile} has {rows.shape[1]} dimensions, but {embfiles[0]} has {parts[0].shape[1]}: not of one CLIP model")
-        fresh = [i for i, line in enumerate(lines) if not (line in seen or seen.add(line))]
-        entries += [lines[i] for i in fresh]
-        parts.append(torch.from_numpy(rows[fresh] if len(fresh) < len(lines) else rows))
-    return entries, parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def cache_description(embfile):
-    """What write_cache noted beside the embeddings, a dict; None where there is nothing. Raises InputError."""
-    side = Path(f"{embfile}.json")
-    if not side.is_file():
-        return None
-    try:
-        made = json.loads(side.read_text(encoding="utf-8"))
-        return {name: made[name] + "" for name in ("clip_model", "text_sha256", "prefix")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{side} is not the description of a cache; delete it to load the cache unchecked") from error
-
-
-def read_one_cache(textfile, embfile, clip_model):
-    """One cache, checked: (lines, float32 array (lines, dim)). Raises InputError, see read_cache."""
-    try:
-        text = textfile.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{textfile} is not UTF-8 text") from error
-    lines = text.removesuffix("\n").split("\n") if text else []
-    if not lines:
-        raise InputError(f"the cache {textfile} is empty")
-    try:
-        with open(embfile, "rb") as file:  # not np.load, which opens archives, too
-            rows = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{embfile} is not a .npy file of numbers") from error
-    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
-        raise InputError(f"{embfile} does not hold a table of real numbers, one row an entry")
-    if len(lines) != len(rows):
-        raise InputError(f"{textfile} has {len(lines)} entries, but {embfile} has {len(rows)} rows: not the same cache")
-    made = cache_description(embfile)
-    if made is None:
-        print(f"warning: {embfile}.json is missing, so it is not checked that {embfile} was made with {clip_model}", file=sys.stderr)
-    elif made["clip_model"] != clip_model:
-        raise InputError(f"the cache {embfile} was made with the CLIP model {made['clip_model']}, not with {clip_model}")
-    elif made["text_sha256"] != file_sha256(textfile):
-        raise InputError(f"{textfile} is not the text that {embfile} was made from; compute the cache again")
-    rows = rows.astype(np.float32, copy=False)
-    if not np.isfinite(rows).all():
-        raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
-    return lines, rows
-
-
-def search(queries, embeddings, k, chunk=16384):
-    """The k nearest rows by inner product, best first; a tie goes to the lower index within a chunk.
-
-    queries: (B, dim) float32. embeddings: (N, dim) float32. Returns (scores (B, k), indices (B, k) int64), k <= N.
-    Only B x chunk products exist at a time, so memory does not grow with N.
-    """
-    k = min(k, len(embeddings))
-    best = indices = None
-    for start in range(0, len(embeddings), chunk):
-        scores = queries @ embeddings[start:start + chunk].T  # (B, chunk)
-        top, where = scores.topk(min(k, scores.shape[1]), dim=1)
-        where = where + start
-        if best is not None:
-            top, where = torch.cat((best, top), 1), torch.cat((indices, where), 1)
-            top, order = top.topk(min(k, top.shape[1]), dim=1)
-            where = where.gather(1, order)
-        best, indices = top, where
-    return best, indices  # (B, k), (B, k) indices into the cache
-
+# -------------------------------------------------------------------------------------------------- table
 
 def linearize(entries):
     """The table as the language model reads it: each entry followed by a bar, the last one too."""
@@ -302,6 +217,8 @@ def read_image(path):
 
 def report_bad_images(bad):
     """Names and counts the images that could not be read. bad: (path, reason) pairs."""
+    if process()[0] > 0:
+        return
     for path, reason in bad:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     if bad:

@@ -3,11 +3,12 @@
     python -m snowglobe.build clip bart gpt --out /tmp/weights --minutes 60
     python -m snowglobe.build clip --out /tmp/weights --minutes 60 --resume
 
-What is in snowglobe/weights was trained on a CPU with bfloat16 units (AMX), in float32 with bfloat16 autocast:
-CLIP, 4.0M parameters, for 43 minutes on one core (1,500 steps, by the time that --minutes 58 allowed, without the loss
-"things", which was not there yet) and then for 33 minutes on two with --resume, --seed 1 and a peak rate of 8e-4 (1,870 steps
-of 256 images); BART, 3.4M, for 50 minutes on one core (6,500 steps of 128 texts); GPT-Neo, 0.4M, for 6 minutes on one core
-(2,000 steps of 64 stories). Each run has one schedule over its own time, so another machine gets other weights.
+What is in snowglobe/weights was trained on a CPU with bfloat16 units (AMX), in float32 with bfloat16 autocast, by several runs,
+each of which went on from the one before (--resume) with a schedule over its own time, so another machine gets other weights:
+CLIP, 4.0M parameters, for 43 and 33 minutes (1,500 and 1,870 steps of 256 images) on emptier scenes, and without the loss "things" at
+first; then on scenes as they are here for 500 steps (--seed 2) and for 55 minutes on two cores (--seed 3, 2,950 steps).
+BART, 3.4M, for 50 minutes on one core (6,500 steps of 128 texts) without page_text; then with it for 2,000 steps (--seed 2) and for 11
+minutes (--seed 4, 880 steps). GPT-Neo, 0.4M, for 7 minutes on one core (1,730 steps of 64 stories).
 
 How good each is alone, as `python -m snowglobe.measure --alone` prints it after the demo:
     CLIP: of 500 captions of val2017 an image's own comes first for 89%
@@ -55,9 +56,10 @@ PIXELS = 96  # each side of the images that CLIP sees
 
 # ------------------------------------------------------------------------------------------------ texts
 
-def any_scene(rng):
-    """A scene of the whole world, the held-out kinds included: what a pretrained model has seen."""
-    return scenes.make_scene(rng, list(scenes.KINDS))
+def any_scene(rng, must=(), most_groups=3):
+    """A scene of the whole world, the held-out kinds included: what a pretrained model has seen. Of two the fuller one,
+    for scenes of several kinds are the harder ones. must, most_groups: as of scenes.make_scene."""
+    return max((scenes.make_scene(rng, list(scenes.KINDS), must, most_groups) for _ in range(2)), key=lambda s: len(s.groups))
 
 
 def coined_word(rng):
@@ -124,19 +126,29 @@ def list_text(rng):
     return linearize(fragment(rng, caption_text(rng)) for _ in range(rng.randint(2, 8))).strip()
 
 
+def page_text(rng):
+    """A caption and then keywords of the same scene, as pages of the web hold them."""
+    scene = any_scene(rng)
+    keywords = dict.fromkeys(fragment(rng, scenes.caption(scene, rng), 2) for _ in range(rng.randint(4, 10)))
+    return f"{scenes.caption(scene, rng)}. {', '.join(keywords)}"
+
+
 def story_sentence(rng):
     return rng.choice(story_text(rng).split(". "))
 
 
 def bart_text(rng):
-    make = rng.choices((caption_text, story_sentence, fact_text, list_text), (66, 10, 12, 12))[0]
+    make = rng.choices((caption_text, page_text, story_sentence, fact_text, list_text), (46, 26, 8, 10, 10))[0]
     return make(rng).lower()
 
 
 def noised(rng, text):
-    """The denoising task of BART (Lewis et al. 2019, https://arxiv.org/abs/1910.13461): spans permuted,
-    words deleted, spans of Poisson(3) words replaced by one mask."""
-    words = text.split()
+    """The denoising task of BART (Lewis et al. 2019, https://arxiv.org/abs/1910.13461): a sentence of several or spans
+    of Poisson(3) words replaced by one mask, spans permuted, words deleted."""
+    sentences = text.split(". ")
+    if len(sentences) > 1 and rng.random() < 0.7:
+        sentences[rng.randrange(len(sentences))] = "<mask>"
+    words = " ".join(sentences).split()
     is_list = "|" in words
     if not is_list and rng.random() < 0.7:
         spans, i = [], 0
@@ -289,11 +301,11 @@ def altered(rng, scene):
 
 
 def render(seed):
-    """(scene, its truths, its picture as CLIP sees it: uint8 (PIXELS, PIXELS, 3)) of a seed."""
+    """(scene, its picture as CLIP sees it: uint8 (PIXELS, PIXELS, 3)) of a seed."""
     rng = random.Random(seed)
-    scene = scenes.make_scene(rng, list(scenes.KINDS), scenes.HELD_OUT if rng.random() < 0.15 else (), rng.choice((1, 3, 3, 3)))
+    scene = any_scene(rng, scenes.HELD_OUT if rng.random() < 0.15 else (), rng.choice((1, 3, 3, 3, 3, 3)))
     picture = scenes.draw_scene(scene).resize((PIXELS, PIXELS), scenes.Image.BICUBIC)
-    return scene, scenes.truths(scene), torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(PIXELS, PIXELS, 3)
+    return scene, torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(PIXELS, PIXELS, 3)
 
 
 class Claims:
@@ -356,11 +368,12 @@ def fragment_losses(logits, truth, plain, names_kind):
     return to_images, to_fragments, things
 
 
-def build_clip(out, minutes, seed, resume, n_images=80000, batch=256):
+def build_clip(out, minutes, seed, resume, n_images=160000, batch=256):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    world, facts, pixels = zip(*(render(f"{seed}/clip/{i}") for i in tqdm(range(n_images), "drawing")))
-    pixels = torch.stack(pixels)  # (n_images, PIXELS, PIXELS, 3)
+    world, pixels = [None] * n_images, torch.empty(n_images, PIXELS, PIXELS, 3, dtype=torch.uint8)
+    for i in tqdm(range(n_images), "drawing"):
+        world[i], pixels[i] = render(f"{seed}/clip/{i}")
     if resume:
         model, tokenizer = resumed(CLIPModel, CLIPTokenizer, out / "clip")
     else:
@@ -391,7 +404,7 @@ def build_clip(out, minutes, seed, resume, n_images=80000, batch=256):
 
     def losses():
         rows = [rng.randrange(n_images) for _ in range(batch)]
-        there = [facts[i] for i in rows]
+        there = [scenes.truths(world[i]) for i in rows]
         sentences = [scenes.caption(world[i], rng) for i in rows] + [scenes.caption(altered(rng, world[i]), rng) for i in rows]
         pieces = list(dict.fromkeys([fragment(rng, rng.choice(sentences)) for _ in range(300)] + rng.sample(unigrams, 150)))
         said = [scenes.claims(piece) for piece in pieces]
@@ -405,7 +418,7 @@ def build_clip(out, minutes, seed, resume, n_images=80000, batch=256):
         to_images, to_fragments, things = fragment_losses(scale.exp().clamp(max=40) * images @ embed(pieces).T, truth, plain, names_kind)
         return {"sentences": sentence_loss(model.logit_scale.exp().clamp(max=60) * images @ embed(sentences).T,
                                            judge.true([scenes.claims(sentence) for sentence in sentences], there).T),
-                "to fragments": to_fragments, "to images": to_images, "things": things}
+                "to fragments": to_fragments, "to images": to_images, "things": 2 * things}
 
     fit("clip", [*model.parameters(), scale], losses, minutes, 1e-3, lambda: save(out / "clip", model, tokenizer, processor))
 

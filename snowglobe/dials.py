@@ -44,7 +44,7 @@ def script(*arguments):
 
 def make_caches(folder, demo):
     """{name: path without its end} of caches with the held-out words added, one for each setting of the dial "cache"."""
-    sources = {"as in training": None, "of another world": ["--topk", "300"], "unigrams alone": ["--topk", "300"], "1,000 bigrams": ["--topk", "1000"]}
+    sources = {"as in training": None, "of another world": ["--topk", "150"], "unigrams alone": ["--topk", "150"], "1,000 bigrams": ["--topk", "1000"]}
     made = {}
     for name, mined in sources.items():
         path = made[name] = folder / ("cache_" + re.sub(r"\W+", "_", name))

@@ -650,7 +650,7 @@ def draw_whale(pen, c):
     pen.dot(0.2, 0.62, 0.03)
 
 
-@kind("mushroom/mushrooms", doing="growing")
+@kind("mushroom/mushrooms")
 def draw_mushroom(pen, c):
     pen.box((244, 234, 212), 0.36, 0.48, 0.64, 0.99, 0.08)
     pen.draw.pieslice(pen.corners(0.02, 0.06, 0.98, 1.08), 180, 360, c, shade(c, 0.5), 2)

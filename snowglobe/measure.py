@@ -124,7 +124,7 @@ def measure_alone(folder, described):
     from features import image_features
     from model import Captioner, Clip
     from snowglobe import build
-    from utils import read_cache, search
+    from cache import read_cache, search
 
     clip = Clip(WEIGHTS / "clip")
     pictures = read_coco(folder / "world", "val2017")

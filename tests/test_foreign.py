@@ -27,7 +27,8 @@ import foreign
 import model
 from conftest import BART, CLIP
 from model import Captioner, Clip, checkpoint_settings, is_layernorm, load_checkpoint
-from utils import InputError, linearize, read_cache
+from cache import read_cache
+from utils import InputError, linearize
 
 TEXTS = ["a dog", "Two Red cats, next to a big house in the snow!", "penguin", "there is a train at night, it's 10 o'clock", "a"]
 TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]
@@ -442,8 +443,8 @@ def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
     np.save(tmp_path / "postcache.npy", rows.astype(dtype))
     (tmp_path / "postcache.txt").write_text("a dog\ngeoff hinton\nfrisbee")  # the last line may lack its end
     entries, embeddings = read_cache([tmp_path / "postcache.txt"], [tmp_path / "postcache.npy"], "ViT-B/16", 8)
-    assert entries == ["a dog", "geoff hinton", "frisbee"] and embeddings.dtype == torch.float32
-    torch.testing.assert_close(embeddings, torch.from_numpy(rows), atol=slack, rtol=0)
+    assert entries == ["a dog", "geoff hinton", "frisbee"] and embeddings[:].dtype == torch.float32
+    torch.testing.assert_close(embeddings[:], torch.from_numpy(rows), atol=slack, rtol=0)
     assert "it is not checked" in capsys.readouterr().err
 
 

@@ -1,0 +1,200 @@
+"""The cache: entries in a text file, their CLIP embeddings in an .npy beside it, and the search for those nearest to an image."""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import InputError, atomic, existing_file, file_sha256, write_json, write_lines
+
+BLOCK = 65536  # rows read or written at a time
+
+
+class Rows:
+    """The rows of an .npy file, or some of them, left on the disk: what is asked for is mapped, so a cache may be larger than
+    memory. rows[a:b] is a float32 tensor (b - a, dim), whatever the file's own type of real numbers. Raises InputError."""
+
+    def __init__(self, path, kept=None):
+        self.path, self.kept = path, kept  # kept: ascending numbers of rows, or None for all
+        try:
+            with open(path, "rb") as file:  # not np.load, which opens archives, too
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, fortran, self.dtype = header[np.lib.format.read_magic(file)](file)
+                self.offset = file.tell()
+        except (ValueError, OSError, EOFError, KeyError) as error:
+            raise InputError(f"{path} is not a .npy file of numbers") from error
+        if len(shape) != 2 or fortran or not np.issubdtype(self.dtype, np.floating):
+            raise InputError(f"{path} does not hold a table of real numbers, one row an entry")
+        self.file_rows, self.dim = shape
+        if Path(path).stat().st_size < self.offset + self.file_rows * self.dim * self.dtype.itemsize:
+            raise InputError(f"{path} is cut short, so it is not a .npy file of numbers any more")
+
+    def __len__(self):
+        return self.file_rows if self.kept is None else len(self.kept)
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        if stop <= start or not self.dim:
+            return torch.empty(max(0, stop - start), self.dim)
+        first, last = (start, stop - 1) if self.kept is None else (self.kept[start], self.kept[stop - 1])
+        rows = np.memmap(self.path, self.dtype, "c", self.offset + first * self.dim * self.dtype.itemsize, (last + 1 - first, self.dim))
+        if self.kept is not None:
+            rows = rows[[row - first for row in self.kept[start:stop]]]
+        return torch.from_numpy(np.asarray(rows, np.float32))
+
+    def only(self, rows):
+        """Some of these rows. rows: ascending numbers."""
+        return Rows(self.path, list(rows) if self.kept is None else [self.kept[row] for row in rows])
+
+
+class Embeddings:
+    """Rows one behind the other, which search reads as it reads a tensor."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        found = []
+        for rows in self.parts:
+            if start < len(rows) and stop > 0:
+                found.append(rows[max(0, start):stop])
+            start, stop = start - len(rows), stop - len(rows)
+        return found[0] if len(found) == 1 else torch.cat(found or [torch.empty(0, self.parts[0].dim)])
+
+    def only(self, rows):
+        """Some of these rows. rows: ascending numbers."""
+        parts, begin = [], 0
+        for part in self.parts:
+            parts.append(part.only(row - begin for row in rows if begin <= row < begin + len(part)))
+            begin += len(part)
+        return Embeddings(parts)
+
+
+def staged(path):
+    """Where a cache's file waits until all of them are written."""
+    return Path(path).with_name(f".{Path(path).name}.new")
+
+
+def finish_cache(textfile, embfile):
+    """Moves the files that write_cache staged into place, also those of a run that was killed there.
+
+    The description is staged last: where it is, all are whole. So text and embeddings are never out of step.
+    """
+    files = textfile, embfile, f"{embfile}.json"
+    if staged(files[-1]).is_file():
+        for path in files:
+            with suppress(FileNotFoundError):  # moved before
+                os.replace(staged(path), path)
+
+
+def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtype=np.float32):
+    """Writes entries (one a line), embeddings (entries, dim) as an .npy of dtype, and what they were made with (.npy.json).
+
+    All of them or none come into place (finish_cache). The JSON holds the text's sha256, so that files of two runs
+    are never taken for one cache.
+    """
+    write_lines(staged(textfile), entries)
+    with atomic(staged(embfile), "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": embeddings.shape})
+        for start in range(0, len(embeddings), BLOCK):
+            file.write(np.ascontiguousarray(embeddings[start:start + BLOCK], dtype).tobytes())
+    write_json(staged(f"{embfile}.json"), {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
+                                           "prefix": prefix, "text_sha256": file_sha256(staged(textfile))}, indent=1)
+    finish_cache(textfile, embfile)
+
+
+def existing_caches(textfiles, embfiles):
+    """Pairs of paths (text, embeddings), after a look whether they are there. Raises InputError."""
+    if len(textfiles) != len(embfiles):
+        raise InputError(f"{len(textfiles)} --textfile stand beside {len(embfiles)} --embfile; they go in pairs")
+    pairs = []
+    for textfile, embfile in zip(textfiles, embfiles):
+        finish_cache(textfile, embfile)
+        pairs.append((existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings")))
+    return pairs
+
+
+def read_cache(textfiles, embfiles, clip_model, dim=None):
+    """Reads caches one after the other as one; an entry that comes again is kept once, at its first place.
+
+    textfiles, embfiles: paths, in pairs. clip_model, dim: identity and width of the CLIP in use (Clip.identity, Clip.dim).
+    Returns (entries, a list of N texts; their Embeddings, unit rows).
+    Raises InputError: a file is missing or empty, lengths differ, another CLIP model or text, not finite.
+    """
+    entries, parts, seen = [], [], set()
+    for textfile, embfile in existing_caches(textfiles, embfiles):
+        lines, rows = read_one_cache(textfile, embfile, clip_model)
+        if rows.dim != (dim or rows.dim):
+            raise InputError(f"{embfile} has {rows.dim} dimensions, but the CLIP model {clip_model} has {dim}")
+        if parts and rows.dim != parts[0].dim:
+            raise InputError(f"{embfile} has {rows.dim} dimensions, but {embfiles[0]} has {parts[0].dim}: not of one CLIP model")
+        fresh = [i for i, line in enumerate(lines) if not (line in seen or seen.add(line))]
+        if len(fresh) < len(lines):
+            rows, lines = rows.only(fresh), [lines[i] for i in fresh]
+        entries += lines
+        parts.append(rows)
+    return entries, Embeddings(parts)
+
+
+def cache_description(embfile):
+    """What write_cache noted beside the embeddings, a dict; None where there is nothing. Raises InputError."""
+    side = Path(f"{embfile}.json")
+    if not side.is_file():
+        return None
+    try:
+        made = json.loads(side.read_text(encoding="utf-8"))
+        return {name: made[name] + "" for name in ("clip_model", "text_sha256", "prefix")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{side} is not the description of a cache; delete it to load the cache unchecked") from error
+
+
+def read_one_cache(textfile, embfile, clip_model):
+    """One cache, checked: (lines, Rows). Raises InputError, see read_cache."""
+    try:
+        text = textfile.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{textfile} is not UTF-8 text") from error
+    lines = text.removesuffix("\n").split("\n") if text else []
+    if not lines:
+        raise InputError(f"the cache {textfile} is empty")
+    rows = Rows(embfile)
+    if len(lines) != len(rows):
+        raise InputError(f"{textfile} has {len(lines)} entries, but {embfile} has {len(rows)} rows: not the same cache")
+    made = cache_description(embfile)
+    if made is None:
+        print(f"warning: {embfile}.json is missing, so it is not checked that {embfile} was made with {clip_model}", file=sys.stderr)
+    elif made["clip_model"] != clip_model:
+        raise InputError(f"the cache {embfile} was made with the CLIP model {made['clip_model']}, not with {clip_model}")
+    elif made["text_sha256"] != file_sha256(textfile):
+        raise InputError(f"{textfile} is not the text that {embfile} was made from; compute the cache again")
+    if not all(rows[start:start + BLOCK].isfinite().all() for start in range(0, len(rows), BLOCK)):
+        raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
+    return lines, rows
+
+
+def search(queries, embeddings, k, chunk=16384):
+    """The k nearest rows by inner product, best first; a tie goes to the lower index within a chunk.
+
+    queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores (B, k), indices (B, k) int64), k <= N.
+    Only B x chunk products exist at a time, so memory does not grow with N.
+    """
+    k = min(k, len(embeddings))
+    best = indices = None
+    for start in range(0, len(embeddings), chunk):
+        scores = queries @ embeddings[start:start + chunk].T  # (B, chunk)
+        top, where = scores.topk(min(k, scores.shape[1]), dim=1)
+        where = where + start
+        if best is not None:
+            top, where = torch.cat((best, top), 1), torch.cat((indices, where), 1)
+            top, order = top.topk(min(k, top.shape[1]), dim=1)
+            where = where.gather(1, order)
+        best, indices = top, where
+    return best, indices  # (B, k), (B, k) indices into the cache
