@@ -144,7 +144,7 @@ def test_noise_keeps_to_words_of_the_text_and_lists_in_order():
     for _ in range(200):
         text = build.bart_text(rng)
         kept = [word for word in build.noised(rng, text).split() if word != "<mask>"]
-        assert not set(kept) - set(text.split())
+        assert not {word.rstrip(".") for word in kept} - {word.rstrip(".") for word in text.split()}  # sentences may be parted
         if "|" in text.split():
             words = iter(text.split())
             assert all(word in words for word in kept)  # a subsequence
