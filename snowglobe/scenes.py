@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -356,6 +357,12 @@ def split_scene(split, seed, i):
     return scene, captions(scene, rng)
 
 
+def leave_stopping_to_the_parent():
+    """In the pool's processes: the parent ends them by SIGTERM, which must not raise there, and Ctrl-C is the parent's alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def write_image(job):
     """Draws one image. job: (path, split, seed, i)."""
     path, split, seed, i = job
@@ -397,7 +404,7 @@ def main():
     if args.train < 1 or args.val < 1:
         parser.error("--train and --val must be at least 1")
     output_folder(args.datadir)
-    with multiprocessing.Pool() as pool:
+    with multiprocessing.Pool(initializer=leave_stopping_to_the_parent) as pool:
         for split in SPLITS:
             write_split(args.datadir, split, args.train if split == "train2017" else args.val, args.seed, pool)
     print(f"wrote {args.train} images for training and 3 times {args.val} for validation to {args.datadir}")

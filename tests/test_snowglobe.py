@@ -2,11 +2,14 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import ImageChops
 
+from conftest import ROOT
 from model import Captioner, Clip
 from snowglobe import build, measure, scenes
 from snowglobe.kinds import KINDS
@@ -174,3 +177,10 @@ def test_bad_folders_end_in_one_sentence(script, tmp_path):
     for name, flag in (("snowglobe.scenes", "--datadir"), ("snowglobe.measure", "--folder")):
         run = script(name, flag, tmp_path / "file" / "folder")
         assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1 and "folder" in run.err
+
+
+def test_the_world_is_drawn_by_the_command_to_the_end(tmp_path):
+    """With its pool of processes, which the tests' other worlds do without."""
+    subprocess.run([sys.executable, "-m", "snowglobe.scenes", "--datadir", tmp_path, "--train", "40", "--val", "5"], cwd=ROOT, check=True,
+                   timeout=120, capture_output=True)
+    assert len(list((tmp_path / "train2017").glob("*.png"))) == 40
