@@ -11,13 +11,13 @@ BART, 3.4M, for 50 minutes on one core (6,500 steps of 128 texts) without page_t
 minutes (--seed 4, 880 steps). GPT-Neo, 0.4M, for 7 minutes on one core (1,730 steps of 64 stories).
 
 How good each is alone, as `python -m snowglobe.measure --alone` prints it after the demo:
-    CLIP: of 500 captions of val2017 an image's own comes first for 89%
-    CLIP: in tables of 8 entries stand 74% of the kinds; 78% of the kinds in them are there
-    CLIP: in tables of 16 entries stand 82% of the kinds; 58% of the kinds in them are there
-    CLIP: in tables of 24 entries stand 89% of the kinds; 42% of the kinds in them are there
-    CLIP: in tables of 32 entries stand 93% of the kinds; 31% of the kinds in them are there
-    BART: denoises 500 fresh captions at 0.48 nats a token
-    GPT-Neo: perplexity 2.04 on 200 fresh stories
+    CLIP: of 500 captions of val2017 an image's own comes first for 90%
+    CLIP: in tables of 8 entries stand 92% of the kinds; 94% of the kinds in them are there
+    CLIP: in tables of 16 entries stand 96% of the kinds; 73% of the kinds in them are there
+    CLIP: in tables of 24 entries stand 98% of the kinds; 46% of the kinds in them are there
+    CLIP: in tables of 32 entries stand 99% of the kinds; 30% of the kinds in them are there
+    BART: denoises 500 fresh captions at 0.52 nats a token
+    GPT-Neo: perplexity 2.09 on 200 fresh stories
 `./demo.sh --full` measures the whole table of the README, with the bounds that perfect and random tables set.
 """
 
