@@ -101,6 +101,7 @@ def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtyp
     All of them or none come into place (finish_cache). The JSON holds the text's sha256, so that files of two runs
     are never taken for one cache.
     """
+    finish_cache(textfile, embfile)  # or its staged files would mix with these
     write_lines(staged(textfile), entries)
     with atomic(staged(embfile), "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": embeddings.shape})
@@ -181,7 +182,7 @@ def read_one_cache(textfile, embfile, clip_model):
 
 
 def search(queries, embeddings, k, chunk=16384):
-    """The k nearest rows by inner product, best first; a tie goes to the lower index within a chunk.
+    """The k nearest rows by inner product, best first.
 
     queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores (B, k), indices (B, k) int64), k <= N.
     Only B x chunk products exist at a time, so memory does not grow with N.

@@ -98,8 +98,8 @@ def encode_entries(clip, texts, batch_size, part):
     done = first(begun)
     with tqdm(total=len(texts), initial=done, desc="encoding entries", unit="entry", disable=rank > 0) as bar:
         for start in range(done, len(texts), CHUNK * world):
-            mine = texts[start + rank * CHUNK:start + (rank + 1) * CHUNK]
-            rows = gather([clip.encode_texts(mine, batch_size).numpy()])  # of (CHUNK, dim), the last ones of fewer
+            some = texts[start + rank * CHUNK:start + (rank + 1) * CHUNK]
+            rows = gather([clip.encode_texts(some, batch_size).numpy()])  # of (CHUNK, dim), the last ones of fewer
             if rank == 0:
                 with open(part, "ab") as file:
                     file.write(b"".join(r.tobytes() for r in rows))
@@ -135,7 +135,7 @@ def change_cache(args, device):
         write_cache(textfile, embfile, [old[i] for i in kept] + new, torch.cat((rows.only(kept)[:], added)).numpy(), clip.identity,
                     prefix, rows.dtype)
     missing = sorted(removed - there)
-    print(f"added {len(new):,} entries to {textfile} ({len(wanted) - len(new):,} were there before), removed {len(old) - len(kept):,}"
+    print(f"added {len(new):,} entries to {textfile} ({len(there.intersection(wanted)):,} were there before), removed {len(old) - len(kept):,}"
           + (f"; not there to be removed: {', '.join(missing)}" if missing else "") + f"; it has {len(kept) + len(new):,}")
 
 

@@ -31,6 +31,9 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
     if (found := first(lambda: read_features(path))) is None:
         encode_shards(clip, pictures, path, batch_size, shard)
         found = first(lambda: read_features(path))
+    if process()[0] == 0:
+        for part in path.parent.glob(f"{path.stem}.*.part"):  # also of a run that was killed between the file and this
+            part.unlink()
     features, bad = found
     good = [picture for row, picture in enumerate(pictures) if row not in bad]
     return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
@@ -53,8 +56,6 @@ def encode_shards(clip, pictures, path, batch_size, shard):
     if rank == 0:
         parts, bads = zip(*map(read_features, shards))
         write_features(path, torch.cat(parts), {i * shard + row: reason for i, bad in enumerate(bads) for row, reason in bad.items()})
-        for part in shards:
-            part.unlink()
 
 
 def read_features(path):

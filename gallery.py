@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 
 from utils import atomic, read_image
 
@@ -34,14 +35,18 @@ def thumbnail(path, side=296):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def words_of(text):
+    return set(re.findall(r"\w+", text.lower()))
+
+
 def gallery_card(record, references):
     """One image of the gallery: the picture, its caption, and the evidence. record: a line of details.jsonl."""
     escape = html.escape
-    words = set(record["caption"].lower().split())
+    words = words_of(record["caption"])
     scores = [score for _, score in record["table"]]
     low, high = min(scores), max(scores)
     entries = "".join(
-        f'<span class="entry{" used" if set(entry.lower().split()) <= words else ""}" title="cosine {score:.3f}" '
+        f'<span class="entry{" used" if words_of(entry) <= words else ""}" title="cosine {score:.3f}" '
         f'style="background:rgba(70,160,110,{0.08 + 0.5 * (score - low) / (high - low or 1):.2f})">{escape(entry)}</span>'
         for entry, score in record["table"])
     candidates = "".join(f"<li>{escape(text)} <span class=small>CLIP {clip:.3f}</span></li>" for text, clip, _ in record["candidates"][:10])

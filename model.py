@@ -179,6 +179,8 @@ class Captioner:
         self.identity, self.device, self.dtype = identity(name), torch.device(device), dtype
         self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
         longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)
+        if min(maxlen_enc, maxlen_dec) < 3:
+            raise InputError(f"--maxlen_enc {maxlen_enc} and --maxlen_dec {maxlen_dec} must be at least 3: two tokens are no text")
         if max(maxlen_enc, maxlen_dec) > longest:
             raise InputError(f"the language model {name} reads and writes {longest} tokens at most; "
                              f"--maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for more")
@@ -270,7 +272,7 @@ class Captioner:
                 hidden = decoder(input_ids=tokens[:, cache.get_seq_length():], encoder_hidden_states=encoded.expand(rows, -1, -1),
                                  past_key_values=cache).last_hidden_state[:, -1]
                 log_p = (self.model.lm_head(hidden) + self.model.final_logits_bias).float().log_softmax(-1)  # (R, vocabulary)
-                if length == self.maxlen_dec - 1:
+                if length >= self.maxlen_dec - 1:
                     parent, token = torch.arange(rows, device=self.device), torch.full_like(counts, config.eos_token_id)
                 else:
                     parent, token, counts = draw(log_p / temperature, top_p, counts, generator)
@@ -288,10 +290,10 @@ class Captioner:
 
 
 def branched(cache, rows):
-    """A cache of some rows of another, int64 (R,), each as often as it stands there. The encoder's part is of one image, so all
+    """A cache of some rows of another, ascending, int64 (R,), each as often as it stands there. The encoder's part is of one image, so all
     of its rows are one and the same, and it is a view."""
     new = copy.copy(cache)
-    new.self_attention_cache, new.cross_attention_cache = (copy.copy(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
+    new.self_attention_cache, new.cross_attention_cache = copy.copy(cache.self_attention_cache), copy.copy(cache.cross_attention_cache)
     for part in (new.self_attention_cache, new.cross_attention_cache):
         part.layers = [copy.copy(layer) for layer in part.layers]
     for layer in new.self_attention_cache.layers:
@@ -368,7 +370,7 @@ def checkpoint_settings(path):
 
 
 def load_checkpoint(path, captioner):
-    """Puts a checkpoint's tensors into the captioner. Raises InputError where it is of another language model."""
+    """Puts a checkpoint's tensors into the captioner. Returns its settings. Raises InputError where it is of another language model."""
     settings = checkpoint_settings(path)
     if settings["lm"] not in (captioner.identity, None):
         raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, not to {captioner.identity}")

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ def parse():
     parser.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language model's mean log-probability a "
                         "token beside CLIP's cosine in the choice of the best (default %(default)s: CLIP alone)")
     # How it is computed.
-    parser.add_argument("--batch_size", type=int, default=16, help="images a batch of beam search (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a batch, of each process (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="arithmetic of the language "
                         "model; auto: bfloat16 on a GPU that has it, else float32 (default %(default)s)")
@@ -138,9 +139,10 @@ def kept_records(part, pictures, batch_size):
 def without_banned(captioner, banned, candidates, table, seed):
     """The candidates without a banned word; where none is left, samples without one; where there are none, no candidate."""
     for attempt in range(10):
+        if attempt:
+            candidates = captioner.sample(table, 100, seed=seed + attempt)
         if clean := [candidate for candidate in candidates if not banned.search(candidate[0])]:
             return clean
-        candidates = captioner.sample(table, 100, seed=seed + attempt)
     return []
 
 
@@ -153,7 +155,7 @@ def write_candidates(captioner, tables, seeds, banned, args):
         found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
     if banned:
         found = [without_banned(captioner, banned, *each) for each in zip(found, tokens, seeds)]
-    return [{text: likelihood for text, likelihood, *_ in candidates} for candidates in found]
+    return [{text: likelihood for text, likelihood, *_ in sorted(candidates, key=lambda c: c[1])} for candidates in found]  # the likeliest
 
 
 def record_of(picture, table, scores, candidates, cosines, lm_weight):
@@ -166,12 +168,14 @@ def record_of(picture, table, scores, candidates, cosines, lm_weight):
 
 
 def write_results(savedir, part, pictures, args):
-    """preds.txt, ref*.txt, captions.json (COCO results), gallery.html and what else was asked for, from the records in part."""
-    records, shown = [], []
+    """preds.txt, ref*.txt, captions.json (COCO results), gallery.html and what else was asked for, from the records in part.
+    Returns how many images have no candidate."""
+    records, shown, empty = [], [], 0
     with open(part, **TEXT) as file:
         for line in file:
             record = json.loads(line)
             shown += [record] * (len(shown) < args.gallery)
+            empty += not record["candidates"]
             records.append({name: record[name] for name in ("image_id", "file", "caption", "score")})
     write_lines(savedir / "preds.txt", [r["caption"] for r in records])
     references = [p.captions for p in pictures]
@@ -191,7 +195,7 @@ def write_results(savedir, part, pictures, args):
     os.replace(part, savedir / "details.jsonl")  # last: until here a stopped run goes on
     for abandoned in savedir.glob("details-*.jsonl.part"):  # of runs with other settings
         abandoned.unlink()
-    return sum(not r["caption"] for r in records)
+    return empty
 
 
 def main():
@@ -220,17 +224,18 @@ def main():
         load_checkpoint(args.ckpt, captioner)
     print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, with {args.ckpt or 'no checkpoint: as pretrained'}")
 
-    # What a stopped run of the same settings has written is kept.
-    decides = [clip.identity, captioner.identity, args.ckpt and file_sha256(args.ckpt), entries, topk, banned and banned.pattern,
-               str(dtype), args.num_beams, args.num_return_sequences, args.do_sample, args.temperature, args.top_p, args.seed,
-               args.lm_weight, args.batch_size, args.sidecar]
-    part = savedir / f"details-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.jsonl.part"
-    if args.sidecar:
-        check_sidecars(pictures, args.overwrite or part.is_file())
+    if args.sidecar:  # those that a stopped run has written are its own
+        check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
     features, pictures, bad = image_features(clip, pictures, output_folder(args.features or savedir))
     if not pictures:
         report_bad_images(bad)
         raise InputError("none of the images can be read")
+
+    # What a stopped run of the same images and settings has written is kept.
+    decides = [captioner.identity, args.ckpt and file_sha256(args.ckpt), entries, [Path(path).stat().st_mtime_ns for path in args.embfile],
+               hashlib.sha256(features.numpy().tobytes()).hexdigest(), topk, banned and banned.pattern, str(dtype), args.num_beams, args.num_return_sequences,
+               args.do_sample, args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size]
+    part = savedir / f"details-{first(lambda: hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16])}.jsonl.part"
     rank, world = process()
     done = first(lambda: kept_records(part, pictures, args.batch_size))
 

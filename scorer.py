@@ -8,6 +8,7 @@ A score that cannot be computed here is named with the reason, and the others st
 
 import argparse
 import json
+import os
 import subprocess
 from collections import Counter
 from contextlib import suppress
@@ -24,7 +25,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from tqdm import tqdm
 
 from utils import (
-    InputError, Picture, choose_device, existing_file, list_images, output_folder, process, read_annotations,
+    InputError, Picture, choose_device, existing_file, list_images, output_folder, read_annotations,
     report_bad_images, run, write_json,
 )
 
@@ -55,7 +56,7 @@ def parse():
     parser.add_argument("--batch_size", type=int, default=64, help="images or captions a batch of CLIP (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where the scores go, and image features beside them, which are "
-                        "sampler.py's where it left some there (default: scores.json beside the captions)")
+                        "those of sampler.py with the same --clip_model (default: scores.json beside the captions)")
     args = parser.parse_args()
     if (args.preds is None) == (args.results is None):
         raise InputError("exactly one of --results and --preds says what is scored")
@@ -227,8 +228,9 @@ def clip_scores(clip, captions, references, paths, folder, batch_size):
 
 
 def main():
-    if process()[0] > 0:
-        return  # one process does it all
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    os.environ["WORLD_SIZE"] = "1"  # of torchrun's processes the first does it all
     args = parse()
     captions, references, paths = read_scored(args)
     train = []
@@ -236,6 +238,8 @@ def main():
         train = [text for _, texts in read_annotations(args.train_captions).values() for text in texts]
     elif args.train_captions:
         train = read_texts(args.train_captions, "file of training captions")
+    if args.train_captions and not train:
+        raise InputError(f"there is no caption in {args.train_captions}")
     out = Path(args.json) if args.json else Path(args.preds or args.results).with_name("scores.json")
     output_folder(out.parent)
     if out.is_dir():

@@ -157,7 +157,7 @@ def tell(tokenizer, prompt, ids, new, ended):
 
 def main():
     if process()[0] > 0:
-        return  # one process does it all
+        return  # of torchrun's processes the first does it all
     args = parse()
     check(args)
     captions = read_captions(args.captions) if args.captions else [(None, text) for text in args.caption]

@@ -2,7 +2,7 @@
 
     python trainer.py --datadir coco --textfile cache.txt --embfile cache.npy --savedir checkpoints
     python trainer.py --datadir world --textfile cache.txt --embfile cache.npy --clip_model snowglobe/weights/clip \\
-        --lm snowglobe/weights/bart --topk 24 --lrate 2e-2 --batch_size 64
+        --lm snowglobe/weights/bart --topk 16 --lrate 7e-2
 
 A run that was stopped goes on where it was when the same command is given again: its state is saved every --save_seconds.
 """
@@ -47,9 +47,9 @@ def parse():
     parser.add_argument("--maxlen_enc", type=int, default=128, help="longest table, in tokens (default %(default)s)")
     parser.add_argument("--maxlen_dec", type=int, default=32, help="longest caption, in tokens (default %(default)s)")
     # The training.
-    parser.add_argument("--batch_size", type=int, default=16, help="images a step (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a step, of all processes together (default %(default)s)")
     parser.add_argument("--lrate", type=float, default=3e-4, help="highest learning rate of AdamW (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises from 0 (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises from 0, a quarter of all at most (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the images, one caption each time (default %(default)s)")
     parser.add_argument("--tmax", type=int, default=100000, help="most steps; the rate falls as a cosine to 0 at the last step "
                         "(default %(default)s)")
@@ -76,6 +76,11 @@ def tokenized_tables(captioner, features, entries, embeddings, topk):
         _, indices = search(rows, embeddings, topk)  # (256, k)
         tables += [linearize([entries[i] for i in row]) for row in indices.tolist()]
     return captioner.tokenize(tables, captioner.maxlen_enc)
+
+
+def diverged(what, value, step, args):
+    return InputError(f"the {what} became {value} at step {step}; the checkpoints in {args.savedir} are of the last good epoch (try a "
+                      f"lower --lrate than {args.lrate})")
 
 
 def share_step(captioner, tables, captions, parameters):
@@ -220,8 +225,7 @@ def main():
                 loss = share_step(captioner, [tables[i] for i in rows], told, trained.values())
                 recent = recent[-9:] + [loss]
                 if not math.isfinite(loss):
-                    raise InputError(f"the loss became {loss} at step {step}; the checkpoints in {savedir} are of the last "
-                                     f"good epoch (try a lower --lrate than {args.lrate})")
+                    raise diverged("loss", loss, step, args)
                 optimizer.param_groups[0]["lr"] = args.lrate * cosine_rate(step - 1, steps, warmup)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -235,6 +239,8 @@ def main():
             if any(h[0] == step and h[2] is not None for h in history):  # validated before the stop
                 continue
             val_loss = validate(captioner, val_tables, val_captions, args.batch_size)
+            if not math.isfinite(val_loss):
+                raise diverged("validation loss", val_loss, step, args)
             history.append((step, sum(recent) / len(recent), val_loss, optimizer.param_groups[0]["lr"]))
             if rank > 0:
                 continue

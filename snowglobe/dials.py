@@ -4,7 +4,7 @@
     python -m snowglobe.dials --folder demo --images 20 --only candidates
 
 Takes the cache and the checkpoint that ./demo.sh made in --folder. Prints one table a dial and writes dials.json and dials.png
-into FOLDER/dials. A run that is there is not run again.
+into FOLDER/dials/IMAGES. A run that is there is not run again.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--images", type=int, default=100, help="images of val2017 and of near (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=DIALS, default=list(DIALS), help="dials to measure (default: all)")
     args = parser.parse_args()
-    demo, folder = args.folder.resolve(), (args.folder / "dials").resolve()
+    demo, folder = args.folder.resolve(), (args.folder / "dials" / str(args.images)).resolve()
     checkpoint = existing_file(demo / "checkpoints" / "best.safetensors", "checkpoint of ./demo.sh")
     existing_file(demo / "added.npy", "cache of ./demo.sh")
     if not (folder / "world" / "annotations" / "captions_near.json").exists():

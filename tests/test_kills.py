@@ -65,8 +65,7 @@ def test_a_script_that_is_killed_again_and_again_ends_as_one_that_is_not(world, 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_script_that_is_asked_to_stop_says_how_to_go_on(world, cache, checkpoint, tmp_path, sent):
     process = start("trainer", *commands(world, cache, checkpoint)["trainer"](tmp_path), "--epochs", "200")
-    while "training" not in process.stdout.readline():  # printed once the models are loaded
-        pass
+    assert any("training" in line for line in iter(process.stdout.readline, ""))  # printed once the models are loaded
     time.sleep(1)
     process.send_signal(sent)
     _, err = process.communicate()

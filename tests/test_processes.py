@@ -63,6 +63,7 @@ def test_one_process_goes_on_where_two_were_stopped(script, world, read, tmp_pat
         time.sleep(0.05)
     torchrun.terminate()  # it stops its processes
     torchrun.wait()
+    assert len(list((tmp_path / "cut").glob("state-*.pt"))) == 1
     for name in ("cut", "whole"):
         assert script("trainer", *how, "--savedir", tmp_path / name).code == 0
     cut, whole = (load_file(tmp_path / name / "last.safetensors") for name in ("cut", "whole"))
