@@ -19,7 +19,8 @@ KILLS = int(os.environ.get("KILLS", "2"))
 
 def start(script, *arguments):
     return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
 
 
 def finish(script, *arguments):
