@@ -1,0 +1,126 @@
+"""Models of real sizes with random weights, and texts and pictures as long and as large as real ones: nothing is fetched.
+
+What a word is does not matter for speed; how many tokens a text has does, and so does how soon samples part.
+"""
+
+import functools
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BartConfig, BartForConditionalGeneration, CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast,
+)
+
+from utils import linearize
+
+# Of texts with 1, 2, 3 ... tokens, the shares as CLIP's tokenizer finds them in the captions of COCO's val2017 and what is mined there.
+NGRAM_LENGTHS = (0.31, 0.65, 0.035, 0.005)
+CAPTION_LENGTHS = (0, 0, 0, 0, 0, 0, 0.005, 0.04, 0.15, 0.2, 0.19, 0.155, 0.1, 0.06, 0.035, 0.025, 0.015, 0.01, 0.005, 0.005, 0.005)
+
+
+@functools.cache
+def folder():
+    """A temporary folder for models and pictures. It goes when Python ends."""
+    folder.keep = tempfile.TemporaryDirectory(prefix="benchmarks-")
+    return Path(folder.keep.name)
+
+
+def texts(n, lengths, words=20000, seed=0):
+    """n distinct texts of made-up words, one token each. lengths: shares of texts with 1, 2, 3 ... words."""
+    rng, found = random.Random(seed), {}
+    while len(found) < n:
+        [length] = rng.choices(range(1, len(lengths) + 1), lengths)
+        found[" ".join(f"w{rng.randrange(words)}" for _ in range(length))] = None
+    return list(found)
+
+
+def ngrams(n):
+    return texts(n, NGRAM_LENGTHS)
+
+
+def captions(n):
+    return texts(n, CAPTION_LENGTHS, seed=1)
+
+
+def tables(n, topk=10):
+    """n tables of topk entries each, linearized."""
+    entries = ngrams(n * topk)
+    return [linearize(entries[i:i + topk]) for i in range(0, n * topk, topk)]
+
+
+def save_tokenizer(path, specials, size, unknown, longest, **names):
+    """A tokenizer for which a word is a token. specials: {token: id}; words fill the other ids below size, "|" first."""
+    free = [i for i in range(size) if i not in specials.values()]
+    vocabulary = specials | dict(zip(["|", *(f"w{i}" for i in range(size))], free))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    start, end = names["bos_token"], names["eos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(token, specials[token]) for token in (start, end)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, model_max_length=longest, **names).save_pretrained(path)
+
+
+@functools.cache
+def clip_folder(small):
+    """A CLIP as save_pretrained leaves it: ViT-B/16, or one of two narrow layers."""
+    torch.manual_seed(0)
+    path = folder() / "clip"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2} if small else {}
+    CLIPModel(CLIPConfig(text_config=sizes, vision_config={"patch_size": 16, **sizes})).save_pretrained(path)
+    save_tokenizer(path, {"<|startoftext|>": 49406, "<|endoftext|>": 49407}, 49408, "w0", 77, bos_token="<|startoftext|>",
+                   eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    CLIPImageProcessorPil().save_pretrained(path)
+    return path
+
+
+@functools.cache
+def bart_folder(size):
+    """A BART as save_pretrained leaves it: "base", "large", or "small", of one narrow layer."""
+    torch.manual_seed(0)
+    path = folder() / size
+    layers, width = {"small": (1, 64), "base": (6, 768), "large": (12, 1024)}[size]
+    bart = BartForConditionalGeneration(BartConfig(
+        encoder_layers=layers, decoder_layers=layers, d_model=width, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
+        encoder_attention_heads=width // 64, decoder_attention_heads=width // 64)).eval()
+    with torch.no_grad():
+        write_captions(bart)
+    bart.save_pretrained(path)
+    save_tokenizer(path, {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 50264}, 50265, "<unk>", 1024, bos_token="<s>",
+                   eos_token="</s>", pad_token="<pad>", mask_token="<mask>")
+    return path
+
+
+def write_captions(bart):
+    """Makes random weights write as a captioner does in what decides speed: captions hang on the table and end as COCO's do,
+    and words follow a power law, at about 2.3 nats a word, so that samples part as soon as those of a trained model.
+    """
+    decoder, bias, end = bart.get_decoder(), bart.final_logits_bias[0], bart.config.eos_token_id
+    bias[:] = -1.7 * torch.arange(-2, len(bias) - 2).clamp(min=1).log()
+    bias[[0, 1, 3, -1]] = -1e4  # <s>, <pad>, <unk>, <mask>
+    decoder.embed_positions.weight.mul_(10)  # else each word calls for itself again, for input and output share their weights
+    for layer in decoder.layers:
+        layer.encoder_attn.out_proj.weight.mul_(10)
+    # The output's row of </s>, so that after each number of words the right share of captions ends.
+    words = torch.randint(4, 1000, (16, 32))
+    words[:, 0], words[:, 1] = end, 0
+    share = torch.tensor([*CAPTION_LENGTHS, *[0.0] * 32])[:30]
+    ending = (share / share.flip(0).cumsum(0).flip(0)).nan_to_num(0.9).clamp(1e-6, 0.9)  # of those that are as long
+    for _ in range(2):  # the row is an input, too
+        hidden = decoder(input_ids=words, encoder_hidden_states=bart.get_encoder()(words).last_hidden_state).last_hidden_state[:, 2:]
+        logits = hidden @ bart.lm_head.weight.T + bias  # (16, 30, vocabulary)
+        logits[..., end] = -torch.inf
+        wanted = ending.logit() + logits.logsumexp(-1).mean(0) - bias[end]  # (30,)
+        bart.lm_head.weight[end] = torch.linalg.lstsq(hidden.mean(0), wanted[:, None]).solution[:, 0]
+
+
+def pictures(n):
+    """Paths of n JPEG files of COCO's size."""
+    paths, generator = [folder() / f"{i}.jpg" for i in range(n)], torch.Generator().manual_seed(0)
+    for path in paths:
+        pixels = torch.randint(256, (30, 40, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).resize((640, 480)).save(path)
+    return paths

@@ -1,0 +1,50 @@
+"""The benchmarks in small: each part runs, and ours gives what the plain way gives. Nothing here looks at a time."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import captions, entries, measure
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def reported(script):
+    """What `python -m benchmarks --small --repeats 1` prints."""
+    result = script("benchmarks.__main__", "--small", "--repeats", 1)
+    assert result.code == 0, result.out + result.err
+    return result.out
+
+
+def test_each_part_gives_what_the_plain_way_gives(reported):
+    lines = [json.loads(line) for line in reported.splitlines() if line.startswith("{")]
+    assert [line["part"] for line in lines] == list(benchmarks.PARTS)
+    for line in lines:
+        assert list(line) == ["part", "ratio", "low", "high", "of_limit", "peak_mb", "equal"]
+        if line["part"] == "search_1_to_faiss" and line["equal"] is None:  # faiss is not installed
+            continue
+        assert line["equal"] is True, line
+        assert 0 < line["low"] <= line["ratio"] <= line["high"] and 0 < line["of_limit"] < math.inf and line["peak_mb"] >= 0
+
+
+def test_what_differs_is_not_timed(monkeypatch):
+    monkeypatch.setattr(measure, "timed", None)
+    part = measure.Part(lambda: 1, lambda: 2, lambda a, b: a == b, lambda _: 0.0)
+    assert measure.compare(part, 1, CPU) == {"equal": False}
+
+
+@pytest.mark.parametrize("name, module, function, wrong", [
+    ("encode_ngrams", entries.Clip, "encode_texts", lambda true: true.roll(1, 0)),
+    ("search_64", entries, "search", lambda true: (true[0], true[1].flip(1))),
+    ("beam_base", captions.Captioner, "beam", lambda true: true[::-1]),
+    ("rescore", captions, "rescore", lambda true: [true[0][::-1]]),
+    ("sample_base", captions.Captioner, "sample", lambda true: [(text, 1.01 * likelihood, n) for text, likelihood, n in true]),
+])
+def test_a_wrong_result_is_found_out(name, module, function, wrong, monkeypatch):
+    true = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *arguments, **named: wrong(true(*arguments, **named)))
+    assert measure.compare(benchmarks.PARTS[name](True, CPU), 1, CPU) == {"equal": False}
