@@ -51,6 +51,8 @@ def parse():
                         "cache is changed, the one that it was made with)")
     parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name or .pt file, hub id or folder of a CLIP or "
                         "SigLIP (default %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="encode in bfloat16: twice as fast where the processor or GPU computes "
+                        "in it; cosines with float32's embeddings are above .999")
     parser.add_argument("--batch_size", type=int, default=128, help="entries encoded at a time (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     args = parser.parse_args()
@@ -114,7 +116,7 @@ def change_cache(args, device):
     if both := sorted(removed.intersection(wanted)):
         raise InputError(f'"{both[0]}" is to be added and removed')
     from model import Clip
-    clip = Clip(args.clip_model, device)
+    clip = Clip(args.clip_model, device, torch.bfloat16 if args.bf16 else torch.float32)
     old, rows = read_one_cache(textfile, embfile, clip.identity)
     if rows.dim != clip.dim:
         raise InputError(f"{embfile} has {rows.dim} dimensions, but the CLIP model {clip.identity} has {clip.dim}")
@@ -165,7 +167,7 @@ def main():
     if not lines:
         raise InputError(f"there is no text in {source}, so there is nothing to make a cache of")
     from model import Clip  # torch and transformers take seconds: not for --help or a wrong path
-    clip = Clip(args.clip_model, device)
+    clip = Clip(args.clip_model, device, torch.bfloat16 if args.bf16 else torch.float32)
     if args.entries:
         entries = list(dict.fromkeys(lines))
     else:
@@ -177,7 +179,7 @@ def main():
 
     # Their embeddings.
     prefix, embfile = args.prefix or "", Path(args.embfile)
-    key = hashlib.sha256(json.dumps([clip.identity, entries, prefix, args.batch_size]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([clip.identity, entries, prefix, args.batch_size, args.bf16]).encode()).hexdigest()[:16]
     part = embfile.with_name(f".{embfile.name}.{key}.part")
     encode_entries(clip, [prefix + entry for entry in entries], args.batch_size, part)
     if process()[0] > 0:

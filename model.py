@@ -1,7 +1,6 @@
 """The models: CLIP (images and texts to unit vectors) and the captioner (table to caption), and the captioner's checkpoints."""
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from foreign import ResNetClip, is_resnet, is_torch_zip, lightning_settings, lightning_tensors, read_openai_clip
+from generation import branched, draw
 from utils import InputError, atomic
 
 logging.disable_progress_bar()
@@ -74,10 +74,11 @@ class Clip:
     """A frozen CLIP, SigLIP or SigLIP 2 with its preprocessing.
 
     name: one of CLIP_NAMES, a hub id, a folder, or a .pt file of OpenAI's. identity: the stamp of caches made with it.
-    dim: of its vectors. Raises InputError where it cannot be loaded.
+    dim: of its vectors. dtype: of weights and arithmetic; in torch.bfloat16 the vectors have cosines above .999 with float32's.
+    Raises InputError where it cannot be loaded.
     """
 
-    def __init__(self, name, device="cpu"):
+    def __init__(self, name, device="cpu", dtype=torch.float32):
         name = CLIP_NAMES.get(name, name)
         what = "CLIP model"
         if Path(name).is_file():
@@ -88,8 +89,8 @@ class Clip:
                 raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
             self.tokenizer = load_tokenizer(name, what)
             self.processor = load(AutoImageProcessor, name, what)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.identity, self.device = identity(name), device
+        self.model = model.to(device, dtype).eval().requires_grad_(False)
+        self.identity, self.device, self.dtype = identity(name), device, dtype
         config = self.model.config
         self.max_length = config.text_config.max_position_embeddings
         # SigLIP was trained on lower-cased texts, padded to full length without a mask, and is read at the last place.
@@ -100,7 +101,7 @@ class Clip:
     @torch.inference_mode()
     def encode_images(self, images):
         """images: PIL images (RGB). Returns unit vectors, float32 (len(images), dim), on the CPU."""
-        batch = self.processor(images=images, return_tensors="pt").to(self.device)  # pixel_values (B, 3, H, W); NaFlex: more
+        batch = self.processor(images=images, return_tensors="pt").to(self.device, self.dtype)  # pixel_values (B, 3, H, W); NaFlex: more
         return unit(self.model.get_image_features(**batch))
 
     @torch.inference_mode()
@@ -221,23 +222,62 @@ class Captioner:
     def beam(self, tables, num_beams=3, num_return_sequences=3):
         """Beam search. tables: lists of token ids. Returns for each table a list of (text, likelihood), best first.
 
-        likelihood: mean log-probability a token, <s> (which is forced and costs nothing) included.
+        likelihood: mean log-probability a token; <s>, and </s> at the greatest length, are forced and cost nothing. The
+        captions are those of transformers' generate() with early_stopping=False: a table is done when it has num_beams captions
+        and no open beam is more likely a token than the worst of them; a single beam is done at its first caption. A table that
+        is done leaves the batch, where generate() computes on until all of them are.
+        Raises InputError where the vocabulary is smaller than two tokens a beam.
         """
-        config = self.model.config
+        config, inputs, width = self.model.config, self.pad(tables), 2 * num_beams  # so many that num_beams go on if as many end
+        if width > config.vocab_size:
+            raise InputError(f"--num_beams {num_beams} is too wide for a language model of {config.vocab_size} tokens")
+        open_tables, found, mask = list(range(len(tables))), [[] for _ in tables], inputs["attention_mask"]
         with self.autocast():
-            output = self.model.generate(
-                **self.pad(tables), do_sample=False, num_beams=num_beams, num_return_sequences=num_return_sequences,
-                max_length=self.maxlen_dec, min_length=0, length_penalty=1.0, early_stopping=False, no_repeat_ngram_size=0,
-                forced_bos_token_id=config.bos_token_id, forced_eos_token_id=config.eos_token_id,
-                return_dict_in_generate=True, output_scores=True)
-        if num_beams == 1:  # greedy search keeps no score of the whole
-            scores = self.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)  # (B, steps)
-            real = output.sequences[:, -scores.shape[1]:] != config.pad_token_id
-            likelihood = (scores.masked_fill(~real, 0).sum(1) / real.sum(1)).tolist()
-        else:
-            likelihood = output.sequences_scores.tolist()
-        pairs = list(zip(self.decode(output.sequences), likelihood))
-        return [pairs[i:i + num_return_sequences] for i in range(0, len(pairs), num_return_sequences)]
+            encoded = self.model.get_encoder()(**inputs).last_hidden_state  # (rows, T, dim); a row is a beam of an open table
+            tokens = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]] * len(tables), device=self.device)
+            total = torch.zeros(len(tables), 1, device=self.device)  # (open tables, beams), log-probabilities
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            for length in range(2, self.maxlen_dec - 1):
+                logits = self.next_logits(tokens, encoded, cache, mask)  # (rows, vocabulary)
+                best, token = logits.topk(width)  # (rows, width)
+                best = (best - logits.logsumexp(-1, keepdim=True)).view(*total.shape, width) + total[..., None]
+                best, place = best.flatten(1).topk(width)  # (open tables, width), among all continuations of a table's beams
+                row = place // width + torch.arange(len(total), device=self.device)[:, None] * total.shape[1]
+                token = token.view(len(total), -1).gather(1, place)
+                ended = token == config.eos_token_id
+                for i, k in ended[:, :num_beams].nonzero().tolist():
+                    captions = found[open_tables[i]]
+                    captions.append((best[i, k].item() / length, tokens[row[i, k]]))
+                    captions.sort(key=lambda caption: -caption[0])
+                    del captions[num_beams:]
+                total, going = best.masked_fill(ended, -torch.inf).topk(num_beams)  # (open tables, beams)
+                still = [i for i, (table, likely) in enumerate(zip(open_tables, (total[:, 0] / length).tolist()))
+                         if len(found[table]) < num_beams or num_beams > 1 and likely > found[table][-1][0]]
+                if not still:
+                    break
+                rows = row.gather(1, going)[still].flatten()
+                tokens = torch.cat((tokens[rows], token.gather(1, going)[still].view(-1, 1)), 1)
+                total, open_tables = total[still], [open_tables[i] for i in still]
+                layers = list(cache.self_attention_cache.layers)
+                if len(rows) != len(mask):  # else each row stays in its table, so what it has of the table stays
+                    encoded, mask = encoded[rows], mask[rows]
+                    layers += cache.cross_attention_cache.layers
+                for layer in layers:
+                    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            else:
+                for table, totals, rows in zip(open_tables, total.tolist(), tokens.split(total.shape[1])):
+                    found[table] += [(likely / (self.maxlen_dec - 1), row) for likely, row in zip(totals, rows)]
+                    found[table].sort(key=lambda caption: -caption[0])
+        return [[(self.decode(ids[None])[0], likelihood) for likelihood, ids in captions[:num_return_sequences]] for captions in found]
+
+    def next_logits(self, tokens, encoded, cache, mask=None):
+        """Logits of the token that follows each prefix, float32 (R, vocabulary); the cache takes in what it lacks of them.
+
+        tokens: (R, length). encoded: the encoder's states, (R, T, dim). mask: (R, T), or None where no place is padding.
+        """
+        hidden = self.model.get_decoder()(input_ids=tokens[:, cache.get_seq_length():], encoder_hidden_states=encoded,
+                                          encoder_attention_mask=mask, past_key_values=cache).last_hidden_state[:, -1]
+        return torch.nn.functional.linear(hidden, self.model.lm_head.weight, self.model.final_logits_bias[0]).float()
 
     @torch.inference_mode()
     def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
@@ -254,7 +294,7 @@ class Captioner:
         others wait, which bounds the memory.
         """
         generator = torch.Generator("cpu" if self.device.type == "mps" else self.device).manual_seed(seed)  # no doubles on mps
-        config, decoder, found = self.model.config, self.model.get_decoder(), []
+        config, found = self.model.config, []
         with self.autocast():
             encoded = self.model.get_encoder()(**self.pad([table])).last_hidden_state  # (1, T, dim)
             start = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=self.device)
@@ -269,9 +309,7 @@ class Captioner:
                     for part in torch.arange(rows, device=self.device).tensor_split(2):
                         waiting.append((tokens[part], total[part], counts[part], branched(cache, part)))
                     continue
-                hidden = decoder(input_ids=tokens[:, cache.get_seq_length():], encoder_hidden_states=encoded.expand(rows, -1, -1),
-                                 past_key_values=cache).last_hidden_state[:, -1]
-                log_p = (self.model.lm_head(hidden) + self.model.final_logits_bias).float().log_softmax(-1)  # (R, vocabulary)
+                log_p = self.next_logits(tokens, encoded.expand(rows, -1, -1), cache).log_softmax(-1)  # (R, vocabulary)
                 if length >= self.maxlen_dec - 1:
                     parent, token = torch.arange(rows, device=self.device), torch.full_like(counts, config.eos_token_id)
                 else:
@@ -287,54 +325,6 @@ class Captioner:
     def decode(self, sequences):
         """Texts of token ids (B, length), without special tokens."""
         return [" ".join(text.split()) for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
-
-
-def branched(cache, rows):
-    """A cache of some rows of another, ascending, int64 (R,), each as often as it stands there. The encoder's part is of one image, so all
-    of its rows are one and the same, and it is a view."""
-    new = copy.copy(cache)
-    new.self_attention_cache, new.cross_attention_cache = copy.copy(cache.self_attention_cache), copy.copy(cache.cross_attention_cache)
-    for part in (new.self_attention_cache, new.cross_attention_cache):
-        part.layers = [copy.copy(layer) for layer in part.layers]
-    for layer in new.self_attention_cache.layers:
-        if len(rows) != len(layer.keys) or (rows[1:] == rows[:-1]).any():
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-    for layer in new.cross_attention_cache.layers:
-        layer.keys, layer.values = (t[:1].expand(len(rows), -1, -1, -1) for t in (layer.keys, layer.values))
-    return new
-
-
-def draw(log_p, top_p, counts, generator):
-    """Of each row's samples, how many go on with which token, drawn from the nucleus by inverting its distribution function.
-
-    log_p: (R, V). counts: int64 (R,), samples of each row. Returns int64 (D,) each: row, token, samples; distinct, rows ascending.
-    """
-    p, order = (t.to(generator.device) for t in nucleus(log_p, top_p))  # (R, K), (R, K)
-    rows, width = p.shape
-    reached = p.double().cumsum(-1)
-    # One search over all rows, row r's values being in [r, r + 1). A token of no probability has no room between two values.
-    reached = (reached / reached[:, -1:] + torch.arange(rows, device=p.device)[:, None]).flatten()
-    row = torch.arange(rows, device=p.device).repeat_interleave(counts.to(p.device))  # (samples,)
-    uniform = torch.rand(len(row), generator=generator, device=p.device, dtype=torch.double)
-    place = torch.searchsorted(reached, uniform + row, right=True).minimum((row + 1) * width - 1)
-    place, counts = place.unique(return_counts=True)
-    return tuple(t.to(log_p.device) for t in (place // width, order.flatten()[place], counts))
-
-
-def nucleus(log_p, top_p):
-    """The most probable tokens of each row that reach top_p together, best first, and as many more, of no probability, as the
-    widest row has (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
-
-    log_p: (R, V). Returns (probabilities (R, K), not scaled to sum to 1; tokens int64 (R, K)).
-    """
-    p, width = log_p.softmax(-1), 256  # sorting all of a large vocabulary costs more than the model
-    if top_p >= 1:
-        return p, torch.arange(p.shape[1], device=p.device).expand_as(p)
-    best, order = p.topk(min(width, p.shape[1]))
-    if (best.sum(-1) < top_p).any():
-        best, order = p.sort(-1, descending=True)
-    before = best.cumsum(-1) - best
-    return best.masked_fill(before >= top_p, 0), order  # the token that crosses the limit still counts
 
 
 def rescore(clip, features, candidates):

@@ -19,7 +19,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from cache import existing_caches, read_cache, search
+from cache import existing_caches, halved, read_cache, search
 from utils import (
     InputError, add_up, atomic, choose_device, choose_dtype, first, linearize, output_folder, process, read_coco,
     report_bad_images, run,
@@ -69,11 +69,11 @@ def cosine_rate(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def tokenized_tables(captioner, features, entries, embeddings, topk):
-    """The table of each image as token ids: a list of lists. features: (n, dim) unit vectors."""
+def tokenized_tables(captioner, features, entries, embeddings, topk, half=None):
+    """The table of each image as token ids: a list of lists. features: (n, dim) unit vectors. half: see search."""
     tables = []
     for rows in features.split(256):
-        _, indices = search(rows, embeddings, topk)  # (256, k)
+        _, indices = search(rows, embeddings, topk, half=half)  # (256, k)
         tables += [linearize([entries[i] for i in row]) for row in indices.tolist()]
     return captioner.tokenize(tables, captioner.maxlen_enc)
 
@@ -191,8 +191,10 @@ def main():
         raise InputError(f"none of the images of {args.split if not train else args.val_split} can be read")
 
     # The tables and captions as tokens, once.
-    tables = tokenized_tables(captioner, features, entries, embeddings, args.topk)
-    val_tables = tokenized_tables(captioner, val_features, entries, embeddings, args.topk)
+    half = halved(embeddings) if dtype == torch.bfloat16 and device.type == "cpu" else None  # for 100,000 images it pays
+    tables = tokenized_tables(captioner, features, entries, embeddings, args.topk, half)
+    val_tables = tokenized_tables(captioner, val_features, entries, embeddings, args.topk, half)
+    del half
     captions, val_captions = ([captioner.tokenize(p.captions, args.maxlen_dec) for p in ps] for ps in (train, val))
 
     # The training.

@@ -31,21 +31,21 @@ HEAD = ("part", "times faster", "range", "of the limit", "peak MB", "plain", "se
 
 
 def parse():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what is measured (default: all): {', '.join(PARTS)}")
     parser.add_argument("--small", action="store_true", help="small models and few texts, to see that everything runs")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
     return parser.parse_args()
 
 
-def row(name, found):
-    """The cells of a part's row. found: of compare, or a reason why there is nothing."""
+def cells(name, found):
+    """A part's row of the table. found: of compare, or {"equal": None, "reason": why there is nothing}."""
     if "ratio" not in found:
-        return name, *["-"] * (len(HEAD) - 2), found.get("reason", "no")
-    return (name, f"{found['ratio']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}", f"{found['of_limit']:.0%}", f"{found['peak_mb']:,.0f}",
-            f"{found['plain_peak_mb']:,.0f}", f"{found['seconds']:.3f}", f"{found['plain_seconds']:.3f}", "yes")
+        return [name, *["-"] * (len(HEAD) - 2), found.get("reason", "no")]
+    figures = "{ratio:.2f}|{low:.2f} to {high:.2f}|{of_limit:.0%}|{peak_mb:,.0f}|{plain_peak_mb:,.0f}|{seconds:.3f}|{plain_seconds:.3f}|yes"
+    return [name, *figures.format(**found).split("|")]
 
 
 def machine(args, device):
@@ -54,7 +54,8 @@ def machine(args, device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").is_file():
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return (f"{name}, threads: {args.threads}, float32 (bfloat16 in *_bf16), torch {torch.__version__}, "
             f"transformers {transformers.__version__}, {datetime.date.today()}, repeats: {args.repeats}{', --small' * args.small}")
 
@@ -75,10 +76,10 @@ def main():
             results[name] = compare(PARTS[name](args.small, device), args.repeats, device)
         except ModuleNotFoundError as error:
             results[name] = {"equal": None, "reason": f"needs {error.name}"}
-        print(LINE.format(*row(name, results[name])), flush=True)
+        print(LINE.format(*cells(name, results[name])), flush=True)
     if not args.parts and not args.small:
-        table = [HEAD, ["---"] * len(HEAD), *(row(*item) for item in results.items())]
-        write_lines(RESULTS, [f"`python -m benchmarks`: {about}", "", *(f"| {' | '.join(cells)} |" for cells in table)])
+        table = [HEAD, ["---"] * len(HEAD), *(cells(*item) for item in results.items())]
+        write_lines(RESULTS, [f"`python -m benchmarks`: {about}", "", *(f"| {' | '.join(line)} |" for line in table)])
     for name, found in results.items():
         print(json.dumps({"part": name} | {key: found.get(key) for key in KEYS}))
     if any(found["equal"] is False for found in results.values()):

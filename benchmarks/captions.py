@@ -1,5 +1,6 @@
 """What sampler.py spends its time on: beams, samples, and CLIP's choice among them."""
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -59,10 +60,10 @@ def beam(small, device, size):
         return [list(zip(captioner.decode(output.sequences), output.sequences_scores.tolist())) for output in outputs]
 
     def same(plain, ours):
-        return (all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(plain, ours))
+        return (all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(plain, ours, strict=True))
                 and all(text in dict(ours) for text, score in plain if score > plain[-1][1] + 1e-4))
 
-    return Part(plain, lambda: captioner.beam(tables), lambda a, b: all(map(same, a, b)),
+    return Part(plain, lambda: captioner.beam(tables), lambda a, b: all(same(*pair) for pair in zip(a, b, strict=True)),
                 lambda found: decoding_floor(captioner, tables, [[text for text, _ in beams] for beams in found]))
 
 
@@ -88,7 +89,8 @@ def sample(captioner, folder, tables, n, clip=None, **dials):
 
     def floor(found):
         texts = [[text for text, *_ in samples] for samples in found]
-        return decoding_floor(captioner, tables, texts) + (least(captioner.device, torch.float32, encoding_work(clip, texts[0])) if clip else 0)
+        matching = least(captioner.device, torch.float32, encoding_work(clip, texts[0])) if clip else 0
+        return decoding_floor(captioner, tables, texts) + matching
 
     return Part(plain, ours, lambda a, b: same_distribution(model, captioner, tables[0], a[0], b[0]), floor)
 
@@ -105,7 +107,8 @@ def same_distribution(model, captioner, table, plain, ours):
     told = torch.tensor([likelihood for _, likelihood in each])
     others, _ = log_probabilities(model, captioner, table, plain[:200])
     error = (totals.var() / len(totals) + others.var() / len(others)).sqrt()
-    return bool(((totals / lengths - told).abs() < 1e-3).float().mean() >= 0.9 and (totals.mean() - others.mean()).abs() < 4 * error)
+    own = ((totals / lengths - told).abs() < 1e-3).float().mean() >= 0.9
+    return bool(own and (totals.mean() - others.mean()).abs() < 4 * error)
 
 
 @torch.inference_mode()
@@ -123,7 +126,7 @@ def sample_random(small, device, size, n, rescored=False):
     """n samples of one image by random weights, at the sampler's defaults: temperature 1 and top-p 1."""
     folder = made.bart_folder("small" if small else size)
     captioner, clip = Captioner(folder, device), Clip(made.clip_folder(small), device) if rescored else None
-    return sample(captioner, folder, captioner.tokenize(made.tables(1), captioner.maxlen_enc), 30 if small else n, clip)
+    return sample(captioner, folder, captioner.tokenize(made.tables(1), captioner.maxlen_enc), 100 if small else n, clip)
 
 
 def sample_tree(small, device, temperature):
@@ -134,8 +137,8 @@ def sample_tree(small, device, temperature):
     captioner.model.save_pretrained(files / "bart")
     entries, embeddings = read_cache([files / "cache.txt"], [files / "cache.npy"], clip.identity)
     features, _, _ = image_features(clip, read_coco(files, "val2017"), files)
-    return sample(captioner, files / "bart", tokenized_tables(captioner, features, entries, embeddings, 16), 30 if small else 1000,
-                  temperature=temperature, top_p=0.9)
+    tables = tokenized_tables(captioner, features, entries, embeddings, 16)
+    return sample(captioner, files / "bart", tables, 100 if small else 1000, temperature=temperature, top_p=0.9)
 
 
 @functools.cache
@@ -145,10 +148,11 @@ def tuned(train, val, epochs):
     with ThreadPool(1) as pool:
         for split, images in (("train2017", train), ("val2017", val)):
             scenes.write_split(files, split, images, 0, pool)
-    common = ["--datadir", files, "--textfile", files / "cache.txt", "--embfile", files / "cache.npy", "--clip_model", SNOWGLOBE / "clip"]
-    training = ["--savedir", files, "--lm", SNOWGLOBE / "bart", "--topk", 16, "--lrate", "7e-2", "--epochs", epochs]
-    for script, more in (("compute_cache", ["--topk", 300]), ("trainer", training)):
-        with mock.patch.object(sys, "argv", [script, *map(str, common + more)]):
+    common = ["--datadir", files, "--textfile", files / "cache.txt", "--embfile", files / "cache.npy",
+              "--clip_model", SNOWGLOBE / "clip", "--topk"]
+    training = [16, "--savedir", files, "--lm", SNOWGLOBE / "bart", "--lrate", "7e-2", "--epochs", epochs]
+    for script, more in (("compute_cache", [300]), ("trainer", training)):
+        with mock.patch.object(sys, "argv", [script, *map(str, common + more)]), contextlib.redirect_stdout(sys.stderr):
             importlib.import_module(script).main()
     return files
 

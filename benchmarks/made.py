@@ -17,9 +17,9 @@ from transformers import (
 
 from utils import linearize
 
-# Of texts with 1, 2, 3 ... tokens, the shares as CLIP's tokenizer finds them in the captions of COCO's val2017 and what is mined there.
+# Shares of texts with 1, 2, 3 ... tokens, as CLIP's tokenizer splits COCO's captions of val2017 and what is mined from them.
 NGRAM_LENGTHS = (0.31, 0.65, 0.035, 0.005)
-CAPTION_LENGTHS = (0, 0, 0, 0, 0, 0, 0.005, 0.04, 0.15, 0.2, 0.19, 0.155, 0.1, 0.06, 0.035, 0.025, 0.015, 0.01, 0.005, 0.005, 0.005)
+CAPTION_LENGTHS = (*[0] * 6, 0.005, 0.04, 0.15, 0.2, 0.19, 0.155, 0.1, 0.06, 0.035, 0.025, 0.015, 0.01, 0.005, 0.005, 0.005)
 
 
 @functools.cache
@@ -29,27 +29,27 @@ def folder():
     return Path(folder.keep.name)
 
 
-def texts(n, lengths, words=20000, seed=0):
-    """n distinct texts of made-up words, one token each. lengths: shares of texts with 1, 2, 3 ... words."""
+def texts(n, lengths, seed):
+    """n distinct texts of made-up words, of which each is one token. lengths: shares of texts with 1, 2, 3 ... words."""
     rng, found = random.Random(seed), {}
     while len(found) < n:
         [length] = rng.choices(range(1, len(lengths) + 1), lengths)
-        found[" ".join(f"w{rng.randrange(words)}" for _ in range(length))] = None
+        found[" ".join(f"w{rng.randrange(20000)}" for _ in range(length))] = None
     return list(found)
 
 
 def ngrams(n):
-    return texts(n, NGRAM_LENGTHS)
+    return texts(n, NGRAM_LENGTHS, 0)
 
 
 def captions(n):
-    return texts(n, CAPTION_LENGTHS, seed=1)
+    return texts(n, CAPTION_LENGTHS, 1)
 
 
-def tables(n, topk=10):
-    """n tables of topk entries each, linearized."""
-    entries = ngrams(n * topk)
-    return [linearize(entries[i:i + topk]) for i in range(0, n * topk, topk)]
+def tables(n):
+    """n tables of 10 entries each, linearized."""
+    entries = ngrams(10 * n)
+    return [linearize(entries[i:i + 10]) for i in range(0, 10 * n, 10)]
 
 
 def save_tokenizer(path, specials, size, unknown, longest, **names):
@@ -61,7 +61,8 @@ def save_tokenizer(path, specials, size, unknown, longest, **names):
     start, end = names["bos_token"], names["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(token, specials[token]) for token in (start, end)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, model_max_length=longest, **names).save_pretrained(path)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, model_max_length=longest, **names)
+    whole.save_pretrained(path)
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def bart_folder(size):
     """A BART as save_pretrained leaves it: "base", "large", or "small", of one narrow layer."""
     torch.manual_seed(0)
     path = folder() / size
-    layers, width = {"small": (1, 64), "base": (6, 768), "large": (12, 1024)}[size]
+    layers, width = {"small": (1, 128), "base": (6, 768), "large": (12, 1024)}[size]
     bart = BartForConditionalGeneration(BartConfig(
         encoder_layers=layers, decoder_layers=layers, d_model=width, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
         encoder_attention_heads=width // 64, decoder_attention_heads=width // 64)).eval()
@@ -95,25 +96,26 @@ def bart_folder(size):
 
 
 def write_captions(bart):
-    """Makes random weights write as a captioner does in what decides speed: captions hang on the table and end as COCO's do,
-    and words follow a power law, at about 2.3 nats a word, so that samples part as soon as those of a trained model.
+    """Makes random weights write as a captioner does in what decides speed: captions end as COCO's do, and words follow a power
+    law, at about 2 nats a word, so that samples part about as soon as those of a trained model.
     """
     decoder, bias, end = bart.get_decoder(), bart.final_logits_bias[0], bart.config.eos_token_id
-    bias[:] = -1.7 * torch.arange(-2, len(bias) - 2).clamp(min=1).log()
-    bias[[0, 1, 3, -1]] = -1e4  # <s>, <pad>, <unk>, <mask>
+    bias[:] = -2 * torch.arange(-2, len(bias) - 2).clamp(min=1).log()
+    bias[[0, 1, 2, 3, -1]] = -30  # never drawn: <s>, <pad>, </s>, <unk>, <mask>
     decoder.embed_positions.weight.mul_(10)  # else each word calls for itself again, for input and output share their weights
-    for layer in decoder.layers:
-        layer.encoder_attn.out_proj.weight.mul_(10)
-    # The output's row of </s>, so that after each number of words the right share of captions ends.
-    words = torch.randint(4, 1000, (16, 32))
-    words[:, 0], words[:, 1] = end, 0
-    share = torch.tensor([*CAPTION_LENGTHS, *[0.0] * 32])[:30]
+    # The output's row of </s>: solved for, so that behind each number of words the right share of captions ends.
+    tables, words = torch.randint(5, 20000, (16, 32)), bias.softmax(0).multinomial(512, replacement=True).view(16, 32)
+    tables[:, 3::3] = 4  # the bar
+    tables[:, 0], tables[:, -1], words[:, 0], words[:, 1] = 0, end, end, 0
+    bias[end] = 0
+    share = torch.tensor([0.0, *CAPTION_LENGTHS, *[0.0] * 32])[:30]  # of captions with 0, 1, 2 ... words
     ending = (share / share.flip(0).cumsum(0).flip(0)).nan_to_num(0.9).clamp(1e-6, 0.9)  # of those that are as long
     for _ in range(2):  # the row is an input, too
-        hidden = decoder(input_ids=words, encoder_hidden_states=bart.get_encoder()(words).last_hidden_state).last_hidden_state[:, 2:]
+        encoded = bart.get_encoder()(tables).last_hidden_state
+        hidden = decoder(input_ids=words, encoder_hidden_states=encoded).last_hidden_state[:, 1:31]
         logits = hidden @ bart.lm_head.weight.T + bias  # (16, 30, vocabulary)
         logits[..., end] = -torch.inf
-        wanted = ending.logit() + logits.logsumexp(-1).mean(0) - bias[end]  # (30,)
+        wanted = ending.logit() + logits.logsumexp(-1).mean(0)  # (30,)
         bart.lm_head.weight[end] = torch.linalg.lstsq(hidden.mean(0), wanted[:, None]).solution[:, 0]
 
 

@@ -76,10 +76,10 @@ def resident(name):
 
 @functools.cache
 def speed(device, dtype):
-    """(FLOPs a second of a large matrix product, bytes a second of a long sum): the best of ten, with as many threads as now."""
-    side, length = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 27)
+    """(FLOPs a second of a large matrix product, bytes a second of a long sum): the best of five, with as many threads as now."""
+    side, length = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 26)
     a, b = torch.randn(side, side, device=device).to(dtype), torch.ones(length, device=device)
-    product, total = (min(seconds(call, device) for _ in range(10)) for call in (lambda: a @ a, b.sum))
+    product, total = (min(seconds(call, device) for _ in range(5)) for call in (lambda: a @ a, b.sum))
     return 2 * side ** 3 / product, 4 * length / total
 
 

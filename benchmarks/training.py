@@ -1,5 +1,7 @@
 """What trainer.py spends its time on: a step of the second epoch, or of a later one."""
 
+from functools import partial
+
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoModelForSeq2SeqLM
@@ -58,9 +60,10 @@ def train_step(small, device, dtype=torch.float32):
         return abs(plain[0] - ours[0]) < near and bool((plain[1] - ours[1]).norm() < along * plain[1].norm())
 
     # Forward, and back to the first layernorm, of the tokens that are there; frozen weights need no gradient of their own.
-    work = [(4 * numbers * sum(map(len, rows)), numbers) for numbers, rows in zip(bart_weights(captioner.model), (tables, tokens))]
+    met = zip(bart_weights(captioner.model), (tables, tokens))
+    work = [(4 * numbers * sum(map(len, rows)), numbers) for numbers, rows in met]
     return Part(stepper(model, plain_loss), stepper(captioner.model, lambda: captioner.loss(tables, tokens)), equal,
                 lambda _: least(device, dtype, work))
 
 
-PARTS = {"train_step": train_step, "train_step_bf16": lambda small, device: train_step(small, device, torch.bfloat16)}
+PARTS = {"train_step": train_step, "train_step_bf16": partial(train_step, dtype=torch.bfloat16)}

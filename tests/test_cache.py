@@ -101,6 +101,24 @@ def test_rows_on_the_disk_read_as_those_in_memory(tmp_path, monkeypatch, dtype):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("chunk", [50, 1000])
+@pytest.mark.parametrize("shared", [0.0, 3.0])  # a direction in common to all, so that cosines lie close together
+def test_a_scan_in_bfloat16_loses_none_of_the_nearest(tmp_path, chunk, shared):
+    """Also of rows that bfloat16 cannot tell apart, of negative products, and of a file of float16."""
+    rows, queries = (torch.nn.functional.normalize(unit_rows(n, 16, seed=n) + shared * torch.eye(16)[0], dim=1) for n in (3000, 40))
+    rows[1000:1100] = torch.nn.functional.normalize(rows[1000] + 1e-4 * rows[1100:1200], dim=1)
+    queries[:10] = rows[1000:1010]
+    queries[10:20] *= -1
+    for dtype in (np.float32, np.float16):
+        np.save(tmp_path / "rows.npy", rows.numpy().astype(dtype))
+        stored = cache.Embeddings([cache.Rows(tmp_path / "rows.npy")])
+        exact = queries.double() @ stored[:].double().T
+        scores, indices = cache.search(queries, stored, 10, chunk, cache.halved(stored))
+        torch.testing.assert_close(scores.double(), exact.topk(10).values, atol=1e-6, rtol=0)
+        torch.testing.assert_close(exact.gather(1, indices), exact.topk(10).values, atol=1e-6, rtol=0)
+    assert cache.halved(1.01 * rows) is None  # of which the bound would not hold
+
+
 LARGE = """
 import resource, sys
 import torch

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 import model
 from conftest import BART, CLIP
 from features import image_features
+from generation import nucleus
 from model import Captioner, Clip, is_layernorm
 from snowglobe import scenes
-from utils import linearize, read_coco, read_image
+from utils import InputError, linearize, read_coco, read_image
 
 TEXTS = ["a dog", "penguin", "two red cats next to a big house in the snow", "a", "there is a purple train at night"]
 TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]
@@ -56,6 +57,13 @@ def test_trimmed_sorted_batches_encode_texts_as_one_by_one_at_full_length():
     plain = torch.nn.functional.normalize(torch.cat(plain), dim=-1)
     for batch_size in (1, 2, 128):
         torch.testing.assert_close(clip.encode_texts(TEXTS, batch_size), plain, atol=2e-6, rtol=0)
+
+
+def test_bfloat16_moves_the_vectors_little():
+    texts, exact, half = [*TEXTS] * 9, Clip(CLIP), Clip(CLIP, dtype=torch.bfloat16)
+    image = scenes.Image.new("RGB", (40, 30), "red")
+    for a, b in ((exact.encode_texts(texts), half.encode_texts(texts)), (exact.encode_images([image]), half.encode_images([image]))):
+        assert b.dtype == torch.float32 and 0.999 < (a * b).sum(1).min() < 1 - 1e-7
 
 
 def test_images_are_encoded_alike_in_batches_and_found_again(world, tmp_path, monkeypatch):
@@ -131,6 +139,32 @@ def test_beams_in_a_batch_equal_beams_one_by_one():
         alone = captioner.beam([ids])[0]
         assert [text for text, _ in alone] == [text for text, _ in candidates]
         assert [score for _, score in alone] == pytest.approx([score for _, score in candidates])
+
+
+@pytest.mark.parametrize("num_beams, returned", [(1, 1), (2, 1), (3, 3), (7, 5)])
+@pytest.mark.parametrize("longest", [3, 4, 8, 32])
+def test_beams_are_those_of_generate(checkpoint, num_beams, returned, longest):
+    """Texts and likelihoods, for a language model as pretrained and with its layernorms tuned."""
+    for tuned in (False, True):
+        captioner = Captioner(BART, maxlen_dec=longest)
+        if tuned:
+            model.load_checkpoint(checkpoint, captioner)
+        captioner.model.double()
+        tokens = captioner.tokenize(TABLES, 64)
+        config, count = captioner.model.config, min(returned, num_beams if longest > 3 else 1)
+        for ids, found in zip(tokens, captioner.beam(tokens, num_beams, returned)):
+            out = captioner.model.generate(
+                **captioner.pad([ids]), do_sample=False, num_beams=num_beams, num_return_sequences=count, max_length=longest, min_length=0,
+                length_penalty=1.0, early_stopping=False, no_repeat_ngram_size=0, forced_bos_token_id=config.bos_token_id,
+                forced_eos_token_id=config.eos_token_id, return_dict_in_generate=True, output_scores=True)
+            assert [text for text, _ in found] == captioner.decode(out.sequences)
+            if num_beams > 1 and longest > 3:
+                assert [likelihood for _, likelihood in found] == pytest.approx(out.sequences_scores.tolist(), abs=1e-5)
+
+
+def test_beams_wider_than_the_vocabulary_are_refused(captioner):
+    with pytest.raises(InputError, match="--num_beams 100000 is too wide"):
+        captioner.beam(captioner.tokenize(TABLES, 64), 100000, 1)
 
 
 def plain_likelihood(captioner, table, text):
@@ -222,7 +256,7 @@ def plain_nucleus(p, top_p):
 @pytest.mark.parametrize("vocabulary, spread", [(40, 2.0), (2000, 2.0), (2000, 0.2)])  # the last needs more than the 256 best
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, vocabulary, spread):
     log_p = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)).mul(spread).log_softmax(-1)
-    best, order = model.nucleus(log_p, top_p)
+    best, order = nucleus(log_p, top_p)
     kept = torch.zeros_like(log_p).scatter(1, order, best)
     for row, p in zip(kept, log_p.exp()):
         expected = plain_nucleus(p, top_p)
