@@ -181,7 +181,7 @@ def read_one_cache(textfile, embfile, clip_model):
     return lines, rows
 
 
-def search(queries, embeddings, k, chunk=16384, half=None):
+def search(queries, embeddings, k, chunk=8192, half=None):
     """The k nearest rows by inner product, best first.
 
     queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores (B, k), indices (B, k) int64), k <= N.
