@@ -7,6 +7,7 @@ library while Python loads it. Here it can name only what KNOWN and STORAGES lis
 
 import io
 import math
+import os
 import pickle
 import zipfile
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64, "Long": torch.int64,
     "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
 KNOWN = ("collections.OrderedDict", "argparse.Namespace", "pathlib.", "pytorch_lightning.", "__torch__.", "torch.jit._pickle.")
-MOST_PICKLE = 1 << 24  # bytes; that of BART and CLIP with an optimizer's state has less than 1 MB
+MOST_PICKLE = 1 << 21  # bytes; that of BART and CLIP with an optimizer's state has less than 1 MB
+MOST_STORAGE = 1 << 28  # bytes of one tensor's numbers; the largest of bart-large and of OpenAI's CLIPs have 206 MB
 
 
 # --------------------------------------------------------------------------------------- PyTorch's files
@@ -50,8 +52,14 @@ class StandIn(dict):
 class Reader(pickle._Unpickler):
     """Python's unpickler, of which the file can reach nothing but StandIn, the names of storages, and the two methods below.
 
-    It is the one written in Python, since the other reserves as much memory for its memo as a file asks for.
+    It is the one written in Python, since the other reserves as much memory for its memo as a file asks for. Tuples come as
+    lists, which are no keys of a dict: to hash tuples inside one another, Python recurs until the process dies.
     """
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.EMPTY_TUPLE[0]: pickle._Unpickler.load_empty_list, pickle.TUPLE[0]: pickle._Unpickler.load_list} | {
+        code[0]: lambda self, n=n: self.stack.append([self.stack.pop() for _ in range(n)][::-1])
+        for n, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)}
 
     def __init__(self, file, path):
         super().__init__(file)
@@ -77,9 +85,11 @@ class Reader(pickle._Unpickler):
 
     def tensor(self, storage, offset, shape, stride, *_):
         numbers = (offset, *shape, *stride)  # checked, since a text times a number would be a very long text
-        if len(numbers) > 20 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+        key, dtype = storage
+        if (len(numbers) > 20 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers) or not isinstance(key, str)
+                or not isinstance(dtype, torch.dtype)):
             raise pickle.UnpicklingError("a tensor is described in an unknown way")
-        return Entry(*storage, offset, tuple(shape), tuple(stride))
+        return Entry(key, dtype, offset, tuple(shape), tuple(stride))
 
     def parameter(self, data, *_):
         return data
@@ -95,23 +105,25 @@ def torch_file(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            def read(name):
+            left = 2 * os.path.getsize(path)  # of bytes to read: a file can name its storages again and again
+
+            def read(name, most):
+                nonlocal left
                 info = archive.getinfo(name)
-                if info.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes: nothing is larger than the file
-                    raise zipfile.BadZipFile(f"{name} is compressed")
+                left -= info.file_size
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > most or left < 0:  # PyTorch compresses nothing
+                    raise zipfile.BadZipFile(f"{name} is compressed, or too large")
                 return archive.read(info)
 
             def fetch(entry):
-                numbers = torch.frombuffer(bytearray(read(f"{root}data/{entry.key}")), dtype=entry.dtype)
+                numbers = torch.frombuffer(bytearray(read(f"{root}data/{entry.key}", MOST_STORAGE)), dtype=entry.dtype)
                 if math.prod(entry.shape) > len(numbers):  # a view can repeat numbers without end
                     raise ValueError("a tensor is larger than its storage")
                 return numbers.as_strided(entry.shape, entry.stride, entry.offset).clone()
 
             pickled, = (name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1)
-            if archive.getinfo(pickled).file_size > MOST_PICKLE:
-                raise ValueError("the pickle is too large")
             root = pickled.removesuffix("data.pkl")
-            yield Reader(io.BytesIO(read(pickled)), path).load(), fetch
+            yield Reader(io.BytesIO(read(pickled, MOST_PICKLE)), path).load(), fetch
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can fail in every way there is
