@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from utils import atomic, first, gather, process, read_image
 
+BATCH_PIXELS = 1 << 25  # read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
+
 
 def image_features(clip, pictures, folder, batch_size=64, shard=512):
     """CLIP vectors of all images that can be read, from a file in folder where an earlier run left one.
@@ -28,9 +30,9 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
             stats.append((str(picture.path), 0, 0))
     key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
     path = Path(folder) / f"features-{key}.safetensors"
-    if (found := first(lambda: read_features(path))) is None:
+    if (found := first(lambda: read_features(path, len(pictures), clip.dim))) is None:
         encode_shards(clip, pictures, path, batch_size, shard)
-        found = first(lambda: read_features(path))
+        found = first(lambda: read_features(path, len(pictures), clip.dim))
     if process()[0] == 0:
         for part in path.parent.glob(f"{path.stem}.*.part"):  # also of a run that was killed between the file and this
             part.unlink()
@@ -43,7 +45,7 @@ def encode_shards(clip, pictures, path, batch_size, shard):
     """Writes the features file of image_features by way of its shards, of which each process encodes every world-th."""
     rank, world = process()
     shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard] for start in range(0, len(pictures), shard)}
-    missing = first(lambda: [part for part in shards if read_features(part) is None])
+    missing = first(lambda: [part for part in shards if read_features(part, len(shards[part]), clip.dim) is None])
     done = len(pictures) - sum(len(shards[part]) for part in missing)
     with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image", disable=rank > 0) as bar:
         for start in range(0, len(missing), world):
@@ -54,16 +56,19 @@ def encode_shards(clip, pictures, path, batch_size, shard):
                     write_features(part, features, bad)
             bar.update(sum(len(shards[part]) for part in some[1:]))
     if rank == 0:
-        parts, bads = zip(*map(read_features, shards))
+        parts, bads = zip(*(read_features(part, len(some), clip.dim) for part, some in shards.items()))
         write_features(path, torch.cat(parts), {i * shard + row: reason for i, bad in enumerate(bads) for row, reason in bad.items()})
 
 
-def read_features(path):
-    """What write_features wrote, or None where there is nothing, or nothing that can be read."""
+def read_features(path, n, dim):
+    """What write_features wrote of n images and a CLIP of dim, or None where there is nothing, or nothing like it."""
     try:
         with safe_open(path, "pt") as file:
-            return file.get_tensor("features"), {int(row): reason for row, reason in json.loads(file.metadata()["bad"]).items()}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+            features = file.get_tensor("features")
+            bad = {int(row): reason + "" for row, reason in json.loads(file.metadata()["bad"]).items()}
+        whole = set(bad) <= set(range(n)) and features.shape == (n - len(bad), dim) and features.dtype == torch.float32
+        return (features, bad) if whole and features.isfinite().all() else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -81,7 +86,8 @@ def encode_files(clip, paths, batch_size, bar):
             batch.append(read_image(path))
         except OSError as error:
             bad[row] = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        if batch and (len(batch) == batch_size or row == len(paths) - 1):
+        pixels = sum(image.width * image.height for image in batch)
+        if batch and (len(batch) == batch_size or pixels > BATCH_PIXELS or row == len(paths) - 1):
             vectors.append(clip.encode_images(batch))
             batch = []
         bar.update()
