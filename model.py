@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,7 @@ def load(loader, name, what, **options):
             return loader.from_pretrained(name, **options)
     except ImportError as error:  # of SigLIP's tokenizer: sentencepiece, protobuf
         raise InputError(f"the {what} {name} needs another library: {' '.join(str(error).split()).split('. ')[0]}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # RuntimeError: sizes differ
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:  # RuntimeError: sizes differ
         raise InputError(f"the {what} {name} could not be loaded: it is neither a folder with a model nor, as far as "
                          f"can be seen from here, a name on the Hugging Face hub") from error
 
@@ -354,8 +355,10 @@ def checkpoint_settings(path):
             return lightning_settings(path)
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["antarctic_captions"])
-        return settings | {name: settings[name] for name in ("lm", "topk", "maxlen_enc", "maxlen_dec")}  # or KeyError
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        if not all(type(settings[name]) is int and 0 < settings[name] < 1 << 16 for name in ("topk", "maxlen_enc", "maxlen_dec")):
+            raise ValueError("the settings are no sizes of tables and texts")
+        return settings | {"lm": settings["lm"] + ""}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
 
 
@@ -369,9 +372,11 @@ def load_checkpoint(path, captioner):
         tensors = lightning_tensors(path, [name for name in parameters if is_layernorm(name)])
     else:
         tensors = load_file(path)
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
+    for name in sorted(tensors.keys() | filter(is_layernorm, parameters)):
+        if name not in tensors or name not in parameters or parameters[name].shape != tensors[name].shape:
             raise InputError(f"the checkpoint {path} does not fit the language model {captioner.identity} (at {name})")
+        if not tensors[name].float().isfinite().all():
+            raise InputError(f"the checkpoint {path} holds values that are not finite (in {name})")
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
