@@ -122,13 +122,25 @@ def check_sidecars(pictures, overwrite):
         raise InputError(f"{len(there)} files that --sidecar would write are there, such as {there[0]}; --overwrite replaces them")
 
 
+def is_record(line, picture):
+    """Whether a line is a record of the picture, as record_of makes it, and not what a kill or a crash left of one."""
+    try:
+        record = json.loads(line)
+        texts = [record["caption"], *(entry for entry, _ in record["table"]), *(text for text, _, _ in record["candidates"])]
+        numbers = [record["score"], *(n for _, n in record["table"]), *(n for _, *both in record["candidates"] for n in both)]
+        return (line.endswith(b"\n") and record["image_id"] == picture.id and record["file"] == str(picture.path)
+                and all(isinstance(text, str) for text in texts) and all(isinstance(n, (int, float)) for n in numbers))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def kept_records(part, pictures, batch_size):
     """Cuts what a stopped run wrote down to the whole batches of these pictures. Returns how many pictures that are."""
     sizes = []
     with open(part, "ab+") as file:
         file.seek(0)
         for picture, line in zip(pictures, file):
-            if not line.endswith(b"\n") or json.loads(line)["image_id"] != picture.id:  # killed in a line; other images
+            if not is_record(line, picture):
                 break
             sizes.append(len(line))
         done = len(sizes) if len(sizes) == len(pictures) else len(sizes) // batch_size * batch_size
