@@ -1,15 +1,17 @@
 """The cache: entries in a text file, their CLIP embeddings in an .npy beside it, and the search for those nearest to an image."""
 
+import io
 import json
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from tokenize import TokenError  # numpy's, of a header cut in two
 
 import numpy as np
 import torch
 
-from utils import InputError, atomic, existing_file, file_sha256, write_json, write_lines
+from utils import LONGEST_TEXT, InputError, atomic, existing_file, file_sha256, read_text, write_json, write_lines
 
 BLOCK = 65536  # rows read or written at a time
 
@@ -22,12 +24,13 @@ class Rows:
         self.path, self.kept = path, kept  # kept: ascending numbers of rows, or None for all
         try:
             with open(path, "rb") as file:  # not np.load, which opens archives, too
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, fortran, self.dtype = header[np.lib.format.read_magic(file)](file)
-                self.offset = file.tell()
-        except (ValueError, OSError, EOFError, KeyError) as error:
+                begin = io.BytesIO(file.read(512))  # numpy's own headers have 128 bytes, and it would read gigabytes
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, self.dtype = header[np.lib.format.read_magic(begin)](begin)
+            self.offset = begin.tell()
+        except (ValueError, OSError, EOFError, KeyError, TokenError) as error:
             raise InputError(f"{path} is not a .npy file of numbers") from error
-        if len(shape) != 2 or fortran or not np.issubdtype(self.dtype, np.floating):
+        if len(shape) != 2 or fortran or not np.issubdtype(self.dtype, np.floating) or shape[0] < 0 or shape[1] < 1:
             raise InputError(f"{path} does not hold a table of real numbers, one row an entry")
         self.file_rows, self.dim = shape
         if Path(path).stat().st_size < self.offset + self.file_rows * self.dim * self.dtype.itemsize:
@@ -151,21 +154,20 @@ def cache_description(embfile):
     if not side.is_file():
         return None
     try:
-        made = json.loads(side.read_text(encoding="utf-8"))
+        made = json.loads(read_text(side, "description"))
         return {name: made[name] + "" for name in ("clip_model", "text_sha256", "prefix")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{side} is not the description of a cache; delete it to load the cache unchecked") from error
 
 
 def read_one_cache(textfile, embfile, clip_model):
     """One cache, checked: (lines, Rows). Raises InputError, see read_cache."""
-    try:
-        text = textfile.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{textfile} is not UTF-8 text") from error
-    lines = text.removesuffix("\n").split("\n") if text else []
+    text = read_text(textfile, "cache text").replace("\r\n", "\n")
+    lines = text.removesuffix("\n").split("\n") if text else []  # no other character ends an entry
     if not lines:
         raise InputError(f"the cache {textfile} is empty")
+    if (longest := max(map(len, lines))) > LONGEST_TEXT:
+        raise InputError(f"{textfile} has an entry of {longest:,} characters; {LONGEST_TEXT:,} are read at most")
     rows = Rows(embfile)
     if len(lines) != len(rows):
         raise InputError(f"{textfile} has {len(lines)} entries, but {embfile} has {len(rows)} rows: not the same cache")

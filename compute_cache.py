@@ -64,8 +64,8 @@ def parse():
 
 
 def words(caption):
-    """Lower-cased words of a caption; tokens of punctuation alone are no words."""
-    return [token for token in wordpunct_tokenize(caption.lower()) if any(map(str.isalnum, token))]
+    """Lower-cased words of a caption; tokens of punctuation alone are no words, nor are those of more than 100 characters."""
+    return [token for token in wordpunct_tokenize(caption.lower()) if any(map(str.isalnum, token)) and len(token) <= 100]
 
 
 def mine(captions, topk, min_count):
@@ -160,7 +160,8 @@ def main():
     if args.entries:
         lines, source = read_lines(args.entries, "list of entries"), args.entries
     elif args.corpus:
-        lines, source = [line for path in args.corpus for line in read_lines(path, "corpus")], ", ".join(args.corpus)
+        lines = [line for path in args.corpus for line in read_lines(path, "corpus", most=math.inf)]
+        source = ", ".join(args.corpus)
     else:
         pictures = read_coco(args.datadir, args.split, need_images=False)
         lines, source = [c for picture in pictures for c in picture.captions], f"{args.split} of {args.datadir}"

@@ -25,7 +25,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from tqdm import tqdm
 
 from utils import (
-    InputError, Picture, choose_device, existing_file, list_images, output_folder, read_annotations,
+    InputError, Picture, choose_device, list_images, one_line, output_folder, read_annotations, read_text,
     report_bad_images, run, write_json,
 )
 
@@ -71,11 +71,7 @@ def parse():
 
 def read_texts(path, what):
     """A list of texts, one a line; a blank line is an empty text. Raises InputError: missing, empty or not UTF-8."""
-    try:
-        with open(existing_file(path, what), encoding="utf-8-sig") as file:  # editors on Windows set a mark first
-            lines = [" ".join(line.split()) for line in file]
-    except UnicodeDecodeError as error:
-        raise InputError(f"the {what} {path} is not UTF-8 text") from error
+    lines = [one_line(line, path) for line in read_text(path, what).removesuffix("\n").split("\n")]
     if not any(lines):
         raise InputError(f"there is no text in the {what} {path}")
     return lines
@@ -85,11 +81,11 @@ def read_results(path):
     """{image id: caption} of a file in COCO's results format. Raises InputError: it is none, or an image comes twice."""
     captions = {}
     try:
-        for result in json.loads(existing_file(path, "results file").read_text(encoding="utf-8")):
+        for result in json.loads(read_text(path, "results file")):
             if result["image_id"] in captions:
                 raise InputError(f"{path} has more than one caption of the image {result['image_id']!r}")
-            captions[result["image_id"]] = " ".join(result["caption"].split())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            captions[result["image_id"]] = one_line(result["caption"], path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not in COCO's results format ({type(error).__name__}: {error})") from error
     if not any(captions.values()):
         raise InputError(f"there is no text in the results file {path}")

@@ -12,11 +12,14 @@ import sys
 from collections import Counter
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from utils import InputError, atomic, choose_device, choose_dtype, existing_file, output_folder, process, run, seed_of, write_lines
+from utils import (
+    InputError, atomic, choose_device, choose_dtype, one_line, output_folder, process, read_text, run, seed_of, shown, write_lines,
+)
 
 
 def parse():
@@ -66,16 +69,14 @@ def read_captions(path):
 
     .json: a list of {"image_id", "caption"}. .jsonl: such an object a line; other keys are ignored. Else: a caption a line.
     """
-    path = existing_file(path, "captions file")
+    path = Path(path)
+    text = read_text(path, "captions file")
+    if path.suffix not in (".json", ".jsonl"):
+        return [(None, one_line(line, path)) for line in text.split("\n")]
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows set a mark first
-        if path.suffix not in (".json", ".jsonl"):
-            return [(None, line) for line in text.split("\n")]
         parts = [text] if path.suffix == ".json" else [f"[{line}]" for line in text.split("\n")]
-        return [(record.get("image_id"), record["caption"] + "") for part in parts for record in json.loads(part)]
-    except UnicodeDecodeError as error:
-        raise InputError(f"the captions file {path} is not UTF-8 text") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [(record.get("image_id"), one_line(record["caption"], path)) for part in parts for record in json.loads(part)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} does not hold captions as sampler.py writes them in {path.suffix} files") from error
 
 
@@ -195,7 +196,7 @@ def main():
 
     lines = [" ".join(story.split()) for told in stories for story in told]
     if savedir is None:
-        print("\n".join(lines))
+        print("\n".join(map(shown, lines)))
         return
     write_lines(savedir / "stories.txt", lines)
     with atomic(savedir / "stories.jsonl") as file:

@@ -3,11 +3,11 @@
 Nothing here imports from this project or knows a model.
 """
 
-import glob
 import hashlib
 import json
 import os
 import signal
+import stat
 import sys
 import threading
 import warnings
@@ -22,11 +22,28 @@ from torch import distributed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SEPARATOR = " | "
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # by content, not by name; for EPS, Pillow would start Ghostscript
+MOST_PIXELS = 64_000_000  # of an image: Pillow needs up to 16 bytes for each, and CLIP's preprocessing 14
+MOST_BYTES = 1 << 29  # of an image's file: some formats are read whole
+LONGEST_SIDE = 200  # times the short side of an image, which CLIP's preprocessing makes some hundred pixels long
+LONGEST_TEXT = 10_000  # characters of an entry or a caption, of which the models read 128 tokens at most
 TEXT = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}  # errors: file names that are no UTF-8
 
 
 class InputError(Exception):
     """What a user gave cannot be used. The message is one sentence that says what was tried and what to do."""
+
+    def __init__(self, message):
+        super().__init__(shown(message))
+
+
+def shown(text):
+    """A text of a user's as a terminal may get it: control characters, and marks that turn the reading direction, as escapes; the
+    beginning of a very long one."""
+    text = str(text)
+    if len(text) > 2000:
+        text = text[:2000] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run(main):
@@ -137,16 +154,31 @@ def existing_file(path, what):
 
 
 def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_lines(path, what):
-    """Lines of a text file, white space made single, without blank ones. Raises InputError."""
+def read_text(path, what):
+    """A UTF-8 text file as it is, but for the mark that editors on Windows set first. Raises InputError."""
     try:
-        lines = existing_file(path, what).read_text(encoding="utf-8-sig").splitlines()  # editors on Windows set a mark first
+        return existing_file(path, what).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"the {what} {path} is not UTF-8 text") from error
-    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def one_line(text, path, most=LONGEST_TEXT):
+    """A text of a file with its white space made single, fit for a tokenizer. Raises InputError where it is longer than any entry
+    or caption, which tokenizers would take minutes and gigabytes for; AttributeError where it is no text."""
+    text = " ".join(text.split())
+    if len(text) > most:
+        raise InputError(f"{path} holds a text of {len(text):,} characters ({text[:40]!r}...); {most:,} are read at most")
+    return text.encode(errors="replace").decode()  # JSON can hold half a character
+
+
+def read_lines(path, what, most=LONGEST_TEXT):
+    """Lines of a text file, white space made single, without blank ones. Raises InputError, also for one of more than most
+    characters."""
+    return [one_line(line, path, most) for line in read_text(path, what).split("\n") if line.strip()]
 
 
 def seed_of(*what):
@@ -193,26 +225,44 @@ class Picture(NamedTuple):
 def read_image(path):
     """An image file as an upright RGB picture: EXIF rotation applied, transparency laid on white, first frame.
 
-    Raises OSError where the file is no whole image.
+    Raises OSError where the file is no whole image of one of FORMATS, or a larger one than can be read in a GB of memory, which
+    is told by its header.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metadata that make no sense
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I;16"):  # grey; Pillow's own conversions cut it off at 255
-                    shades = np.asarray(image)
-                    clear = np.where(shades == image.info.get("transparency", -1), 0, 255)
-                    image = Image.merge("LA", [Image.fromarray(a.astype(np.uint8)) for a in (shades >> 8, clear)])
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("it is no regular file")  # but a pipe, say, where reading would wait for ever
+            if status.st_size > MOST_BYTES:
+                raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
+            with Image.open(path, formats=FORMATS) as file:
+                if file.width * file.height > MOST_PIXELS:
+                    raise Image.DecompressionBombError
+                if max(file.size) > LONGEST_SIDE * min(file.size):
+                    raise OSError(f"the image is too long for its width: {file.width} x {file.height} pixels")
+                ImageOps.exif_transpose(file, in_place=True)
+                if not (file.mode.startswith("I;16") or file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info):
+                    return file.convert("RGB")
+                image = Image.new("RGB", file.size)
+                for top in range(0, file.height, 128):  # in strips, for the copies on the way need memory
+                    image.paste(on_white(file.crop((0, top, file.width, min(top + 128, file.height)))), (0, top))
+                return image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise OSError("the image is too large") from error
+            raise OSError(f"the image is too large: more than {MOST_PIXELS // 10**6} million pixels") from error
         except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise OSError(f"the image is damaged: {error}") from error
+
+
+def on_white(image):
+    """An image that may be transparent, or of 16-bit grey, as RGB."""
+    if image.mode.startswith("I;16"):  # Pillow's own conversions cut it off at 255
+        shades = np.asarray(image)
+        clear = np.where(shades == image.info.get("transparency", -1), 0, 255)
+        image = Image.merge("LA", [Image.fromarray(a.astype(np.uint8)) for a in (shades >> 8, clear)])
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def report_bad_images(bad):
@@ -220,7 +270,7 @@ def report_bad_images(bad):
     if process()[0] > 0:
         return
     for path, reason in bad:
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+        print(f"skipped {shown(path)}: {shown(reason)}", file=sys.stderr)
     if bad:
         print(f"{len(bad)} images could not be read and were skipped", file=sys.stderr)
 
@@ -228,33 +278,52 @@ def report_bad_images(bad):
 def list_images(paths):
     """All image files of files, folders (with subfolders) and patterns such as "photos/*.jpg", sorted within each, each once.
 
-    Nothing is fetched: an address is no path. Raises InputError.
+    Nothing is fetched: an address is no path. Links inside a folder are followed within it alone, so that a folder from elsewhere
+    shows no file of this computer; a warning tells of others, which can be named. Raises InputError.
     """
     found = {}
     for path in map(Path, paths):
-        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        # pathlib's ** passes links by: with two links of a folder to itself, the ways through them double at each step.
+        matches = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         if not matches:
             raise InputError(f"there is no image or folder at {path}; only local files are read")
         for match in matches:
-            if match.is_file():
+            if not match.is_dir():
                 found[match] = None
                 continue
-            inside = sorted(p for p in match.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            walk, root = [p for p in match.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES or p.is_dir()], os.path.realpath(match)
+            links = {p for p in walk if p.is_symlink() and not Path(os.path.realpath(p)).is_relative_to(root)}
+            inside = sorted(p for p in walk if not p.is_dir() and p not in links)
+            told = (f"{len(links)} links, such as {min(links)}, lead out of the folder {match} and are not followed; name what they "
+                    f"lead to, as with {match / '*'}, to have it read") if links else ""
             if not inside:
-                raise InputError(f"the folder {match} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+                raise InputError(told or f"the folder {match} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            if told and process()[0] == 0:
+                print(f"warning: {shown(told)}", file=sys.stderr)
             found |= dict.fromkeys(inside)
     return [Picture(str(path), path) for path in found]
 
 
 def read_annotations(path):
-    """{image id: (file name, [captions])} of a COCO caption file. Raises InputError where it is none."""
+    """{image id: (file name, [captions])} of a COCO caption file. Raises InputError: it is none, an image comes twice, or a file
+    name leads out of the folder of images, which is not a slip but an attack."""
+    images = {}
     try:
-        data = json.loads(existing_file(path, "caption file").read_text(encoding="utf-8"))
-        images = {image["id"]: (str(image["file_name"]), []) for image in data["images"]}
+        data = json.loads(read_text(path, "caption file"))
+        for image in data["images"]:
+            number, name = image["id"], image["file_name"]
+            if type(number) not in (int, str):
+                raise TypeError(f"{number!r} is no image id")
+            f"{number}{name}".encode()  # UnicodeEncodeError: half a character, which no file name holds
+            if number in images:
+                raise InputError(f"{path} lists the image {number!r} twice")
+            if Path(name).anchor or ".." in Path(name).parts or "\0" in name:
+                raise InputError(f"{path} has the file name {name!r}, which is no path inside the folder of images")
+            images[number] = name, []
         for annotation in data["annotations"]:
             if annotation["image_id"] in images:
-                images[annotation["image_id"]][1].append(" ".join(annotation["caption"].split()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                images[annotation["image_id"]][1].append(one_line(annotation["caption"], path))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a COCO caption file ({type(error).__name__}: {error})") from error
     return images
 
