@@ -12,7 +12,6 @@ import csv
 import hashlib
 import json
 import math
-import pickle
 import random
 import time
 
@@ -132,7 +131,7 @@ def load_state(path, trained, optimizer):
                 parameter.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
         return state["progress"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # a damaged pickle can fail in every way there is
         raise InputError(f"the state {path} of a stopped run cannot be read; delete it to start anew") from error
 
 
