@@ -49,23 +49,24 @@ def memory(field):
 
 @contextlib.contextmanager
 def bounded(seconds=10, megabytes=1024):
-    """The body must not take longer, nor more memory beyond what the process had; the memory is measured on Linux alone."""
+    """The body must not compute longer, nor take more memory beyond what the process had (measured on Linux alone); where it waits,
+    or the machine is busy, it gets three times as long."""
     def hang(*_):
-        raise Hang(f"more than {seconds} s")
+        raise Hang(f"more than {3 * seconds} s")
 
     measured = os.access(CLEAR, os.W_OK)
     if measured:
         Path(CLEAR).write_text("5")
         before = memory("VmRSS")
     old = signal.signal(signal.SIGALRM, hang)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    start = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 3 * seconds)
+    start = time.process_time()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-    assert time.monotonic() - start < seconds  # one call into C is not interrupted
+    assert time.process_time() - start < seconds
     if measured:
         assert memory("VmHWM") - before < megabytes
 
@@ -183,7 +184,7 @@ def test_a_real_image_of_fifty_thousand_by_fifty_thousand_is_refused_at_once(tmp
 
 def test_the_largest_image_is_read_in_a_gigabyte(tmp_path):
     (tmp_path / "large.png").write_bytes(black(8000, 8000, 4))  # clear, so that it needs all the steps
-    with bounded(seconds=30):
+    with bounded():
         assert read_image(tmp_path / "large.png").size == (8000, 8000)
 
 
@@ -198,7 +199,7 @@ def test_a_batch_of_large_images_is_encoded_in_a_gigabyte(tmp_path):
 
     (tmp_path / "a.png").write_bytes(black(4000, 3000))
     clip = Counting()
-    with bounded(seconds=60, megabytes=400):
+    with bounded(megabytes=400):
         vectors, bad = features.encode_files(clip, [tmp_path / "a.png"] * 10, 64, tqdm(disable=True))
     assert len(vectors) == 10 and not bad and clip.batches == [3, 3, 3, 1]
 
@@ -215,7 +216,7 @@ def test_strips_are_read_as_the_whole_image(tmp_path, mode, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / "a.png", exif=exif, **({"transparency": 7} if mode in ("P", "I;16") else {}))
-    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+    turns = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
     with Image.open(tmp_path / "a.png") as plain:
         if mode == "I;16":
             shades = np.asarray(plain)
@@ -225,7 +226,7 @@ def test_strips_are_read_as_the_whole_image(tmp_path, mode, orientation):
             plain = Image.alpha_composite(white, plain.convert("RGBA"))
         plain = plain.convert("RGB")
     if orientation > 1:
-        plain = plain.transpose(Image.Transpose[turn[orientation]])
+        plain = plain.transpose(Image.Transpose[turns[orientation - 2]])
     assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), np.asarray(plain))
 
 
@@ -255,7 +256,8 @@ def test_links_out_of_a_folder_are_not_followed_but_told(photos, capsys):
     told, = capsys.readouterr().err.splitlines()
     assert told.startswith(f"warning: 3 links, such as {photos / 'folder'}, lead out of the folder {photos}")
     # Whoever names it means it.
-    assert names([photos / "out.png"]) == names([photos / "o*.png"]) == ["out.png"] and names([photos / "folder"]) == ["secret.png"]
+    assert names([photos / "out.png"]) == names([photos / "o*.png"]) == ["out.png"]
+    assert names([photos / "folder"]) == ["secret.png"]
     (photos / "a.png").unlink()
     (photos / "inside.png").unlink()
     assert "lead out of the folder" in refusal(list_images, [photos])
@@ -329,8 +331,9 @@ def test_a_file_name_that_leads_out_of_the_folder_is_refused_by_name(tmp_path, n
 
 
 def test_an_ordinary_file_name_may_hold_dots_and_folders(tmp_path):
-    path = annotations(tmp_path, [{"id": i, "file_name": name} for i, name in enumerate(("a..b.png", "sub/c.png", "...", "<b>.png"))])
-    assert [name for name, _ in read_annotations(path).values()] == ["a..b.png", "sub/c.png", "...", "<b>.png"]
+    ordinary = ["a..b.png", "sub/c.png", "...", "<b>.png"]
+    path = annotations(tmp_path, [{"id": i, "file_name": name} for i, name in enumerate(ordinary)])
+    assert [name for name, _ in read_annotations(path).values()] == ordinary
 
 
 @pytest.mark.parametrize("images, named", [
@@ -365,8 +368,10 @@ JSON_READERS = {
 
 @pytest.mark.parametrize("read", JSON_READERS.values(), ids=JSON_READERS)
 @pytest.mark.parametrize("text", [
-    DEEP, '{"images": ' + DEEP + ', "annotations": []}', '{"a":' * 100_000, "9" * 5000, "NaN", "-Infinity", "null", "[null]", "[[]]",
-    '"' + "a" * 100_000 + '"', "[" + "9" * 5000 + "]", '[{"image_id": [], "caption": "a"}]', '{"clip_model": 1}', "\0" * 1000, "\ufeff"],
+    DEEP, '{"images": ' + DEEP + ', "annotations": []}', '{"a":' * 100_000, "9" * 5000, "NaN", "-Infinity", "null", "[null]",
+    "[[]]",
+    '"' + "a" * 100_000 + '"', "[" + "9" * 5000 + "]", '[{"image_id": [], "caption": "a"}]', '{"clip_model": 1}', "\0" * 1000,
+    "\ufeff"],
     ids=lambda text: f"{text[:12]}... {len(text)}")
 def test_json_that_is_something_else_is_refused(tmp_path, read, text):
     path = tmp_path / "a.npy.json"
@@ -408,7 +413,7 @@ def test_a_caption_of_ten_megabytes_is_refused(tmp_path):
 def test_a_corpus_may_be_one_line(script, tmp_path):
     """As some are; but a word of more than 100 characters is no word."""
     (tmp_path / "corpus.txt").write_text("a red dog " * 100_000 + LONG)
-    with bounded(seconds=60):
+    with bounded():
         result = script("compute_cache", "--corpus", tmp_path / "corpus.txt", "--textfile", tmp_path / "c.txt", "--embfile",
                         tmp_path / "c.npy", "--clip_model", CLIP)
     assert result.code == 0 and (tmp_path / "c.txt").read_text().split("\n")[:3] == ["a", "dog", "red"]
@@ -436,13 +441,16 @@ def described(shape, descr="<f4"):
 
 
 ARRAYS = {
-    "10^18 rows": described("(1000000000000000000, 8)"), "10^30 rows": described(f"({10 ** 30}, 8)"), "no columns": described(f"({10 ** 19}, 0)"),
+    "10^18 rows": described("(1000000000000000000, 8)"), "10^30 rows": described(f"({10 ** 30}, 8)"),
+    "no columns": described(f"({10 ** 19}, 0)"),
     "negative rows": described("(-2, 8)"), "negative columns": described("(2, -8)"), "both": described("(-2, -8)"),
     "columns that overflow": described(f"({1 << 62}, 4)"), "a truth": described("(True, 99)"), "one number": described("()"),
     "no tuple": described("8"), "three sides": described("(1, 2, 2)"), "text": described("(2, 8)", "<U4"),
-    "objects": described("(2, 8)", "|O"), "nothing wide": described("(2, 8)", "|V0"), "a record": described("(2, 8)", [("a", "<f4")]),
+    "objects": described("(2, 8)", "|O"), "nothing wide": described("(2, 8)", "|V0"),
+    "a record": described("(2, 8)", [("a", "<f4")]),
     "no type": described("(2, 8)", "<zz"), "complex": described("(2, 4)", "<c8"),
-    "brackets": npy("(" * 9000), "braces": npy("{" * 60_000), "minus": npy("-" * 9000 + "1"), "a program": npy("__import__('os')"),
+    "brackets": npy("(" * 9000), "braces": npy("{" * 60_000), "minus": npy("-" * 9000 + "1"),
+    "a program": npy("__import__('os')"),
     "a string without end": npy("'''"), "bytes": npy(bytes(range(256))), "a version to come": npy("{}", (9, 9)),
 }
 
@@ -467,19 +475,25 @@ def safetensors(header, length=None, data=bytes(64)):
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def tensor(shape=(4,), begin=0, end=16, dtype="F32", settings=True):
+def tensor(shape=(4,), begin=0, end=16, dtype="F32"):
     told = {"lm": "a", "topk": 1, "maxlen_enc": 8, "maxlen_dec": 8}
-    return {"x": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}, "__metadata__": {"antarctic_captions": json.dumps(told)}}
+    return {"x": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]},
+            "__metadata__": {"antarctic_captions": json.dumps(told)}}
 
 
 SAFETENSORS = {
-    "longer than the file": safetensors(tensor(), 1 << 40), "longest": safetensors(tensor(), (1 << 64) - 1), "no header": safetensors({}, 0),
-    "a number too far": safetensors(tensor((5,), 0, 20), data=bytes(16)), "behind the end": safetensors(tensor(begin=1 << 40, end=(1 << 40) + 16)),
+    "longer than the file": safetensors(tensor(), 1 << 40), "longest": safetensors(tensor(), (1 << 64) - 1),
+    "no header": safetensors({}, 0),
+    "a number too far": safetensors(tensor((5,), 0, 20), data=bytes(16)),
+    "behind the end": safetensors(tensor(begin=1 << 40, end=(1 << 40) + 16)),
     "from behind": safetensors(tensor(begin=16, end=0)), "negative": safetensors(tensor((-4,), 0, -16)),
-    "sizes that overflow": safetensors(tensor((1 << 33, 1 << 33))), "no list": safetensors(tensor(7)), "no type": safetensors(tensor(dtype="X9")),
+    "sizes that overflow": safetensors(tensor((1 << 33, 1 << 33))), "no list": safetensors(tensor(7)),
+    "no type": safetensors(tensor(dtype="X9")),
     "deep": safetensors(b'{"a":' * 100_000), "deep settings": safetensors(
-        {"__metadata__": {"antarctic_captions": DEEP}}), "huge number": safetensors({"__metadata__": {"antarctic_captions": "9" * 5000}}),
-    "a list": safetensors([]), "no text": safetensors({"__metadata__": {"antarctic_captions": 5}}), "half": safetensors(tensor())[:60],
+        {"__metadata__": {"antarctic_captions": DEEP}}),
+        "huge number": safetensors({"__metadata__": {"antarctic_captions": "9" * 5000}}),
+    "a list": safetensors([]), "no text": safetensors({"__metadata__": {"antarctic_captions": 5}}),
+    "half": safetensors(tensor())[:60],
 }
 
 
@@ -497,7 +511,8 @@ def test_a_safetensors_file_that_lies_is_refused(tmp_path, captioner, name):
 
 
 @pytest.mark.parametrize("changes", [
-    {"topk": "many"}, {"topk": 0}, {"topk": -1}, {"topk": 1.5}, {"topk": float("nan")}, {"topk": 10 ** 30}, {"topk": True}, {"topk": None},
+    {"topk": "many"}, {"topk": 0}, {"topk": -1}, {"topk": 1.5}, {"topk": float("nan")}, {"topk": 10 ** 30}, {"topk": True},
+    {"topk": None},
     {"maxlen_enc": [1]}, {"maxlen_dec": {}}, {"lm": 5}, {"lm": None}], ids=str)
 def test_settings_of_a_checkpoint_are_what_they_should_be(tmp_path, changes):
     settings = {"lm": "a", "topk": 1, "maxlen_enc": 8, "maxlen_dec": 8}
@@ -510,7 +525,8 @@ def test_settings_of_a_checkpoint_are_what_they_should_be(tmp_path, changes):
 @pytest.mark.parametrize("change, named", [
     (lambda tensors: tensors.popitem(), "does not fit"), (lambda tensors: tensors.clear(), "does not fit"),
     (lambda tensors: next(iter(tensors.values())).fill_(float("nan")), "not finite"),
-    (lambda tensors: next(iter(tensors.values()))[:1].fill_(float("inf")), "not finite")], ids=["one less", "none", "nan", "infinite"])
+    (lambda tensors: next(iter(tensors.values()))[:1].fill_(float("inf")), "not finite"),
+], ids=["one less", "none", "nan", "infinite"])
 def test_a_checkpoint_changes_all_layernorms_to_numbers_or_none(tmp_path, captioner, change, named):
     before = {name: parameter.detach().clone() for name, parameter in captioner.train_only(model.is_layernorm).items()}
     tensors = {name: parameter + 1 for name, parameter in before.items()}
@@ -524,8 +540,10 @@ def test_a_checkpoint_changes_all_layernorms_to_numbers_or_none(tmp_path, captio
 FEATURES = {
     "others": lambda f, bad: ({"other": f}, bad), "fewer": lambda f, bad: ({"features": f[:1]}, bad),
     "narrower": lambda f, bad: ({"features": f[:, :3].contiguous()}, bad), "half": lambda f, bad: ({"features": f.half()}, bad),
-    "nan": lambda f, bad: ({"features": f * float("nan")}, bad), "a bad one too many": lambda f, bad: ({"features": f}, {"0": "a", "1": "b"}),
-    "a bad one that is none": lambda f, bad: ({"features": f}, {"9": "a"}), "a negative one": lambda f, bad: ({"features": f}, {"-1": "a"}),
+    "nan": lambda f, bad: ({"features": f * float("nan")}, bad), "a bad one too many": lambda f,
+    bad: ({"features": f}, {"0": "a", "1": "b"}),
+    "a bad one that is none": lambda f, bad: ({"features": f}, {"9": "a"}), "a negative one": lambda f,
+    bad: ({"features": f}, {"-1": "a"}),
     "no reason": lambda f, bad: ({"features": f}, {"1": 5}), "a list": lambda f, bad: ({"features": f}, [1]),
 }
 
@@ -554,19 +572,22 @@ class Canary:
 
 
 PICKLES = {  # how a pickle is put into a file, and what reads it
-    "npy of objects": ("c.npy", lambda path, canary: np.save(path, np.array([[canary]], dtype=object), allow_pickle=True), cache_module.Rows),
-    "npz of objects": ("c.npy", lambda path, canary: np.savez(open(path, "wb"), np.array([canary], dtype=object)), cache_module.Rows),
+    "npy of objects": ("c.npy", lambda path, canary: np.save(path, np.array([[canary]], dtype=object)), cache_module.Rows),
+    "npz of objects": ("c.npz", lambda path, canary: np.savez(path, np.array([canary], dtype=object)),
+                       cache_module.Rows),
     "pickle called npy": ("c.npy", lambda path, canary: path.write_bytes(pickle.dumps(canary)), cache_module.Rows),
-    "pickle called safetensors": ("a.safetensors", lambda path, canary: path.write_bytes(pickle.dumps(canary)), checkpoint_settings),
+    "pickle called safetensors": ("a.safetensors", lambda path, canary: path.write_bytes(pickle.dumps(canary)),
+                                  checkpoint_settings),
     "pickle called ckpt": ("a.ckpt", lambda path, canary: path.write_bytes(pickle.dumps(canary)), checkpoint_settings),
-    "old pt": ("a.pt", lambda path, canary: torch.save(canary, path, _use_new_zipfile_serialization=False), foreign.read_openai_clip),
+    "old pt": ("a.pt", lambda path, canary: torch.save(canary, path, _use_new_zipfile_serialization=False),
+               foreign.read_openai_clip),
     "pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), foreign.read_openai_clip),
     "ckpt": ("a.ckpt", lambda path, canary: torch.save({"state_dict": {}, "x": canary}, path), checkpoint_settings),
     "CLIP's .pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), lambda path: model.Clip(str(path))),
     "state of the trainer": ("state-1.pt", lambda path, canary: torch.save({"trained": canary}, path),
                              lambda path: trainer.load_state(path, {}, torch.optim.AdamW([torch.zeros(1)]))),
-    "weights in a folder": ("pytorch_model.bin", lambda path, canary: (shutil.copy(f"{BART}/config.json", path.parent), torch.save(canary, path)),
-                            lambda path: Captioner(str(path.parent))),
+    "weights in a folder": ("pytorch_model.bin", lambda path, canary: shutil.copy(f"{BART}/config.json", path.parent) and
+                            torch.save(canary, path), lambda path: Captioner(str(path.parent))),
 }
 
 
@@ -599,7 +620,8 @@ BOMBS = {  # pickles that would take a long time, much memory, or the process it
     "pairs in pairs as a key": b"}N" + b"N\x86" * 300_000 + b"Ns.",
     "tensors in tensors as a key": b"}" + b"ctorch._utils\n_rebuild_tensor_v2\nq\x00(" * 1000 + b".",
     "16 MB of lists": b"]" * (1 << 24), "2 MB of lists": b"]" * ((1 << 21) - 1),
-    "2 MB of objects": STAND_IN + b"h\x00)R" * (1 << 18) + b".", "a number of megabytes": b"\x8b" + struct.pack("<i", 1 << 20) + b"\xff" * (1 << 20) + b".",
+    "2 MB of objects": STAND_IN + b"h\x00)R" * (1 << 18) + b".",
+    "a number of megabytes": b"\x8b" + struct.pack("<i", 1 << 20) + b"\xff" * (1 << 20) + b".",
     "a text of 10^18": b"\x8d" + struct.pack("<Q", 10 ** 18) + b"a.", "a far memo": b"Nr\xff\xff\xff\x7f.",
     "a decimal number": b"I" + b"9" * 1_000_000 + b"\n.",
 }
@@ -629,7 +651,8 @@ def test_a_zip_bomb_is_refused(tmp_path):
 def test_one_storage_is_not_ten_thousand_tensors(tmp_path):
     """16 MB that would be 160 GB."""
     numbers = torch.zeros(4 << 20)
-    torch.save({f"w{i}": numbers for i in range(9990)} | {"visual.conv1.weight": numbers, "text_projection": numbers}, tmp_path / "a.pt")
+    tensors = dict.fromkeys(["visual.conv1.weight", "text_projection", *map(str, range(9990))], numbers)
+    torch.save(tensors, tmp_path / "a.pt")
     assert "a.pt" in refusal(foreign.read_openai_clip, tmp_path / "a.pt")
 
 
@@ -658,10 +681,14 @@ class Page(html.parser.HTMLParser):
 
 
 EVIL = [
-    "<script>alert(1)</script>", "</bdi></span></div><img src=x onerror=alert(1)>", "\" onload=\"alert(1)\" x=\"", "' onclick='alert(1)",
-    "javascript:alert(1)", "<a href=javascript:alert(1)>x</a>", "<!--", "-->", "]]>", "</title></style><svg onload=alert(1)>", "<style>*{}",
-    "&lt;b&gt;&#60;i&#62;&amp", "<iframe srcdoc='<script>1</script>'>", "`${alert(1)}`", "<base href=//evil.example>", "<meta http-equiv=refresh>",
-    "%s%d{0}{record}", "\u202egnp.exe", "\u2067right\u2066left", "\x1b[2Jgone", "a\x00b\x08c\rd\x85e\u2028f", "data:text/html,<script>1</script>",
+    "<script>alert(1)</script>", "</bdi></span></div><img src=x onerror=alert(1)>", "\" onload=\"alert(1)\" x=\"",
+    "' onclick='alert(1)",
+    "javascript:alert(1)", "<a href=javascript:alert(1)>x</a>", "<!--", "-->", "]]>", "</title></style><svg onload=alert(1)>",
+    "<style>*{}",
+    "&lt;b&gt;&#60;i&#62;&amp", "<iframe srcdoc='<script>1</script>'>", "`${alert(1)}`", "<base href=//evil.example>",
+    "<meta http-equiv=refresh>",
+    "%s%d{0}{record}", "\u202egnp.exe", "\u2067right\u2066left", "\x1b[2Jgone", "a\x00b\x08c\rd\x85e\u2028f",
+    "data:text/html,<script>1</script>",
     "<plaintext>", "<xmp>", "<\x00script>", "\ud800", "<bdi>", "</bdi>",
 ]
 
@@ -669,8 +696,8 @@ EVIL = [
 def page_of(path, texts):
     cards, told = [], []
     for i, text in enumerate(texts):
-        cards.append({"image_id": text, "file": str(path), "caption": text, "score": 0.3, "table": [[text, 0.3], [text[::-1], 0.2]],
-                      "candidates": [[text, 0.3, -1.0]]})
+        cards.append({"image_id": text, "file": str(path), "caption": text, "score": 0.3,
+                      "table": [[text, 0.3], [text[::-1], 0.2]], "candidates": [[text, 0.3, -1.0]]})
         told.append((text,))
     write_gallery(path.with_name("gallery.html"), texts[0], [(texts[0], texts[0], cards, told)])
     return path.with_name("gallery.html").read_bytes().decode()
@@ -683,7 +710,8 @@ def test_nothing_of_a_users_text_becomes_an_element_or_an_attribute(tmp_path):
     plain, evil = Page(page_of(path, [f"w{i} and" for i in range(len(EVIL))])), Page(page_of(path, EVIL))
 
     def without_use(elements):  # whether an entry's words are in the caption is told by a class
-        return [(tag, attributes | ({"class": "entry"} if attributes.get("class") == "entry used" else {})) for tag, attributes in elements]
+        return [(tag, attributes | ({"class": "entry"} if attributes.get("class") == "entry used" else {}))
+                for tag, attributes in elements]
 
     assert without_use(evil.elements) == without_use(plain.elements)
     for _, attributes in evil.elements:
@@ -696,7 +724,8 @@ def test_nothing_of_a_users_text_becomes_an_element_or_an_attribute(tmp_path):
 
 def test_a_policy_forbids_scripts_even_so(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    policy, = (a["content"] for tag, a in Page(page_of(tmp_path / "a.png", EVIL)).elements if a.get("http-equiv") == "Content-Security-Policy")
+    elements = Page(page_of(tmp_path / "a.png", EVIL)).elements
+    policy, = (attributes["content"] for _, attributes in elements if attributes.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -711,7 +740,8 @@ def test_no_escape_sequence_of_a_file_reaches_the_terminal(script, cache, checkp
     """Names, texts and descriptions that would clear the screen, change its title or turn the line around."""
     evil = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m"
     (photos / f"{evil}.png").write_text("no picture")
-    result = script("sampler", "--images", photos, "--textfile", cache.textfile, "--embfile", cache.embfile, "--clip_model", CLIP, "--lm", BART,
+    models = "--clip_model", CLIP, "--lm", BART
+    result = script("sampler", "--images", photos, "--textfile", cache.textfile, "--embfile", cache.embfile, *models,
                     "--ckpt", checkpoint, "--savedir", photos.parent / "out")
     assert result.code == 0 and "skipped" in result.err and "owned" in result.err
     assert set(result.err + result.out).isdisjoint("\x1b\x07\x9b\u202e")
@@ -720,18 +750,20 @@ def test_no_escape_sequence_of_a_file_reaches_the_terminal(script, cache, checkp
     assert result.code == 0 and "owned" in result.out and set(result.out).isdisjoint("\x1b\x07\x9b\u202e")
     (photos / f"{evil}.npy").write_text("no numbers")
     (photos / f"{evil}.txt").write_text("dog\n")
-    result = script("sampler", "--images", photos, "--textfile", photos / f"{evil}.txt", "--embfile", photos / f"{evil}.npy", "--clip_model",
-                    CLIP, "--lm", BART, "--savedir", photos.parent / "out2")
+    result = script("sampler", "--images", photos, "--textfile", photos / f"{evil}.txt", "--embfile", photos / f"{evil}.npy", *models,
+                    "--savedir", photos.parent / "out2")
     assert result.code == 2 and "owned" in result.err and set(result.err).isdisjoint("\x1b\x07\x9b\u202e")
 
 
 # ------------------------------------------------------------------------------------------------- the results
 
-RECORD = {"image_id": "a.png", "file": "a.png", "caption": "a dog", "score": 0.3, "table": [["dog", 0.3]], "candidates": [["a dog", 0.3, -1.0]]}
+RECORD = {"image_id": "a.png", "file": "a.png", "caption": "a dog", "score": 0.3, "table": [["dog", 0.3]],
+          "candidates": [["a dog", 0.3, -1.0]]}
 
 
 @pytest.mark.parametrize("change", [
-    {"image_id": "b.png"}, {"file": "/etc/passwd"}, {"caption": 5}, {"caption": None}, {"score": "0.3"}, {"score": None}, {"table": None},
+    {"image_id": "b.png"}, {"file": "/etc/passwd"}, {"caption": 5}, {"caption": None}, {"score": "0.3"}, {"score": None},
+    {"table": None},
     {"table": [["dog"]]}, {"table": [[0.3, "dog"]]}, {"table": {"dog": 0.3}}, {"table": [5]}, {"candidates": [["a dog", 0.3]]},
     {"candidates": [["a dog", "b", "c"]]}, {"candidates": 5}, {"candidates": [[["a"], 0.3, 0.3]]}], ids=str)
 def test_a_stopped_runs_record_of_another_kind_is_written_again(tmp_path, change):
@@ -742,7 +774,8 @@ def test_a_stopped_runs_record_of_another_kind_is_written_again(tmp_path, change
         assert sampler.kept_records(part, pictures, 1) == kept == len(part.read_text().splitlines())
 
 
-@pytest.mark.parametrize("line", [b"\0" * 100, b"", b"\xff\xfe", b"{}", b"[]", b"7", b"NaN", DEEP.encode(), json.dumps(RECORD).encode()[:-1]])
+@pytest.mark.parametrize("line", [
+    b"\0" * 100, b"", b"\xff\xfe", b"{}", b"[]", b"7", b"NaN", DEEP.encode(), json.dumps(RECORD).encode()[:-1]], ids=len)
 def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
     pictures, part = [Picture(f"{name}.png", Path(f"{name}.png")) for name in "ab"], tmp_path / "details-1.jsonl.part"
     whole = json.dumps(RECORD).encode() + b"\n"
@@ -750,7 +783,8 @@ def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
     assert sampler.kept_records(part, pictures, 1) == 1 and part.read_bytes() == whole
 
 
-@pytest.mark.parametrize("text", ['[{"image_id": 1, "caption": 5}]', '[{"image_id": 1}]', '[5]', '[["a", "b"]]', '{"image_id": 1}', "5", '"text"'])
+@pytest.mark.parametrize("text", [
+    '[{"image_id": 1, "caption": 5}]', '[{"image_id": 1}]', '[5]', '[["a", "b"]]', '{"image_id": 1}', "5", '"text"'])
 def test_results_of_wrong_types_are_refused(tmp_path, text):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(text)
