@@ -3,6 +3,10 @@
     python compute_cache.py --datadir coco --textfile cache.txt --embfile cache.npy
     python compute_cache.py --entries words.txt --textfile mine.txt --embfile mine.npy --clip_model ViT-B/16
     python compute_cache.py --textfile mine.txt --embfile mine.npy --add "Geoff Hinton" "a golden retriever puppy" --remove dog
+    python compute_cache.py --textfile cache.txt --embfile cache.npy --index cache.faiss
+
+The last one builds an approximate index over a cache of millions that exists; beside a command that makes or changes a cache,
+--index builds it afterwards.
 """
 
 import argparse
@@ -20,7 +24,8 @@ from nltk import wordpunct_tokenize
 from tqdm import tqdm
 
 from cache import cache_description, existing_caches, read_one_cache, write_cache
-from utils import InputError, choose_device, first, gather, output_folder, process, read_coco, read_lines, run
+from index import build_index, library
+from utils import InputError, choose_device, existing_file, first, gather, output_folder, process, read_coco, read_lines, run
 
 CHUNK = 2048  # entries encoded between two writes
 
@@ -46,6 +51,9 @@ def parse():
     parser.add_argument("--embfile", required=True, help="their embeddings to write or change (.npy), one row an entry")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="numbers of a new --embfile; float16 "
                         "takes half the disk (default %(default)s)")
+    parser.add_argument("--index", metavar="FILE", help="build an approximate index over the cache (.faiss), for caches of millions")
+    parser.add_argument("--queries", metavar="FILE", help="image features that trainer.py or sampler.py kept (features-*.safetensors), to "
+                        "measure the recall of --index with (default: made-up ones)")
     # How they are encoded.
     parser.add_argument("--prefix", help='text set before each entry for CLIP, such as "a photo of " (default none; where a '
                         "cache is changed, the one that it was made with)")
@@ -57,9 +65,11 @@ def parse():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
     args = parser.parse_args()
     sources = sum(source is not None for source in (args.datadir, args.corpus, args.entries))
-    if sources + bool(args.add or args.add_from or args.remove) != 1:
+    if sources + bool(args.add or args.add_from or args.remove) not in ((0, 1) if args.index else (1,)):
         raise InputError("a new cache needs exactly one of --datadir, --corpus and --entries; one that exists is changed by "
-                         "--add, --add_from and --remove")
+                         "--add, --add_from and --remove, and indexed by --index")
+    if args.queries and not args.index:
+        raise InputError("--queries are for measuring an --index, and none is built")
     return args
 
 
@@ -146,15 +156,29 @@ def main():
     for name, least in (("topk", 1), ("batch_size", 1), ("ncaptions", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    for path in (args.textfile, args.embfile):
+    outputs = [args.textfile, args.embfile] + ([args.index] if args.index else [])
+    for path in outputs:
         output_folder(Path(path).parent)
         if Path(path).is_dir():
             raise InputError(f"{path} is a folder, not a file to write")
-    if Path(args.textfile).resolve() == Path(args.embfile).resolve():
-        raise InputError(f"--textfile and --embfile are both {args.textfile}")
+    if len({Path(path).resolve() for path in outputs}) < len(outputs):
+        raise InputError(f"--textfile, --embfile and --index must be files of their own, not {', '.join(outputs)}")
+    if args.index:
+        library()  # or it would be missed after hours of encoding
+        if args.queries:
+            existing_file(args.queries, "file of image features")
     device = choose_device(args.device)
+    make_cache(args, device)
+    if args.index and process()[0] == 0:
+        build_index(args.index, *existing_caches([args.textfile], [args.embfile])[0], args.queries)
+
+
+def make_cache(args, device):
+    """Makes a new cache, or changes the one that is there; where only its index is asked for, nothing."""
     if args.add or args.add_from or args.remove:
         return change_cache(args, device) if process()[0] == 0 else None  # a few entries: nothing to share
+    if not (args.datadir or args.corpus or args.entries):
+        return
 
     # The entries. CLIP is loaded before they are mined, so that a wrong name is told at once.
     if args.entries:

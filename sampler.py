@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from cache import existing_caches, read_cache, search
 from gallery import write_gallery
+from index import index_description, open_index
 from utils import (
     TEXT, InputError, atomic, choose_device, choose_dtype, existing_file, file_sha256, first, gather, linearize, list_images,
     output_folder, process, read_coco, read_lines, report_bad_images, run, seed_of, write_json, write_lines,
@@ -39,6 +40,8 @@ def parse():
     # What it is captioned with, and where results go.
     parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
     parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
+    parser.add_argument("--index", metavar="FILE", help="search the cache that this index of compute_cache.py belongs to approximately, "
+                        "through it (default: every cache exactly)")
     parser.add_argument("--savedir", required=True, help="folder for preds.txt, ref0.txt ..., captions.json, details.jsonl, gallery.html")
     parser.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; without it the language model "
                         "writes as it was pretrained")
@@ -88,6 +91,8 @@ def check(args):
     if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     existing_caches(args.textfile, args.embfile)
+    if args.index:
+        index_description(args.index)
     if not math.isfinite(args.lm_weight):
         raise InputError(f"--lm_weight must be a number, not {args.lm_weight}")
     if args.ckpt:
@@ -231,6 +236,7 @@ def main():
     entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity, clip.dim)
     if only or banned:
         entries, embeddings = restrict(entries, embeddings, only, banned)
+    find = open_index(args.index, embeddings).search if args.index else search
     captioner = Captioner(args.lm, device, dtype, settings["maxlen_enc"], settings["maxlen_dec"])
     if args.ckpt:
         load_checkpoint(args.ckpt, captioner)
@@ -246,7 +252,8 @@ def main():
     # What a stopped run of the same images and settings has written is kept.
     decides = [captioner.identity, args.ckpt and file_sha256(args.ckpt), entries, [Path(path).stat().st_mtime_ns for path in args.embfile],
                hashlib.sha256(features.numpy().tobytes()).hexdigest(), topk, banned and banned.pattern, str(dtype), args.num_beams, args.num_return_sequences,
-               args.do_sample, args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size]
+               args.do_sample, args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size,
+               args.index and file_sha256(args.index)]
     part = savedir / f"details-{first(lambda: hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16])}.jsonl.part"
     rank, world = process()
     done = first(lambda: kept_records(part, pictures, args.batch_size))
@@ -258,7 +265,7 @@ def main():
             batch = slice(start + rank * args.batch_size, start + (rank + 1) * args.batch_size)
             records = []
             if pictures[batch]:
-                scores, indices = search(features[batch], embeddings, topk)  # (B, k), (B, k)
+                scores, indices = find(features[batch], embeddings, topk)  # (B, k), (B, k)
                 tables = [[entries[i] for i in row] for row in indices.tolist()]
                 found = write_candidates(captioner, tables, [seed_of(args.seed, p.id) for p in pictures[batch]], banned, args)
                 matches = rescore(clip, features[batch], found)

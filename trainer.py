@@ -14,11 +14,13 @@ import json
 import math
 import random
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from cache import existing_caches, halved, read_cache, search
+from index import index_description, open_index
 from utils import (
     InputError, add_up, atomic, choose_device, choose_dtype, first, linearize, output_folder, process, read_coco,
     report_bad_images, run,
@@ -33,6 +35,8 @@ def parse():
     parser.add_argument("--val_split", default="val2017", help="split to validate on (default %(default)s)")
     parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
     parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
+    parser.add_argument("--index", metavar="FILE", help="search the cache that this index of compute_cache.py belongs to approximately, "
+                        "through it (default: every cache exactly)")
     parser.add_argument("--savedir", default="checkpoints", help="folder for best.safetensors, last.safetensors, image "
                         "features, loss.csv and loss.png (default %(default)s)")
     # The models.
@@ -68,11 +72,11 @@ def cosine_rate(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def tokenized_tables(captioner, features, entries, embeddings, topk, half=None):
-    """The table of each image as token ids: a list of lists. features: (n, dim) unit vectors. half: see search."""
+def tokenized_tables(captioner, features, entries, embeddings, topk, find=search):
+    """The table of each image as token ids: a list of lists. features: (n, dim) unit vectors. find: search, or that of an Index."""
     tables = []
     for rows in features.split(256):
-        _, indices = search(rows, embeddings, topk, half=half)  # (256, k)
+        _, indices = find(rows, embeddings, topk)  # (256, k)
         tables += [linearize([entries[i] for i in row]) for row in indices.tolist()]
     return captioner.tokenize(tables, captioner.maxlen_enc)
 
@@ -166,6 +170,8 @@ def main():
     if not args.save_seconds >= 0:
         raise InputError(f"--save_seconds must be at least 0, not {args.save_seconds}")
     existing_caches(args.textfile, args.embfile)
+    if args.index:
+        index_description(args.index)
     train, val = read_coco(args.datadir, args.split), read_coco(args.datadir, args.val_split)
     train, val = ([p for p in pictures if p.captions] for pictures in (train, val))
     if not train or not val:
@@ -179,6 +185,7 @@ def main():
     # The models, and every image as a vector: encoded once, found again by later runs.
     clip = Clip(args.clip_model, device)
     entries, embeddings = read_cache(args.textfile, args.embfile, clip.identity, clip.dim)
+    find = open_index(args.index, embeddings).search if args.index else search
     captioner = Captioner(args.lm, device, dtype, args.maxlen_enc, args.maxlen_dec)
     trained = captioner.train_only(is_layernorm if args.trained == "layernorms" else lambda name: True)
     count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), captioner.model.parameters()))
@@ -190,10 +197,11 @@ def main():
         raise InputError(f"none of the images of {args.split if not train else args.val_split} can be read")
 
     # The tables and captions as tokens, once.
-    half = halved(embeddings) if dtype == torch.bfloat16 and device.type == "cpu" else None  # for 100,000 images it pays
-    tables = tokenized_tables(captioner, features, entries, embeddings, args.topk, half)
-    val_tables = tokenized_tables(captioner, val_features, entries, embeddings, args.topk, half)
-    del half
+    if find is search and dtype == torch.bfloat16 and device.type == "cpu":
+        find = partial(search, half=halved(embeddings))  # for 100,000 images it pays
+    tables = tokenized_tables(captioner, features, entries, embeddings, args.topk, find)
+    val_tables = tokenized_tables(captioner, val_features, entries, embeddings, args.topk, find)
+    del find
     captions, val_captions = ([captioner.tokenize(p.captions, args.maxlen_dec) for p in ps] for ps in (train, val))
 
     # The training.

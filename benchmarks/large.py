@@ -1,0 +1,103 @@
+"""What a large cache costs, with an index and without: a made-up one is written, indexed and searched, and deleted again.
+
+    python -m benchmarks.large --rows 1000000
+    python -m benchmarks.large --rows 20000000 --folder /disk/with/30GB --threads 2
+
+Embeddings are sums of three of 20,000 word vectors with a direction in common, as CLIP's texts have it: cosines of entries are 0.64
+on average, and variances along their axes fall as 1, 1/2, 1/3 ... Prints figures as they come, then a line of JSON. "From disk" is
+after the system's copy of the file in memory was dropped.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.functional import embedding_bag, normalize
+
+from benchmarks.measure import seconds, timed
+from cache import read_cache, search, write_cache
+from index import build_index, made_queries, open_index
+from utils import InputError, run
+
+CPU, DIM, WORDS = torch.device("cpu"), 512, 20000
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1000000, help="entries of the cache, of 512 numbers each (default %(default)s)")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="numbers on the disk (default %(default)s)")
+    parser.add_argument("--folder", help="where 1.1 kB a row are free for a while (default: the system's temporary folder)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    return parser.parse_args()
+
+
+class Made:
+    """So many unit rows, made when they are asked for."""
+
+    def __init__(self, rows):
+        self.shape = rows, DIM
+        generator = torch.Generator().manual_seed(0)
+        axes, _ = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))
+        words = torch.randn(WORDS, DIM - 1, generator=generator) * torch.arange(1, DIM) ** -0.5
+        self.common, self.words = axes[0], words @ axes[1:]
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        drawn = torch.rand(stop - start, 3, generator=torch.Generator().manual_seed(1 + start)) ** 2  # some words are frequent
+        own = normalize(embedding_bag((drawn * WORDS).long(), self.words, mode="sum"), dim=1)
+        return (0.8 * self.common + 0.6 * own).numpy()
+
+
+def drop(path):
+    """Makes the system forget what it holds of a file, so that it is read from the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main():
+    args = parse()
+    if args.rows < 1000 or args.threads < 1:
+        raise InputError(f"--rows must be at least 1000 and --threads 1, not {args.rows} and {args.threads}")
+    torch.set_num_threads(args.threads)
+    figures = {"rows": args.rows, "threads": args.threads, "dtype": args.dtype}
+
+    def note(name, value):
+        figures[name] = round(value, 4)
+        print(f"{name:32}{value:14,.3f}", flush=True)
+
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        files, index = (Path(folder, "cache.txt"), Path(folder, "cache.npy")), Path(folder, "cache.faiss")
+        entries = [f"entry {i}" for i in range(args.rows)]
+        note("writing, s", seconds(lambda: write_cache(*files, entries, Made(args.rows), "made", "", args.dtype), CPU))
+        del entries
+        note("embeddings, GB", files[1].stat().st_size / 1e9)
+        took, peak = timed(lambda: note("recall at 10", build_index(index, *files)), CPU)
+        note("building the index, s", took)
+        note("building the index, peak GB", peak / 1e3)
+        note("index, GB", index.stat().st_size / 1e9)
+        _, embeddings = read_cache(*([file] for file in files), "made")
+        queries = made_queries(embeddings.parts[0])[:64]
+        opened = []
+        took, peak = timed(lambda: opened.append(open_index(index, embeddings)), CPU)
+        note("opening the index, s", took)
+        note("opening the index, peak GB", peak / 1e3)
+        for name, find in (("index", opened[0].search), ("exact", search)):
+            for some in (queries[:1], queries):
+                drop(files[1])
+                took, peak = timed(lambda: find(some, embeddings, 10), CPU)
+                note(f"{name}, {len(some)} from disk, s", took)
+                note(f"{name}, {len(some)} again, s", median(seconds(lambda: find(some, embeddings, 10), CPU) for _ in range(3)))
+            note(f"{name}, peak GB", peak / 1e3)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    run(main)
