@@ -11,7 +11,8 @@ from tokenize import TokenError  # numpy's, of a header cut in two
 import numpy as np
 import torch
 
-from utils import LONGEST_TEXT, InputError, atomic, existing_file, file_sha256, read_text, write_json, write_lines
+from processes import InputError
+from utils import LONGEST_TEXT, atomic, existing_file, file_sha256, read_text, write_json, write_lines, writing
 
 BLOCK = 65536  # rows read or written at a time
 
@@ -94,7 +95,7 @@ def finish_cache(textfile, embfile):
     files = textfile, embfile, f"{embfile}.json"
     if staged(files[-1]).is_file():
         for path in files:
-            with suppress(FileNotFoundError):  # moved before
+            with writing(path), suppress(FileNotFoundError):  # moved before
                 os.replace(staged(path), path)
 
 

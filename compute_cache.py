@@ -9,6 +9,8 @@ The last one builds an approximate index over a cache of millions that exists; b
 --index builds it afterwards.
 """
 
+from processes import InputError, first, gather, held, process, run  # before the libraries, which take seconds
+
 import argparse
 import glob
 import hashlib
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from cache import cache_description, existing_caches, read_one_cache, write_cache
 from index import build_index, library
-from utils import InputError, choose_device, existing_file, first, gather, output_folder, process, read_coco, read_lines, run
+from utils import append, choose_device, existing_file, locked, output_folder, read_coco, read_lines, writing
 
 CHUNK = 2048  # entries encoded between two writes
 
@@ -85,7 +87,7 @@ def mine(captions, topk, min_count):
     https://aclanthology.org/J90-1003). Ties are broken by the text, so the same captions give the same entries.
     """
     unigrams, bigrams = Counter(), Counter()
-    for caption in tqdm(captions, "counting n-grams", unit="caption"):
+    for caption in tqdm(captions, "counting n-grams", unit="caption", disable=process()[0] > 0):
         tokens = words(caption)
         unigrams.update(tokens)
         bigrams.update(zip(tokens, tokens[1:]))
@@ -102,7 +104,7 @@ def encode_entries(clip, texts, batch_size, part):
     rank, world = process()
 
     def begun():
-        with open(part, "ab") as file:
+        with writing(part), open(part, "ab") as file:
             done = file.tell() // (CHUNK * clip.dim * 4) * CHUNK
             file.truncate(done * clip.dim * 4)
         return done
@@ -113,8 +115,7 @@ def encode_entries(clip, texts, batch_size, part):
             some = texts[start + rank * CHUNK:start + (rank + 1) * CHUNK]
             rows = gather([clip.encode_texts(some, batch_size).numpy()])  # of (CHUNK, dim), the last ones of fewer
             if rank == 0:
-                with open(part, "ab") as file:
-                    file.write(b"".join(r.tobytes() for r in rows))
+                append(part, b"".join(r.tobytes() for r in rows))
             bar.update(sum(map(len, rows)))
 
 
@@ -167,6 +168,8 @@ def main():
         library()  # or it would be missed after hours of encoding
         if args.queries:
             existing_file(args.queries, "file of image features")
+    embfile = Path(args.embfile)
+    held.enter_context(locked(embfile.with_name(f".{embfile.name}.lock")))
     device = choose_device(args.device)
     make_cache(args, device)
     if args.index and process()[0] == 0:

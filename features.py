@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from utils import atomic, first, gather, process, read_image
+from processes import first, gather, process
+from utils import atomic, locked, read_image
 
 BATCH_PIXELS = 1 << 25  # read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
 
@@ -29,13 +30,14 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
         except OSError:
             stats.append((str(picture.path), 0, 0))
     key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
-    path = Path(folder) / f"features-{key}.safetensors"
+    path = Path(folder) / f"features-{first(lambda: key)}.safetensors"  # of another host's files the times may differ
     if (found := first(lambda: read_features(path, len(pictures), clip.dim))) is None:
-        encode_shards(clip, pictures, path, batch_size, shard)
+        with locked(path.with_name(f".{path.name}.lock")):
+            encode_shards(clip, pictures, path, batch_size, shard)
         found = first(lambda: read_features(path, len(pictures), clip.dim))
     if process()[0] == 0:
         for part in path.parent.glob(f"{path.stem}.*.part"):  # also of a run that was killed between the file and this
-            part.unlink()
+            part.unlink(missing_ok=True)  # another run may be about it, too
     features, bad = found
     good = [picture for row, picture in enumerate(pictures) if row not in bad]
     return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]

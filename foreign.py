@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils import InputError
+from processes import InputError
 
 STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64, "Long": torch.int64,

@@ -19,7 +19,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from cache import BLOCK, cache_description, read_one_cache, search
-from utils import InputError, atomic, existing_file, file_sha256, process, write_json
+from processes import InputError, process
+from utils import atomic, existing_file, file_sha256, write_json
 
 LEAST = 256  # entries that are worth an index
 WIDTH = 256  # dimensions that are left before they are quantized

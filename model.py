@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from foreign import ResNetClip, is_resnet, is_torch_zip, lightning_settings, lightning_tensors, read_openai_clip
 from generation import branched, draw
-from utils import InputError, atomic
+from processes import InputError
+from utils import atomic
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

@@ -7,6 +7,8 @@
 A run that was stopped goes on where it was when the same command is given again.
 """
 
+from processes import InputError, first, gather, held, process, run  # before the libraries, which take seconds
+
 import argparse
 import csv
 import hashlib
@@ -17,6 +19,7 @@ import re
 import sys
 import time
 from collections import Counter
+from itertools import count, takewhile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,8 +28,8 @@ from cache import existing_caches, read_cache, search
 from gallery import write_gallery
 from index import index_description, open_index
 from utils import (
-    TEXT, InputError, atomic, choose_device, choose_dtype, existing_file, file_sha256, first, gather, linearize, list_images,
-    output_folder, process, read_coco, read_lines, report_bad_images, run, seed_of, write_json, write_lines,
+    TEXT, append, atomic, choose_device, choose_dtype, existing_file, file_sha256, linearize, list_images, locked, output_folder,
+    read_coco, read_lines, report_bad_images, seed_of, write_json, write_lines, writing,
 )
 
 
@@ -142,7 +145,7 @@ def is_record(line, picture):
 def kept_records(part, pictures, batch_size):
     """Cuts what a stopped run wrote down to the whole batches of these pictures. Returns how many pictures that are."""
     sizes = []
-    with open(part, "ab+") as file:
+    with writing(part), open(part, "ab+") as file:
         file.seek(0)
         for picture, line in zip(pictures, file):
             if not is_record(line, picture):
@@ -198,6 +201,10 @@ def write_results(savedir, part, pictures, args):
     references = [p.captions for p in pictures]
     for i in range(min(map(len, references))):
         write_lines(savedir / f"ref{i}.txt", [told[i] for told in references])
+    # What an earlier run of other images or flags left here would be taken for this one's.
+    later = takewhile(Path.exists, (savedir / f"ref{i}.txt" for i in count(min(map(len, references)))))
+    for stale in [*later, *([] if args.csv else [savedir / "captions.csv"])]:
+        stale.unlink(missing_ok=True)
     write_json(savedir / "captions.json", [{"image_id": r["image_id"], "caption": r["caption"]} for r in records])
     if args.csv:
         with atomic(savedir / "captions.csv") as file:
@@ -224,6 +231,7 @@ def main():
         raise InputError(f"there is no word in {args.only if only == [] else args.ban}")
     banned = ban and whole_words(ban)
     savedir = output_folder(args.savedir)
+    held.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     from features import image_features
@@ -240,7 +248,9 @@ def main():
     captioner = Captioner(args.lm, device, dtype, settings["maxlen_enc"], settings["maxlen_dec"])
     if args.ckpt:
         load_checkpoint(args.ckpt, captioner)
-    print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, with {args.ckpt or 'no checkpoint: as pretrained'}")
+    rank, world = process()
+    if rank == 0:
+        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, with {args.ckpt or 'no checkpoint: as pretrained'}")
 
     if args.sidecar:  # those that a stopped run has written are its own
         check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
@@ -255,7 +265,6 @@ def main():
                args.do_sample, args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size,
                args.index and file_sha256(args.index)]
     part = savedir / f"details-{first(lambda: hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16])}.jsonl.part"
-    rank, world = process()
     done = first(lambda: kept_records(part, pictures, args.batch_size))
 
     # For each batch the tables (each image's nearest entries), the candidates, and CLIP's choice.
@@ -272,8 +281,7 @@ def main():
                 records = [record_of(*each, args.lm_weight) for each in zip(pictures[batch], tables, scores.tolist(), found, matches)]
             records = gather(records)
             if rank == 0:
-                with open(part, "a", **TEXT) as file:
-                    file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                append(part, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(errors=TEXT["errors"]))
             bar.update(len(records))
     if rank > 0:
         return

@@ -6,9 +6,10 @@
 A score that cannot be computed here is named with the reason, and the others still come.
 """
 
+from processes import InputError, run  # before the libraries, which take seconds
+
 import argparse
 import json
-import os
 import subprocess
 from collections import Counter
 from contextlib import suppress
@@ -25,8 +26,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from tqdm import tqdm
 
 from utils import (
-    InputError, Picture, choose_device, list_images, one_line, output_folder, read_annotations, read_text,
-    report_bad_images, run, write_json,
+    Picture, choose_device, list_images, one_line, output_folder, read_annotations, read_text, report_bad_images, write_json,
 )
 
 PROMPT = "A photo depicts "  # before every text for CLIP, as CLIPScore's authors have it
@@ -224,9 +224,6 @@ def clip_scores(clip, captions, references, paths, folder, batch_size):
 
 
 def main():
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
-    os.environ["WORLD_SIZE"] = "1"  # of torchrun's processes the first does it all
     args = parse()
     captions, references, paths = read_scored(args)
     train = []
@@ -275,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

@@ -4,6 +4,8 @@
     python stories.py --caption "a red dog" "a whale by a lighthouse" --lm snowglobe/weights/gpt --num_return_sequences 3
 """
 
+from processes import InputError, gather, held, process, run, shown  # before the libraries, which take seconds
+
 import argparse
 import json
 import math
@@ -17,9 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import (
-    InputError, atomic, choose_device, choose_dtype, one_line, output_folder, process, read_text, run, seed_of, shown, write_lines,
-)
+from utils import atomic, choose_device, choose_dtype, locked, one_line, output_folder, read_text, seed_of, write_lines
 
 
 def parse():
@@ -157,8 +157,6 @@ def tell(tokenizer, prompt, ids, new, ended):
 
 
 def main():
-    if process()[0] > 0:
-        return  # of torchrun's processes the first does it all
     args = parse()
     check(args)
     captions = read_captions(args.captions) if args.captions else [(None, text) for text in args.caption]
@@ -167,18 +165,22 @@ def main():
     if not captions:
         raise InputError(f"there is no caption in {args.captions or '--caption'}, so there is nothing to go on from")
     savedir = output_folder(args.savedir) if args.savedir else None
+    if savedir:
+        held.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     prompts = [fill(args.prompt, text) for _, text in captions]
     tokenizer, tokens, room = encode(args.lm, prompts)
     room = [min(space, args.max_tokens) for space in room]
     model = load_lm(args.lm, tokenizer.eos_token_id, device, dtype)
-    print(f"{args.lm} on {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+    rank, world = process()
+    if rank == 0:
+        print(f"{args.lm} on {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
-    # The rows to write: room, place of the caption, seed. A caption that comes again gets other stories.
+    # The rows to write: room, place of the caption, number of the story, seed. A caption that comes again gets other stories.
     rows, seen = [], Counter()
     for place, prompt in enumerate(prompts):
-        rows += [(room[place], place, seed_of(args.seed, seen[prompt], n, prompt)) for n in range(args.num_return_sequences)]
+        rows += [(room[place], place, n, seed_of(args.seed, seen[prompt], n, prompt)) for n in range(args.num_return_sequences)]
         seen[prompt] += 1
     # Rows share a batch only if they share their room: max_tokens, or less with prompts of one length. So a padded batch
     # never needs more positions than there are, and no story is shorter for its neighbours.
@@ -187,12 +189,17 @@ def main():
         group = list(group)
         batches += [group[start:start + args.batch_size] for start in range(0, len(group), args.batch_size)]
 
-    stories = [[] for _ in prompts]
-    for batch in tqdm(batches, "writing stories", unit="batch"):
-        (space, *_), places, seeds = zip(*batch)
+    mine = []  # (place of the caption, number of the story, story) of every world-th batch
+    for batch in tqdm(batches[rank::world], "writing stories", unit="batch", disable=rank > 0):
+        (space, *_), places, numbers, seeds = zip(*batch)
         found = sample(model, [tokens[place] for place in places], seeds, space, args.temperature, args.top_p)
-        for place, (new, ended) in zip(places, found):
-            stories[place].append(tell(tokenizer, prompts[place], tokens[place], new, ended))
+        for place, number, (new, ended) in zip(places, numbers, found):
+            mine.append((place, number, tell(tokenizer, prompts[place], tokens[place], new, ended)))
+    stories = [[] for _ in prompts]
+    for place, _, story in sorted(gather(mine)):
+        stories[place].append(story)
+    if rank > 0:
+        return
 
     lines = [" ".join(story.split()) for told in stories for story in told]
     if savedir is None:

@@ -7,9 +7,12 @@
 A run that was stopped goes on where it was when the same command is given again: its state is saved every --save_seconds.
 """
 
+from processes import InputError, add_up, first, held, process, run  # before the libraries, which take seconds
+
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import random
@@ -21,10 +24,7 @@ from tqdm import tqdm
 
 from cache import existing_caches, halved, read_cache, search
 from index import index_description, open_index
-from utils import (
-    InputError, add_up, atomic, choose_device, choose_dtype, first, linearize, output_folder, process, read_coco,
-    report_bad_images, run,
-)
+from utils import atomic, choose_device, choose_dtype, linearize, locked, output_folder, read_coco, report_bad_images
 
 
 def parse():
@@ -77,8 +77,8 @@ def tokenized_tables(captioner, features, entries, embeddings, topk, find=search
     tables = []
     for rows in features.split(256):
         _, indices = find(rows, embeddings, topk)  # (256, k)
-        tables += [linearize([entries[i] for i in row]) for row in indices.tolist()]
-    return captioner.tokenize(tables, captioner.maxlen_enc)
+        tables += captioner.tokenize([linearize([entries[i] for i in row]) for row in indices.tolist()], captioner.maxlen_enc)
+    return tables
 
 
 def diverged(what, value, step, args):
@@ -119,8 +119,12 @@ def validate(captioner, tables, captions, batch_size):
 
 def save_state(path, trained, optimizer, progress):
     """Saves what a stopped run needs to go on. trained: {name: parameter}. progress: plain numbers, lists and tuples."""
+    if not all(parameter.isfinite().all() for parameter in trained.values()):
+        return  # a run that went on from there could not recover; the next loss tells
+    buffer = io.BytesIO()  # torch.save hides the error of a full disk
+    torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
     with atomic(path, "wb") as file:
-        torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress}, file)
+        file.write(buffer.getbuffer())
 
 
 def load_state(path, trained, optimizer):
@@ -177,6 +181,7 @@ def main():
     if not train or not val:
         raise InputError(f"no image of {args.split if not train else args.val_split} has a caption")
     savedir = output_folder(args.savedir)
+    held.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     from features import image_features
@@ -189,7 +194,9 @@ def main():
     captioner = Captioner(args.lm, device, dtype, args.maxlen_enc, args.maxlen_dec)
     trained = captioner.train_only(is_layernorm if args.trained == "layernorms" else lambda name: True)
     count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), captioner.model.parameters()))
-    print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: training {count:,} of {total:,} parameters")
+    rank, _ = process()
+    if rank == 0:
+        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: training {count:,} of {total:,} parameters")
     features, train, bad = image_features(clip, train, savedir)
     val_features, val, val_bad = image_features(clip, val, savedir)
     report_bad_images(bad + val_bad)
@@ -216,7 +223,6 @@ def main():
     decides = [settings, args.lrate, warmup, steps, args.batch_size, str(dtype), tables, captions, val_tables, val_captions]
     state = savedir / f"state-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.pt"
     best, done, recent, history = load_state(state, trained, optimizer) or (math.inf, 0, [], [])
-    rank, _ = process()
     step, saved = 0, time.monotonic()
     with tqdm(total=round(steps / steps_an_epoch * len(train)), unit="image", desc="training", disable=rank > 0) as bar:
         for epoch in range(math.ceil(steps / steps_an_epoch)):

@@ -1,24 +1,29 @@
-"""What the scripts share around the models: processes, safe writing, the table, images, COCO.
+"""What the scripts share around the models: safe writing, the table, images, COCO.
 
-Nothing here imports from this project or knows a model.
+Nothing here knows a model.
 """
 
 import hashlib
 import json
 import os
-import signal
+import socket
 import stat
 import sys
-import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import distributed
+
+from processes import InputError, first, process, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SEPARATOR = " | "
@@ -30,95 +35,91 @@ LONGEST_TEXT = 10_000  # characters of an entry or a caption, of which the model
 TEXT = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}  # errors: file names that are no UTF-8
 
 
-class InputError(Exception):
-    """What a user gave cannot be used. The message is one sentence that says what was tried and what to do."""
-
-    def __init__(self, message):
-        super().__init__(shown(message))
-
-
-def shown(text):
-    """A text of a user's as a terminal may get it: control characters, and marks that turn the reading direction, as escapes; the
-    beginning of a very long one."""
-    text = str(text)
-    if len(text) > 2000:
-        text = text[:2000] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def run(main):
-    """Runs a script's main(). InputError becomes one sentence and exit code 2, Ctrl-C one sentence and 130, and SIGTERM, which
-    batch systems send before they kill, the same."""
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():  # the only one that may
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        main()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; finished files are whole, run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-# --------------------------------------------------------------------------------------------- processes
-
-def process():
-    """(rank, number of processes). It is (0, 1) unless torchrun started several; then this one joins the others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-def gather(things):
-    """The lists of all processes one behind the other, by rank; on all of them."""
-    lists = [things] * process()[1]
-    if len(lists) > 1:
-        distributed.all_gather_object(lists, things)
-    return [thing for some in lists for thing in some]
-
-
-def add_up(tensors):
-    """Replaces each tensor by its sum over all processes, in one go; they all have one device and float32."""
-    if process()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        distributed.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
-
-
-def first(make):
-    """What make() gives on the first process, which alone looks at and writes files; on all of them."""
-    rank, world = process()
-    thing = [make() if rank == 0 else None]
-    if world > 1:
-        distributed.broadcast_object_list(thing)
-    return thing[0]
-
-
 # ------------------------------------------------------------------------------------------ safe writing
+
+@contextmanager
+def writing(path):
+    """Around what writes the file path. Raises InputError, which names it: the disk is full, the folder may only be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename and Path(error.filename).parent != Path(path).parent:  # what is read meanwhile
+            raise
+        raise InputError(f"cannot write {path} ({error.strerror}); finished files are whole, so once that is mended the same command "
+                         f"goes on") from error
+
 
 @contextmanager
 def atomic(path, mode="w"):
     """Opens a temporary file beside path and renames it to path at the end, so that path is never half-written.
 
-    mode: "w" (UTF-8 text) or "wb". If the body raises, path stays as it was.
+    mode: "w" (UTF-8 text) or "wb". If the body raises, path stays as it was. Raises InputError where the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, mode, **({} if "b" in mode else TEXT)) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path, data):
+    """Adds bytes to a file that grows as a run goes on; they are on the disk when this returns. Raises InputError."""
+    with writing(path), open(path, "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(path):
+    """Holds a file as the mark that this run alone writes what it stands for, until the body ends; all processes call this.
+
+    The lock is the system's (flock), which frees it when its process dies, by SIGKILL too; the file says who that is. What a
+    dead one left half-written beside it is removed. Raises InputError where another run holds it.
+    """
+    path, files = Path(path), []
+
+    def take():
+        while True:
+            file = open(path, "a+")
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise InputError(f"another run is writing to {path.parent}: {file.read() or 'it has just begun'}; wait until it "
+                                 f"ends, or give another folder or file") from error
+            except OSError:  # a file system that knows no locks
+                pass
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its holder has just removed it
+                    break
+        files.append(file)
+        file.seek(0)
+        for dead in file.read().split()[1:2]:
+            for left in path.parent.glob(f".*.{dead}.tmp"):
+                left.unlink(missing_ok=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+
+    def take_named():
+        with writing(path):
+            take()
+
+    first(take_named)
     try:
-        with open(temporary, mode, **({} if "b" in mode else TEXT)) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        for file in files:
+            path.unlink(missing_ok=True)
+            file.close()
 
 
 def write_lines(path, lines):

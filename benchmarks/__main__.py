@@ -21,7 +21,8 @@ import transformers
 
 from benchmarks import captions, entries, training
 from benchmarks.measure import compare
-from utils import InputError, choose_device, run, write_lines
+from processes import InputError, run
+from utils import choose_device, write_lines
 
 PARTS = entries.PARTS | training.PARTS | captions.PARTS
 RESULTS = Path(__file__).parent / "RESULTS.md"

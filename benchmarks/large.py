@@ -21,7 +21,7 @@ from torch.nn.functional import embedding_bag, normalize
 from benchmarks.measure import seconds, timed
 from cache import read_cache, search, write_cache
 from index import build_index, made_queries, open_index
-from utils import InputError, run
+from processes import InputError, run
 
 CPU, DIM, WORDS = torch.device("cpu"), 512, 20000
 

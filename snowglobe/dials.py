@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from snowglobe.measure import WEIGHTS, score_run
-from utils import InputError, atomic, existing_file, read_coco, run, write_json
+from processes import InputError, run
+from utils import atomic, existing_file, read_coco, write_json
 
 MODELS = ["--clip_model", str(WEIGHTS / "clip"), "--lm", str(WEIGHTS / "bart")]
 
@@ -49,11 +50,13 @@ def make_caches(folder, demo):
     for name, mined in sources.items():
         path = made[name] = folder / ("cache_" + re.sub(r"\W+", "_", name))
         files = ["--textfile", f"{path}.txt", "--embfile", f"{path}.npy", *MODELS[:2]]
-        if path.with_suffix(".npy.json").exists():
+        whole = path.with_suffix(".whole")  # not the cache's own files: words may be missing from it yet
+        if whole.exists():
             continue
         if not mined:
             for end in (".txt", ".npy", ".npy.json"):
                 shutil.copy(demo / f"added{end}", f"{path}{end}")
+            whole.touch()
             continue
         world = folder / "world" if name == "of another world" else demo / "world"
         script("compute_cache.py", "--datadir", world, *mined, *files)
@@ -61,6 +64,7 @@ def make_caches(folder, demo):
             pairs = [line for line in Path(f"{path}.txt").read_text(encoding="utf-8").splitlines() if " " in line]
             script("compute_cache.py", *files, "--remove", *pairs)
         script("compute_cache.py", *files, "--add_from", WEIGHTS.parent / "held_out.txt")
+        whole.touch()
     return made
 
 

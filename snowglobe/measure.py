@@ -19,7 +19,8 @@ from pycocoevalcap.cider.cider import Cider
 
 from gallery import write_gallery
 from snowglobe import scenes
-from utils import read_coco, run as run_script, write_json
+from processes import run as run_script
+from utils import read_coco, write_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 RUNS = {  # folder of the run in DIR/runs: (split, what it is)

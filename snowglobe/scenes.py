@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from snowglobe.kinds import COLOURS, GLASS, KINDS, WHITE, Pen, shade
-from utils import output_folder, run, write_json
+from processes import run
+from utils import output_folder, write_json
 
 SIZE = 128  # pixels, each side
 SUPERSAMPLE = 2  # drawn this many times larger, then reduced

@@ -28,7 +28,8 @@ import model
 from conftest import BART, CLIP
 from model import Captioner, Clip, checkpoint_settings, is_layernorm, load_checkpoint
 from cache import read_cache
-from utils import InputError, linearize
+from processes import InputError
+from utils import linearize
 
 TEXTS = ["a dog", "Two Red cats, next to a big house in the snow!", "penguin", "there is a train at night, it's 10 o'clock", "a"]
 TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]

@@ -29,7 +29,8 @@ import trainer
 import utils
 from conftest import BART, CLIP
 from test_hostile import DEEP, RECORD, bounded
-from utils import InputError, Picture
+from processes import InputError
+from utils import Picture
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E402

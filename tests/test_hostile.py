@@ -33,7 +33,8 @@ import utils
 from conftest import BART, CLIP
 from gallery import thumbnail, write_gallery
 from model import Captioner, checkpoint_settings, load_checkpoint
-from utils import InputError, Picture, list_images, read_annotations, read_coco, read_image
+from processes import InputError
+from utils import Picture, list_images, read_annotations, read_coco, read_image
 
 CLEAR = "/proc/self/clear_refs"  # a 5 written there sets the peak of this process's memory to what it has now
 

@@ -13,7 +13,8 @@ from features import image_features
 from generation import nucleus
 from model import Captioner, Clip, is_layernorm
 from snowglobe import scenes
-from utils import InputError, linearize, read_coco, read_image
+from processes import InputError
+from utils import linearize, read_coco, read_image
 
 TEXTS = ["a dog", "penguin", "two red cats next to a big house in the snow", "a", "there is a purple train at night"]
 TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]

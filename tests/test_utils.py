@@ -8,7 +8,7 @@ from PIL import Image
 
 import utils
 from gallery import write_gallery
-from utils import InputError
+from processes import InputError
 
 
 def test_the_table_ends_in_a_bar():
