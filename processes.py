@@ -20,7 +20,7 @@ def stop_at_once(*_):
     os._exit(130)
 
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a script, in which nothing has begun until run()
+if Path(sys.argv[0]).resolve() in Path(__file__).resolve().parent.glob("*.py"):  # a script, in which nothing has begun until run()
     for sent in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sent, stop_at_once)
 

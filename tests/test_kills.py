@@ -1,37 +1,25 @@
-"""SIGKILL at random moments costs nothing but time: in the end the files are those of an uninterrupted run, byte for byte.
+"""A stop at a random moment costs nothing but time: after SIGKILLs the files are in the end those of an uninterrupted run, byte
+for byte, and SIGINT and SIGTERM end a run within five seconds, with a sentence.
 
-KILLS=20 ./test.sh tests/test_kills.py kills each script that often; by itself the suite does it twice.
+KILLS=20 ./test.sh tests/test_kills.py stops each script that often; by itself the suite does it a few times.
 """
 
+import ctypes
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import BART, CLIP, ROOT
+from forks import files, finish, start
 
-KILLS = int(os.environ.get("KILLS", "2"))
-
-
-def start(script, *arguments):
-    return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
-
-
-def finish(script, *arguments):
-    process = start(script, *arguments)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-
-
-def files(folder):
-    """{name: bytes} of what a run leaves; anything else, such as a temporary file of a killed run, is not looked at."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+KILLS = int(os.environ.get("KILLS", "3"))
+SMALL = {"compute_cache.CHUNK": 32}  # so that what is kept as a run goes on is more than one piece
 
 
 def commands(world, cache, checkpoint):
@@ -42,33 +30,87 @@ def commands(world, cache, checkpoint):
         "trainer": lambda out: ("--datadir", world, *read, "--savedir", out, "--topk", "8", "--batch_size", "2", "--epochs", "2",
                                 "--lrate", "1e-2", "--save_seconds", "0.2"),
         "sampler": lambda out: ("--datadir", world, *read, "--savedir", out, "--ckpt", checkpoint, "--batch_size", "2", "--do_sample",
-                                "--num_return_sequences", "50"),
+                                "--num_return_sequences", "30"),
     }
 
 
-@pytest.mark.parametrize("name", ["compute_cache", "trainer", "sampler"])
-def test_a_script_that_is_killed_again_and_again_ends_as_one_that_is_not(world, cache, checkpoint, tmp_path, name):
-    command, rng = commands(world, cache, checkpoint)[name], random.Random(name)
-    began = time.monotonic()
-    finish(name, *command(tmp_path / "whole"))
-    seconds = time.monotonic() - began
-    for _ in range(KILLS):
-        process = start(name, *command(tmp_path / "killed"))
-        try:
-            process.communicate(timeout=rng.uniform(0.3, 1) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-    finish(name, *command(tmp_path / "killed"))
-    assert files(tmp_path / "whole") == files(tmp_path / "killed")
+@pytest.fixture(scope="module", params=["compute_cache", "trainer", "sampler"])
+def run(request, world, cache, checkpoint, tmp_path_factory):
+    """A script's name, its arguments by the folder to write to, and the seconds and files of an uninterrupted run."""
+    name, folder = request.param, tmp_path_factory.mktemp("whole")
+    command = commands(world, cache, checkpoint)[name]
+    seconds = finish(folder / "log", name, *command(folder / "out"), patches=SMALL)
+    return SimpleNamespace(name=name, command=command, seconds=seconds, files=files(folder / "out"))
+
+
+def test_a_script_that_is_killed_again_and_again_ends_as_one_that_is_not(run, tmp_path):
+    rng, kills = random.Random(run.name), 0
+    while kills < KILLS:
+        process = start(tmp_path / "log", run.name, *run.command(tmp_path / "killed"), patches=SMALL)
+        process.join(rng.uniform(0.02, 1) * run.seconds)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL  # else it had ended, and the next one begins anew
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+    finish(tmp_path / "log", run.name, *run.command(tmp_path / "killed"), patches=SMALL)
+    assert files(tmp_path / "killed") == run.files
+
+
+def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_on(run, tmp_path):
+    rng, stops = random.Random(run.name), 0
+    for sent in [signal.SIGINT, signal.SIGTERM] * -(-KILLS // 2):
+        log = tmp_path / f"log{stops}"
+        process = start(log, run.name, *run.command(tmp_path / "stopped"), patches=SMALL)
+        process.join(rng.uniform(0.1, 0.9) * run.seconds)
+        began = time.monotonic()
+        if process.exitcode is None:
+            os.kill(process.pid, sent)
+        process.join()
+        if process.exitcode == 0:  # it was at its end
+            continue
+        assert process.exitcode == 130 and time.monotonic() - began < 5, log.read_text()
+        assert log.read_text().splitlines()[-1].startswith("stopped;") and "Traceback" not in log.read_text()
+        assert not list((tmp_path / "stopped").glob(".*.tmp"))
+        stops += 1
+    assert stops
+    finish(tmp_path / "log", run.name, *run.command(tmp_path / "stopped"), patches=SMALL)
+    assert files(tmp_path / "stopped") == run.files
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_script_that_is_asked_to_stop_says_how_to_go_on(world, cache, checkpoint, tmp_path, sent):
-    process = start("trainer", *commands(world, cache, checkpoint)["trainer"](tmp_path), "--epochs", "200")
-    assert any("training" in line for line in iter(process.stdout.readline, ""))  # printed once the models are loaded
-    time.sleep(1)
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(world, tmp_path, library, sent):
+    """torch is imported with the script, transformers in its main(); here the one that is looked at only takes its time."""
+    (tmp_path / f"{library}.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
+    command = [sys.executable, ROOT / "compute_cache.py", "--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile", tmp_path / "c.npy"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
+    assert process.stdout.readline() == "loading\n"
+    began = time.monotonic()
     process.send_signal(sent)
     _, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130 and time.monotonic() - began < 5
     assert err.splitlines()[-1].startswith("stopped;") and "Traceback" not in err
+    assert not list(tmp_path.glob(".*"))
+
+
+def deaf(*_):
+    """Waits in a library's call for ever, in which Python hears of no signal."""
+    print("deaf", flush=True)
+    mutex = ctypes.create_string_buffer(64)
+    while True:
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_is_asked_to_stop_in_a_call_that_does_not_return_stops_too(world, cache, tmp_path, sent):
+    log = tmp_path / "log"
+    process = start(log, "compute_cache", *commands(world, cache, None)["compute_cache"](tmp_path), patches={"compute_cache.mine": deaf})
+    while not log.exists() or "deaf" not in log.read_text():
+        assert process.exitcode is None, log.read_text()
+        time.sleep(0.02)
+    began = time.monotonic()
+    os.kill(process.pid, sent)
+    process.join(20)
+    assert process.exitcode == 130 and time.monotonic() - began < 5
+    assert log.read_text().splitlines()[-1].startswith("stopped;")
