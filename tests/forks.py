@@ -39,14 +39,14 @@ def start(log, name, *arguments, patches={}, **environment):
     return process
 
 
-def start_two(folder, name, *arguments):
+def start_two(folder, name, *arguments, patches={}):
     """As torchrun starts two processes; their logs are folder/0 and folder/1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    return [start(folder / str(rank), name, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=str(port)) for rank in range(2)]
+    return [start(folder / str(rank), name, *arguments, patches=patches, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
 
 
 def finish(log, name, *arguments, **how):
