@@ -9,7 +9,7 @@ The last one builds an approximate index over a cache of millions that exists; b
 --index builds it afterwards.
 """
 
-from processes import InputError, first, gather, held, process, run  # before the libraries, which take seconds
+from processes import InputError, first, gather, held, process, run  # first, see there
 
 import argparse
 import glob

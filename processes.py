@@ -20,7 +20,7 @@ def stop_at_once(*_):
     os._exit(130)
 
 
-if Path(sys.argv[0]).resolve() in Path(__file__).resolve().parent.glob("*.py"):  # a script, in which nothing has begun until run()
+if Path(sys.argv[0]).resolve() in Path(__file__).resolve().parent.glob("*.py"):  # a script: until run() nothing has begun
     for sent in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sent, stop_at_once)
 
@@ -81,25 +81,24 @@ over, held = threading.Event(), ExitStack()  # of run(): whether main() has ende
 
 
 def stop_within_seconds():
-    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process where it has not ended four seconds later: in the middle
-    of a long call of a library Python hears of no signal, and where an object is deleted it swallows what is raised."""
+    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process where it has not ended four seconds later: in the
+    middle of a long call of a library Python hears of no signal, and where an object is deleted it swallows what is raised."""
     def stop(*_):
         for sent in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sent, signal.SIG_IGN)  # one is enough: a second would only disturb the cleaning up
         raise KeyboardInterrupt
 
-    def wait(heard):
-        with open(heard, "rb", buffering=0) as heard:
-            if heard.read(1) and not over.wait(4):  # nothing is read where run() has closed the other end
+    def wait():
+        with heard:
+            if heard.recv(1) and not over.wait(4):  # nothing comes where run() has closed the other end
                 stop_at_once()
 
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
+    heard, told = socket.socketpair()
+    held.enter_context(told).setblocking(False)
     for sent in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sent, stop)
-    held.callback(os.close, told)
-    held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(told, warn_on_full_buffer=False))
-    threading.Thread(target=wait, args=(heard,), daemon=True).start()
+    held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False))
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --------------------------------------------------------------------------------------------- processes
@@ -135,13 +134,14 @@ def hold_together(store, rank, world):
         except OSError:  # its host does not answer
             told = b""
         if not told and not over.is_set():
-            print(f"process {rank} of {world} stops, as {'another one' if rank == 0 else 'the first one'} has ended", file=sys.stderr)
+            other = "another one" if rank == 0 else "the first one"
+            print(f"process {rank} of {world} stops, as {other} has ended", file=sys.stderr, flush=True)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     for line in lifelines:
         line.settimeout(None)
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # the system asks every few seconds, however busy the processes are
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 5)):  # gone after 40 s without an answer
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # the system asks, however busy the processes are
+        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 5)):  # 40 s without an answer: gone
             if hasattr(socket, name):
                 line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         threading.Thread(target=listen, args=(line,), daemon=True).start()
@@ -184,7 +184,8 @@ def add_up(tensors):
 
 
 def first(make):
-    """What make() gives on the first process, which alone looks at and writes files; on all of them. Its InputError ends all."""
+    """What make() gives on the first process, which alone looks at and writes files; on all of them. Its InputError ends all.
+    """
     rank, world = process()
     thing = error = None
     if rank == 0:

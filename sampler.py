@@ -7,7 +7,7 @@
 A run that was stopped goes on where it was when the same command is given again.
 """
 
-from processes import InputError, first, gather, held, process, run  # before the libraries, which take seconds
+from processes import InputError, first, gather, held, process, run  # first, see there
 
 import argparse
 import csv

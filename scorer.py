@@ -6,7 +6,7 @@
 A score that cannot be computed here is named with the reason, and the others still come.
 """
 
-from processes import InputError, run  # before the libraries, which take seconds
+from processes import InputError, run  # first, see there
 
 import argparse
 import json

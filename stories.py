@@ -4,7 +4,7 @@
     python stories.py --caption "a red dog" "a whale by a lighthouse" --lm snowglobe/weights/gpt --num_return_sequences 3
 """
 
-from processes import InputError, gather, held, process, run, shown  # before the libraries, which take seconds
+from processes import InputError, gather, held, process, run, shown  # first, see there
 
 import argparse
 import json

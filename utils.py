@@ -43,7 +43,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename and Path(error.filename).parent != Path(path).parent:  # what is read meanwhile
+        if error.errno is None or error.filename and Path(path).name not in str(error.filename):  # of a file read meanwhile
             raise
         raise InputError(f"cannot write {path} ({error.strerror}); finished files are whole, so once that is mended the same command "
                          f"goes on") from error
