@@ -82,17 +82,24 @@ over, held = threading.Event(), ExitStack()  # of run(): whether main() has ende
 
 def stop_within_seconds():
     """Has Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process where it has not ended four seconds later: in the
-    middle of a long call of a library Python hears of no signal, and where an object is deleted it swallows what is raised."""
+    middle of a long call of a library Python hears of no signal."""
     def stop(*_):
         for sent in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sent, signal.SIG_IGN)  # one is enough: a second would only disturb the cleaning up
         raise KeyboardInterrupt
+
+    def swallowed(what):
+        if what.exc_type is not KeyboardInterrupt:
+            return sys.__unraisablehook__(what)
+        signal.signal(signal.SIGINT, stop)  # while an object was deleted, where nothing can be raised: so once more
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
 
     def wait():
         with heard:
             if heard.recv(1) and not over.wait(4):  # nothing comes where run() has closed the other end
                 stop_at_once()
 
+    sys.unraisablehook = swallowed
     heard, told = socket.socketpair()
     held.enter_context(told).setblocking(False)
     for sent in (signal.SIGINT, signal.SIGTERM):
@@ -160,8 +167,8 @@ def together():
     try:
         yield
     except (RuntimeError, OSError) as error:  # RuntimeError: gloo's and NCCL's
-        raise InputError(f"another process of this run is not there any more ({' '.join(str(error).split())[:200]}); run the same "
-                         f"command again to go on") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"another process of this run is not there any more ({reason}); run the same command again to go on") from error
 
 
 def gather(things):

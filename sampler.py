@@ -250,7 +250,8 @@ def main():
         load_checkpoint(args.ckpt, captioner)
     rank, world = process()
     if rank == 0:
-        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, with {args.ckpt or 'no checkpoint: as pretrained'}")
+        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, "
+              f"with {args.ckpt or 'no checkpoint: as pretrained'}")
 
     if args.sidecar:  # those that a stopped run has written are its own
         check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
@@ -281,7 +282,8 @@ def main():
                 records = [record_of(*each, args.lm_weight) for each in zip(pictures[batch], tables, scores.tolist(), found, matches)]
             records = gather(records)
             if rank == 0:
-                append(part, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(errors=TEXT["errors"]))
+                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                append(part, lines.encode(errors=TEXT["errors"]))
             bar.update(len(records))
     if rank > 0:
         return

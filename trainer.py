@@ -196,7 +196,8 @@ def main():
     count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), captioner.model.parameters()))
     rank, _ = process()
     if rank == 0:
-        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: training {count:,} of {total:,} parameters")
+        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: "
+              f"training {count:,} of {total:,} parameters")
     features, train, bad = image_features(clip, train, savedir)
     val_features, val, val_bad = image_features(clip, val, savedir)
     report_bad_images(bad + val_bad)

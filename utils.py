@@ -45,8 +45,8 @@ def writing(path):
     except OSError as error:
         if error.errno is None or error.filename and Path(path).name not in str(error.filename):  # of a file read meanwhile
             raise
-        raise InputError(f"cannot write {path} ({error.strerror}); finished files are whole, so once that is mended the same command "
-                         f"goes on") from error
+        raise InputError(f"cannot write {path} ({error.strerror}); finished files are whole, so once that is mended the same "
+                         f"command goes on") from error
 
 
 @contextmanager

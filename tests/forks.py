@@ -4,6 +4,7 @@ that a test does not wait seconds for each, and a moment chosen at random falls 
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -29,6 +30,9 @@ def child(name, arguments, log, patches, environment):
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False, buffering=1) for stream in (1, 2))
     sys.argv = [f"{name}.py", *arguments]
     import processes
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sent, processes.stop_at_once)  # as where a script imports it
+    Path(f"{log}.begun").touch()
     processes.run(importlib.import_module(name).main, **({"alone": True} if name == "scorer" else {}))
 
 

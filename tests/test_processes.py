@@ -1,5 +1,5 @@
-"""Two processes leave what one leaves: the same caches, captions and stories to the byte, the same training to rounding. Where one
-dies the other ends, and any number of them goes on from there."""
+"""Two processes leave what one leaves: the same caches, captions and stories to the byte, the same training to rounding. Where
+one dies the other ends, and any number of them goes on from there."""
 
 import csv
 import os
@@ -23,7 +23,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def torchrun(*arguments, cwd=None):
-    return subprocess.Popen([*TORCHRUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd)
+    return subprocess.Popen([*TORCHRUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            cwd=cwd)
 
 
 def two_processes(folder, name, *arguments, expect=(0, 0)):
