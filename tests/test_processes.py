@@ -143,6 +143,25 @@ def test_where_one_process_is_killed_the_other_ends_and_any_number_goes_on(scrip
         assert files(cut) == files(tmp_path / "whole")
 
 
+def long_work(*_):
+    print("working", flush=True)
+    time.sleep(120)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_hears_of_the_others_death_while_it_works_by_itself(world, tmp_path, dead):
+    both = start_two(tmp_path / "logs", "compute_cache", "--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile", tmp_path / "c.npy",
+                     "--clip_model", CLIP, patches={"compute_cache.mine": long_work})
+    logs = [tmp_path / "logs" / str(rank) for rank in range(2)]
+    while not all(log.exists() and "working" in log.read_text() for log in logs):
+        assert both[0].exitcode is None and both[1].exitcode is None
+        time.sleep(0.02)
+    both[dead].kill()
+    both[1 - dead].join(60)
+    said = logs[1 - dead].read_text().splitlines()
+    assert both[1 - dead].exitcode == 130 and f"process {1 - dead} of 2 stops, as" in said[1] and said[-1].startswith("stopped;"), said
+
+
 def steps_done(state):
     return torch.load(state, weights_only=True)["progress"][1]
 
