@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stories
 from conftest import BART, CLIP, ROOT
-from model import nucleus
+from generation import nucleus
 
 GPT = str(ROOT / "snowglobe" / "weights" / "gpt")
 CAPTIONS = ["a red dog", "A whale by a lighthouse.", "two sheep and an umbrella in a quiet wood", "Geoff Hinton on a bus",
