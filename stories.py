@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from generation import nucleus
 from utils import atomic, choose_device, choose_dtype, locked, one_line, output_folder, read_text, seed_of, write_lines
 
 
@@ -128,7 +129,6 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
     are drawn in a logits processor, which leaves the row one possible token; all else (positions, cache, stopping) is
     generate()'s, for any architecture.
     """
-    from model import nucleus
     width, end = max(map(len, prompts)), model.generation_config.eos_token_id
     ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long, device=model.device)  # (B, width) each, padded on the left
     for row, prompt in enumerate(prompts):
