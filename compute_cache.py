@@ -53,9 +53,9 @@ def parse():
     parser.add_argument("--embfile", required=True, help="their embeddings to write or change (.npy), one row an entry")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="numbers of a new --embfile; float16 "
                         "takes half the disk (default %(default)s)")
-    parser.add_argument("--index", metavar="FILE", help="build an approximate index over the cache (.faiss), for caches of millions")
-    parser.add_argument("--queries", metavar="FILE", help="image features that trainer.py or sampler.py kept (features-*.safetensors), to "
-                        "measure the recall of --index with (default: made-up ones)")
+    parser.add_argument("--index", metavar="FILE", help="build an approximate index over the cache (.faiss); it pays for millions")
+    parser.add_argument("--queries", metavar="FILE", help="image features that trainer.py or sampler.py kept "
+                        "(features-*.safetensors), to measure the recall of --index with (default: made-up ones)")
     # How they are encoded.
     parser.add_argument("--prefix", help='text set before each entry for CLIP, such as "a photo of " (default none; where a '
                         "cache is changed, the one that it was made with)")

@@ -125,9 +125,9 @@ def open_index(path, embeddings):
         raise InputError(f"{path} is not an index of the {rows.file_rows} rows of {rows.path}")
     opened = Index(index, rows)
     if process()[0] == 0:
-        print(f"{rows.path} is searched exactly, as less than half of it is left: the index {path} is not used" if opened.exact else
-              f"approximate: {rows.path} is searched through {path}, which found {made['recall']:.1%} of the 10 nearest entries of "
-              f"{made['queries']} when it was built")
+        print(f"{rows.path} is searched exactly, as less than half of it is left: the index {path} is not used" if opened.exact
+              else f"approximate: {rows.path} is searched through {path}, which found {made['recall']:.1%} of the 10 nearest "
+                   f"entries of {made['queries']} when it was built")
     return opened
 
 
@@ -144,9 +144,9 @@ def trained_index(rows):
 
     The number of lists n, 4 sqrt(rows), and of rows to train on, 40 n, are from faiss's guidelines
     (https://github.com/facebookresearch/faiss/wiki/Guidelines-to-choose-an-index). Before that rows are turned to the WIDTH
-    directions in which they differ most, mixed, so that each says as much. Codes are of 4 bits for two dimensions, which faiss scans in
-    registers (Andre et al. 2017, https://arxiv.org/abs/1704.07355). Product and ranks are inner ones throughout: an image's
-    distances to entries would be ruled by what its own modality is like.
+    directions in which they differ most, mixed, so that each says as much. Codes are of 4 bits for two dimensions, which faiss
+    scans in registers (Andre et al. 2017, https://arxiv.org/abs/1704.07355). Lists and codes go by inner products, as search
+    does: from an image all entries are far, and distances would rank the lists by how wide they are.
     """
     faiss = library()
     lists = max(1, min(round(4 * math.sqrt(len(rows))), len(rows) // 40))
@@ -157,7 +157,8 @@ def trained_index(rows):
     turn = faiss.LinearTransform(rows.dim, width, False)  # takes off no mean: that would change the order of inner products
     faiss.copy_array_to_vector((directions[:, -width:] @ mixing).T.numpy().ravel(), turn.A)
     turn.is_trained = True
-    index = faiss.IndexPreTransform(turn, faiss.index_factory(width, f"IVF{lists},PQ{width // 2}x4fs", faiss.METRIC_INNER_PRODUCT))
+    ivf = faiss.index_factory(width, f"IVF{lists},PQ{width // 2}x4fs", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexPreTransform(turn, ivf)
     index.train(sample.numpy())
     return index
 
@@ -175,7 +176,8 @@ def made_queries(rows):
         return normalize(vectors - (vectors @ common)[:, None] * common, dim=1)
 
     generator = torch.Generator().manual_seed(1)
-    meant = apart(apart(sample)[torch.randperm(len(sample), generator=generator)][:len(sample) // 3 * 3].view(-1, 3, rows.dim).sum(1))
+    mixed = apart(sample)[torch.randperm(len(sample), generator=generator)][:len(sample) // 3 * 3]
+    meant = apart(mixed.view(-1, 3, rows.dim).sum(1))
     noise = apart(torch.randn(meant.shape, generator=generator))
     return normalize(0.25 * common + 0.3 * meant + (1 - 0.25 ** 2 - 0.3 ** 2) ** 0.5 * noise, dim=1)
 
@@ -227,10 +229,12 @@ def build_index(path, textfile, embfile, features=None):
     found = recall(Index(index, rows), queries)
     about = f"{len(queries)} {'images' if features else 'made-up queries'}"
     write_index(path, index)
-    write_json(f"{path}.json", {"index_sha256": file_sha256(path), "cache": cache, "recall": round(found, 4), "queries": about}, indent=1)
+    write_json(f"{path}.json", {"index_sha256": file_sha256(path), "cache": cache, "recall": round(found, 4), "queries": about},
+               indent=1)
     for abandoned in path.parent.glob(f".{path.name}.*.part"):
         abandoned.unlink()
-    print(f"wrote {path}, an index of {len(rows):,} entries: approximate, it finds {found:.1%} of the 10 nearest entries of {about}")
+    print(f"wrote {path}, an index of {len(rows):,} entries: approximate, it finds {found:.1%} of the 10 nearest entries of "
+          f"{about}")
     return found
 
 

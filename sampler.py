@@ -43,8 +43,8 @@ def parse():
     # What it is captioned with, and where results go.
     parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
     parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
-    parser.add_argument("--index", metavar="FILE", help="search the cache that this index of compute_cache.py belongs to approximately, "
-                        "through it (default: every cache exactly)")
+    parser.add_argument("--index", metavar="FILE", help="index of compute_cache.py through which its cache is searched, "
+                        "approximately (default: every cache exactly)")
     parser.add_argument("--savedir", required=True, help="folder for preds.txt, ref0.txt ..., captions.json, details.jsonl, gallery.html")
     parser.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; without it the language model "
                         "writes as it was pretrained")

@@ -35,8 +35,8 @@ def parse():
     parser.add_argument("--val_split", default="val2017", help="split to validate on (default %(default)s)")
     parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
     parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
-    parser.add_argument("--index", metavar="FILE", help="search the cache that this index of compute_cache.py belongs to approximately, "
-                        "through it (default: every cache exactly)")
+    parser.add_argument("--index", metavar="FILE", help="index of compute_cache.py through which its cache is searched, "
+                        "approximately (default: every cache exactly)")
     parser.add_argument("--savedir", default="checkpoints", help="folder for best.safetensors, last.safetensors, image "
                         "features, loss.csv and loss.png (default %(default)s)")
     # The models.
@@ -73,7 +73,7 @@ def cosine_rate(step, steps, warmup):
 
 
 def tokenized_tables(captioner, features, entries, embeddings, topk, find=search):
-    """The table of each image as token ids: a list of lists. features: (n, dim) unit vectors. find: search, or that of an Index."""
+    """The table of each image as token ids: a list of lists. features: (n, dim) unit vectors. find: search, or Index.search."""
     tables = []
     for rows in features.split(256):
         _, indices = find(rows, embeddings, topk)  # (256, k)
