@@ -97,23 +97,23 @@ def sample(captioner, folder, tables, n, clip=None, **dials):
 
 def same_distribution(model, captioner, table, plain, ours):
     """Whether each likelihood is the model's own to 1e-3 (for one in ten the tokens cannot be had back from the text), and the
-    mean log-probability of a caption alike in both to four standard errors, over 200 of each.
+    mean log-probability and length of a caption alike in both to four standard errors, over 200 of each.
 
     plain: texts. ours: what Captioner.sample returns.
     """
     each = [(text, likelihood) for text, likelihood, count in ours for _ in range(count)]
     each = random.Random(0).sample(each, min(200, len(each)))
-    totals, lengths = log_probabilities(model, captioner, table, [text for text, _ in each])
+    drawn = log_probabilities(model, captioner, table, [text for text, _ in each])  # (2, texts)
+    others = log_probabilities(model, captioner, table, plain[:200])
     told = torch.tensor([likelihood for _, likelihood in each])
-    others, _ = log_probabilities(model, captioner, table, plain[:200])
-    error = (totals.var() / len(totals) + others.var() / len(others)).sqrt()
-    own = ((totals / lengths - told).abs() < 1e-3).float().mean() >= 0.9
-    return bool(own and (totals.mean() - others.mean()).abs() < 4 * error)
+    own = ((drawn[0] / drawn[1] - told).abs() < 1e-3).float().mean() >= 0.9
+    error = (drawn.var(1) / drawn.shape[1] + others.var(1) / others.shape[1]).sqrt()
+    return bool(own and ((drawn.mean(1) - others.mean(1)).abs() <= 4 * error).all())
 
 
 @torch.inference_mode()
 def log_probabilities(model, captioner, table, texts):
-    """Teacher-forced, without a cache: log-probabilities of the texts and their numbers of tokens, float32 (texts,) each."""
+    """Teacher-forced, without a cache: log-probabilities of the texts, and their numbers of tokens, float32 (2, texts)."""
     encoded, found = model.get_encoder()(torch.tensor([table], device=model.device)).last_hidden_state, []
     for ids in captioner.tokenize(texts, captioner.maxlen_dec):
         labels = torch.tensor([ids], device=model.device)
