@@ -133,11 +133,11 @@ def check_sidecars(pictures, overwrite):
 def is_record(line, picture):
     """Whether a line is a record of the picture, as record_of makes it, and not what a kill or a crash left of one."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())  # of bytes, it would guess the encoding
         texts = [record["caption"], *(entry for entry, _ in record["table"]), *(text for text, _, _ in record["candidates"])]
         numbers = [record["score"], *(n for _, n in record["table"]), *(n for _, *both in record["candidates"] for n in both)]
         return (line.endswith(b"\n") and record["image_id"] == picture.id and record["file"] == str(picture.path)
-                and all(isinstance(text, str) for text in texts) and all(isinstance(n, (int, float)) for n in numbers))
+                and len(record["table"]) > 0 and all(isinstance(t, str) for t in texts) and all(isinstance(n, float) for n in numbers))
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 

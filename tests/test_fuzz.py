@@ -122,7 +122,7 @@ def mutate_json(data, edits):
         there = places(box)
         (container, key), (source, at) = there[which % len(there)], there[other % len(there)]
         if what == "replace":
-            container[key] = value
+            container[key] = copy.deepcopy(value)
         elif what == "copy":
             container[key] = copy.deepcopy(source[at])
         elif what == "delete" and container is not box:
@@ -246,7 +246,7 @@ def read_captions(path):
 def read_records(path):
     pictures = [Picture(record["image_id"], Path(record["file"])) for record in RECORDS]
     done = sampler.kept_records(path, pictures, 2)
-    kept = [json.loads(line) for line in path.read_bytes().splitlines()]
+    kept = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     assert len(kept) == done and all(record["image_id"] == picture.id for record, picture in zip(kept, pictures))
     args = type("", (), {"gallery": 9, "csv": True, "sidecar": False})
     if kept:

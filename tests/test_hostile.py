@@ -766,7 +766,8 @@ RECORD = {"image_id": "a.png", "file": "a.png", "caption": "a dog", "score": 0.3
     {"image_id": "b.png"}, {"file": "/etc/passwd"}, {"caption": 5}, {"caption": None}, {"score": "0.3"}, {"score": None},
     {"table": None},
     {"table": [["dog"]]}, {"table": [[0.3, "dog"]]}, {"table": {"dog": 0.3}}, {"table": [5]}, {"candidates": [["a dog", 0.3]]},
-    {"candidates": [["a dog", "b", "c"]]}, {"candidates": 5}, {"candidates": [[["a"], 0.3, 0.3]]}], ids=str)
+    {"candidates": [["a dog", "b", "c"]]}, {"candidates": 5}, {"candidates": [[["a"], 0.3, 0.3]]},
+    {"table": []}, {"table": {}}, {"score": 10 ** 400}], ids=str)
 def test_a_stopped_runs_record_of_another_kind_is_written_again(tmp_path, change):
     pictures, part = [Picture(f"{name}.png", Path(f"{name}.png")) for name in "ab"], tmp_path / "details-1.jsonl.part"
     second = RECORD | {"image_id": "b.png", "file": "b.png"}
@@ -776,7 +777,8 @@ def test_a_stopped_runs_record_of_another_kind_is_written_again(tmp_path, change
 
 
 @pytest.mark.parametrize("line", [
-    b"\0" * 100, b"", b"\xff\xfe", b"{}", b"[]", b"7", b"NaN", DEEP.encode(), json.dumps(RECORD).encode()[:-1]], ids=len)
+    b"\0" * 100, b"", b"\xff\xfe", b"{}", b"[]", b"7", b"NaN", DEEP.encode(), json.dumps(RECORD).encode()[:-1],
+    json.dumps(RECORD | {"image_id": "b.png", "file": "b.png"}).encode("utf-8-sig")], ids=len)
 def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
     pictures, part = [Picture(f"{name}.png", Path(f"{name}.png")) for name in "ab"], tmp_path / "details-1.jsonl.part"
     whole = json.dumps(RECORD).encode() + b"\n"
