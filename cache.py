@@ -187,7 +187,8 @@ def read_one_cache(textfile, embfile, clip_model):
 def search(queries, embeddings, k, chunk=8192, half=None):
     """The k nearest rows by inner product, best first.
 
-    queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores (B, k), indices (B, k) int64), k <= N.
+    queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores (B, k), indices (B, k) int64),
+    k <= N.
     Only B x chunk products exist at a time, so memory does not grow with N.
     half: halved(embeddings), which is scanned in their place; float32 decides among those rows of a chunk that may be among the
     best of a query by as much as bfloat16 can be wrong. So the result is the same, but for ties.

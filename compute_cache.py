@@ -46,7 +46,8 @@ def parse():
     parser.add_argument("--add_from", metavar="FILE", help="add the lines of this file at the end")
     parser.add_argument("--remove", nargs="+", default=[], metavar="ENTRY", help="take these entries out")
     # What is mined.
-    parser.add_argument("--topk", type=int, default=25000, help="number of unigrams, and of bigrams, kept at most (default %(default)s)")
+    parser.add_argument("--topk", type=int, default=25000, help="number of unigrams, and of bigrams, kept at most "
+                        "(default %(default)s)")
     parser.add_argument("--min_count", type=int, default=3, help="bigrams seen less often than this are left out (default %(default)s)")
     # What is written.
     parser.add_argument("--textfile", required=True, help="entries to write or change, one a line (.txt)")
@@ -148,7 +149,8 @@ def change_cache(args, device):
         write_cache(textfile, embfile, [old[i] for i in kept] + new, torch.cat((rows.only(kept)[:], added)).numpy(), clip.identity,
                     prefix, rows.dtype)
     missing = sorted(removed - there)
-    print(f"added {len(new):,} entries to {textfile} ({len(there.intersection(wanted)):,} were there before), removed {len(old) - len(kept):,}"
+    print(f"added {len(new):,} entries to {textfile} ({len(there.intersection(wanted)):,} were there before), "
+          f"removed {len(old) - len(kept):,}"
           + (f"; not there to be removed: {', '.join(missing)}" if missing else "") + f"; it has {len(kept) + len(new):,}")
 
 

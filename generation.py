@@ -1,4 +1,4 @@
-"""What drawing captions needs that knows no model: the nucleus, draws for many samples at once, and branches of the key/value cache."""
+"""What drawing captions needs that knows no model: the nucleus, draws for many samples, branches of the key/value cache."""
 
 import copy
 

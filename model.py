@@ -103,8 +103,8 @@ class Clip:
     @torch.inference_mode()
     def encode_images(self, images):
         """images: PIL images (RGB). Returns unit vectors, float32 (len(images), dim), on the CPU."""
-        batch = self.processor(images=images, return_tensors="pt").to(self.device, self.dtype)  # pixel_values (B, 3, H, W); NaFlex: more
-        return unit(self.model.get_image_features(**batch))
+        batch = self.processor(images=images, return_tensors="pt")  # pixel_values (B, 3, H, W); NaFlex: more
+        return unit(self.model.get_image_features(**batch.to(self.device, self.dtype)))
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=128, progress=None):

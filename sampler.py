@@ -45,7 +45,8 @@ def parse():
     parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
     parser.add_argument("--index", metavar="FILE", help="index of compute_cache.py through which its cache is searched, "
                         "approximately (default: every cache exactly)")
-    parser.add_argument("--savedir", required=True, help="folder for preds.txt, ref0.txt ..., captions.json, details.jsonl, gallery.html")
+    parser.add_argument("--savedir", required=True, help="folder for preds.txt, ref0.txt ..., captions.json, "
+                        "details.jsonl, gallery.html")
     parser.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; without it the language model "
                         "writes as it was pretrained")
     parser.add_argument("--only", metavar="FILE", help="use only those entries of the caches that are lines of this file")
@@ -170,16 +171,19 @@ def write_candidates(captioner, tables, seeds, banned, args):
     """{text: likelihood} of each table's candidates. tables: B lists of entries. seeds: B integers, for sampling."""
     tokens = captioner.tokenize(map(linearize, tables), captioner.maxlen_enc)
     if args.do_sample:
-        found = [captioner.sample(ids, args.num_return_sequences, args.temperature, args.top_p, seed) for ids, seed in zip(tokens, seeds)]
+        dials = args.num_return_sequences, args.temperature, args.top_p
+        found = [captioner.sample(ids, *dials, seed) for ids, seed in zip(tokens, seeds)]
     else:
         found = captioner.beam(tokens, args.num_beams, args.num_return_sequences)
     if banned:
         found = [without_banned(captioner, banned, *each) for each in zip(found, tokens, seeds)]
-    return [{text: likelihood for text, likelihood, *_ in sorted(candidates, key=lambda c: c[1])} for candidates in found]  # the likeliest
+    ordered = [sorted(candidates, key=lambda c: c[1]) for candidates in found]  # of a text that comes twice the likelier one stays
+    return [{text: likelihood for text, likelihood, *_ in candidates} for candidates in ordered]
 
 
 def record_of(picture, table, scores, candidates, cosines, lm_weight):
-    """A line of details.jsonl: the picture's caption with all that it came from. candidates: {text: likelihood}; cosines in its order."""
+    """A line of details.jsonl: the picture's caption with all that it came from. candidates: {text: likelihood}; cosines in its
+    order."""
     ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates.items(), cosines)),
                     key=lambda c: -c[1] - lm_weight * c[2])
     best, score = ranked[0][:2] if ranked else ("", 0.0)
@@ -261,10 +265,10 @@ def main():
         raise InputError("none of the images can be read")
 
     # What a stopped run of the same images and settings has written is kept.
-    decides = [captioner.identity, args.ckpt and file_sha256(args.ckpt), entries, [Path(path).stat().st_mtime_ns for path in args.embfile],
-               hashlib.sha256(features.numpy().tobytes()).hexdigest(), topk, banned and banned.pattern, str(dtype), args.num_beams, args.num_return_sequences,
-               args.do_sample, args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size,
-               args.index and file_sha256(args.index)]
+    decides = [captioner.identity, args.ckpt and file_sha256(args.ckpt), entries, args.index and file_sha256(args.index),
+               [Path(path).stat().st_mtime_ns for path in args.embfile], hashlib.sha256(features.numpy().tobytes()).hexdigest(),
+               topk, banned and banned.pattern, str(dtype), args.num_beams, args.num_return_sequences, args.do_sample,
+               args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size]
     part = savedir / f"details-{first(lambda: hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16])}.jsonl.part"
     done = first(lambda: kept_records(part, pictures, args.batch_size))
 

@@ -52,7 +52,8 @@ def parse():
     # The training.
     parser.add_argument("--batch_size", type=int, default=16, help="images a step, of all processes together (default %(default)s)")
     parser.add_argument("--lrate", type=float, default=3e-4, help="highest learning rate of AdamW (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises from 0, a quarter of all at most (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises from 0, a quarter of all at "
+                        "most (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the images, one caption each time (default %(default)s)")
     parser.add_argument("--tmax", type=int, default=100000, help="most steps; the rate falls as a cosine to 0 at the last step "
                         "(default %(default)s)")
