@@ -185,7 +185,7 @@ def record_of(picture, table, scores, candidates, cosines, lm_weight):
     """A line of details.jsonl: the picture's caption with all that it came from. candidates: {text: likelihood}; cosines in its
     order."""
     ranked = sorted(((text, round(cosine, 5), round(likelihood, 5)) for (text, likelihood), cosine in zip(candidates.items(), cosines)),
-                    key=lambda c: -c[1] - lm_weight * c[2])
+                    key=lambda c: (-c[1] - lm_weight * c[2], -c[2]))  # CLIP cannot tell some apart: then the likelier one
     best, score = ranked[0][:2] if ranked else ("", 0.0)
     return {"image_id": picture.id, "file": str(picture.path), "caption": best, "score": score,
             "table": [(entry, round(s, 5)) for entry, s in zip(table, scores)], "candidates": ranked}
