@@ -1,74 +1,27 @@
 """The models: CLIP (images and texts to unit vectors) and the captioner (table to caption), and the captioner's checkpoints."""
 
 import contextlib
-import hashlib
 import json
-import os
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import (
-    AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel,
+    AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, CLIPConfig, CLIPImageProcessorPil, CLIPModel,
     DynamicCache, EncoderDecoderCache,
 )
 from transformers.utils import logging
 
 from foreign import ResNetClip, is_resnet, is_torch_zip, lightning_settings, lightning_tensors, read_openai_clip
 from generation import branched, draw
+from pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
 from processes import InputError
 from utils import atomic
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
-
-CLIP_NAMES = {  # OpenAI's names of its weights: the same on the hub
-    "ViT-B/32": "openai/clip-vit-base-patch32",
-    "ViT-B/16": "openai/clip-vit-base-patch16",
-    "ViT-L/14": "openai/clip-vit-large-patch14",
-    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
-}
-
-
-def load(loader, name, what, **options):
-    """loader.from_pretrained(name): the local copy at once where there is one, else from the hub. Raises InputError."""
-    try:
-        try:
-            return loader.from_pretrained(name, local_files_only=True, **options)
-        except OSError:
-            if Path(name).exists() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-                raise
-            return loader.from_pretrained(name, **options)
-    except ImportError as error:  # of SigLIP's tokenizer: sentencepiece, protobuf
-        raise InputError(f"the {what} {name} needs another library: {' '.join(str(error).split()).split('. ')[0]}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:  # RuntimeError: sizes differ
-        raise InputError(f"the {what} {name} could not be loaded: it is neither a folder with a model nor, as far as "
-                         f"can be seen from here, a name on the Hugging Face hub") from error
-
-
-def load_tokenizer(name, what):
-    """As load; where the files are missing, transformers makes a tokenizer that knows no word, and says nothing."""
-    tokenizer = load(AutoTokenizer, name, what)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(f"the {what} {name} has no tokenizer")
-    return tokenizer
-
-
-def identity(name):
-    """What files made with a model are stamped with: the hub's name, or a folder's or file's name and weights' digest."""
-    place = Path(name)
-    if not place.exists():
-        return name
-    digest = hashlib.sha256()
-    for path in [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin")):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return f"{place.resolve().name}@{digest.hexdigest()[:12]}"
-
 
 # --------------------------------------------------------------------------------------------------- CLIP
 
@@ -86,6 +39,7 @@ class Clip:
         if Path(name).is_file():
             model, self.tokenizer, self.processor = openai_clip(name)
         else:
+            fetch(name, what, ("weights", "tokenizer", "processor"))  # all at once, so that its size is told once
             model = load(AutoModel, name, what, dtype=torch.float32)
             if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
                 raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
@@ -177,6 +131,7 @@ class Captioner:
     def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=128, maxlen_dec=32):
         # On a CPU in bfloat16 a training step with the fused attention takes twice as long as with the plain one.
         attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
+        fetch(name, "language model", ("weights", "tokenizer"))
         self.model = load(AutoModelForSeq2SeqLM, name, "language model", dtype=torch.float32, **attention).to(device).eval()
         self.tokenizer = load_tokenizer(name, "language model")
         self.identity, self.device, self.dtype = identity(name), torch.device(device), dtype
