@@ -17,7 +17,8 @@ from pickle import UnpicklingError
 
 from httpx2 import HTTPError, TransportError
 from huggingface_hub import (
-    HfApi, constants, get_cached_repo_tree, get_session, snapshot_download, try_to_load_from_cache,
+    HfApi, constants, get_cached_repo_tree, get_session, hf_hub_download, snapshot_download,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError, FileMetadataError, GatedRepoError, HfHubHTTPError, HFValidationError,
@@ -104,16 +105,16 @@ def download(name, what, parts):
     if (free := shutil.disk_usage(there).free) < size:
         raise InputError(f"the {what} {name} needs {readable(size)} in {place}, but {readable(free)} are free there; "
                          f"HF_HOME names another folder")
-    if process()[0] == 0:
+    if missing and process()[0] == 0:
         print(f"fetching the {what} {name}: {readable(size)} in {len(missing)} files from {constants.ENDPOINT} "
               f"to {place}", file=sys.stderr, flush=True)
-    if process()[0] == 0 and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        enable_progress_bars()
-    try:
-        return snapshot_download(name, allow_patterns=files)
-    finally:
-        if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
-            disable_progress_bars()
+        if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+            enable_progress_bars()  # transformers has turned them off, with its own
+    for file in missing:
+        hf_hub_download(name, file, revision=info.sha)
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
+    return snapshot_download(name, allow_patterns=files)  # notes that all is there
 
 
 def limit_waits():

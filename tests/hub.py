@@ -291,7 +291,8 @@ class Handler(BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
         self.server.ranges += [start] * bool(wanted)
-        headers = {"Content-Length": str(len(data) - start), "Accept-Ranges": "bytes", **(told or {})}
+        headers = {"Content-Length": str(len(data) - start), "Accept-Ranges": "bytes", **(told or {}),
+                   "Content-Disposition": f'inline; filename="{file}";'}
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.send_response(206 if wanted else 200)
