@@ -246,7 +246,7 @@ def plain_nucleus(p, top_p):
     """The nucleus of one distribution (V,), token by token."""
     chosen, mass = [], 0.0
     for i in p.argsort(descending=True).tolist():
-        if mass >= top_p:
+        if mass >= top_p < 1:  # all of them are 1, which float32's rounding may reach before the last
             break
         chosen.append(i)
         mass += p[i].item()
