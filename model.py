@@ -9,13 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import (
-    AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, CLIPConfig, CLIPImageProcessorPil, CLIPModel,
+    AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, CLIPConfig, CLIPModel,
     DynamicCache, EncoderDecoderCache,
 )
 from transformers.utils import logging
 
 from foreign import ResNetClip, is_resnet, is_torch_zip, lightning_settings, lightning_tensors, read_openai_clip
 from generation import branched, draw
+from images import OpenAIPreprocessor, openai_preprocessor
 from pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
 from processes import InputError
 from utils import atomic
@@ -44,7 +45,9 @@ class Clip:
             if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
                 raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
             self.tokenizer = load_tokenizer(name, what)
-            self.processor = load(AutoImageProcessor, name, what)
+            # Where torchvision is installed, transformers would resize with it, to other pixels.
+            processor = load(AutoImageProcessor, name, what, backend="pil")
+            self.processor = openai_preprocessor(processor)
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.identity, self.device, self.dtype = identity(name), device, dtype
         config = self.model.config
@@ -104,7 +107,7 @@ def openai_clip(path):
         if wrong := [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]:
             raise InputError(f"{path} is not quite a CLIP of OpenAI's (at {min(wrong)})")
     side = config.vision_config.image_size
-    return model, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return model, tokenizer, OpenAIPreprocessor(side, (side, side))
 
 
 def unit(output):
