@@ -1,16 +1,19 @@
 """Readers of other projects' files: OpenAI's CLIP (.pt) and the original's Lightning checkpoints (.ckpt). They run nothing of
-what the files hold.
+what the files hold. OpenAI's ResNets are computed by OpenAI's own code, which the user has
+installed or cloned.
 
 PyTorch's files are zips of raw numbers and of a pickle that says what the numbers are. A pickle can call any function of any
 library while Python loads it. Here it can name only what KNOWN and STORAGES list, and gets stand-ins for all of that.
 """
 
+import importlib.util
 import io
 import math
 import os
 import pickle
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +23,7 @@ from processes import InputError
 STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64, "Long": torch.int64,
     "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
+SCRIPTS = Path(__file__).resolve().parent  # beside which OpenAI's repository can lie
 KNOWN = ("collections.OrderedDict", "argparse.Namespace", "pathlib.", "pytorch_lightning.", "__torch__.", "torch.jit._pickle.")
 MOST_PICKLE = 1 << 21  # bytes; that of BART and CLIP with an optimizer's state has less than 1 MB
 MOST_STORAGE = 1 << 28  # bytes of one tensor's numbers; the largest of bart-large and of OpenAI's CLIPs have 206 MB
@@ -228,22 +232,65 @@ def openai_to_transformers(weights):
     return renamed
 
 
-class ResNetClip(torch.nn.Module):
-    """A CLIP with a ResNet (RN50 ... RN50x64), which transformers does not have: OpenAI's own package computes it, behind the
-    methods of transformers' CLIPModel.
+def openai_model_file():
+    """The path of OpenAI's clip/model.py, or None.
 
-    weights: as read_openai_clip gives them; path: their file. Raises InputError where the package is not installed.
+    It is that of the installed package, else of their repository, cloned beside the scripts as
+    CLIP/. Other packages are called clip, too, so the file must define build_model. Nothing is
+    taken from the current directory, which Python searches in a notebook and with -m: the files
+    there may be anybody's.
+    """
+    try:
+        spec = importlib.util.find_spec("clip")  # imports nothing
+    except ValueError:  # a module without a spec, made by hand
+        spec = None
+    found = spec.submodule_search_locations if spec else None
+    folders = [Path(folder).resolve() for folder in found or ()]
+    folders = [folder for folder in folders
+               if folder.parent == SCRIPTS or folder.parent != Path.cwd()]
+    for path in (folder / "model.py" for folder in (*folders, SCRIPTS / "CLIP" / "clip")):
+        if path.is_file() and "def build_model(" in path.read_text("utf-8", errors="replace"):
+            return path
+    return None
+
+
+def openai_build_model(path):
+    """OpenAI's build_model, to load the file path with. Raises InputError.
+
+    The package around model.py is not imported: it needs torchvision, and model.py does not.
+    """
+    kind = f"{path} is a ResNet of OpenAI's, which their own code computes"
+    if (file := openai_model_file()) is None:
+        raise InputError(f"{kind}, and that was not found: clone https://github.com/openai/CLIP "
+                         f"into the folder {SCRIPTS}, or pip install "
+                         f"git+https://github.com/openai/CLIP")
+    try:
+        spec = importlib.util.spec_from_file_location("openai_clip_model", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.build_model
+    except Exception as error:  # another project's code can fail in every way there is
+        raise InputError(f"{kind}, but {file} does not run here ({type(error).__name__}): clone "
+                         f"https://github.com/openai/CLIP anew") from error
+
+
+class ResNetClip(torch.nn.Module):
+    """A CLIP with a ResNet (RN50 ... RN50x64), which transformers does not have: OpenAI's own code
+    computes it, behind the methods of transformers' CLIPModel.
+
+    weights: as read_openai_clip gives them; path: their file. Raises InputError where OpenAI's code
+    is not there, or does not take the weights.
     """
 
     def __init__(self, weights, path):
         super().__init__()
-        try:
-            from clip.model import build_model
-        except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit torch
-            raise InputError(f"{path} is a ResNet of OpenAI's: that needs their package (pip install "
-                             f"git+https://github.com/openai/CLIP)") from error
+        build_model = openai_build_model(path)
         self.length = len(weights["positional_embedding"])
-        self.clip = build_model(weights).float()
+        try:
+            self.clip = build_model(weights).float()
+        except Exception as error:  # a name too many, one too few, or another shape
+            raise InputError(f"{path} is not quite a CLIP of OpenAI's: their own code does not "
+                             f"load it") from error
 
     def get_image_features(self, pixel_values):
         return self.clip.encode_image(pixel_values)

@@ -3,10 +3,12 @@
 import argparse
 import collections
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import types
 import zipfile
@@ -28,6 +30,7 @@ import model
 from conftest import BART, CLIP
 from model import Captioner, Clip, checkpoint_settings, is_layernorm, load_checkpoint
 from cache import read_cache
+from images import OpenAIPreprocessor
 from processes import InputError
 from utils import linearize
 
@@ -52,20 +55,27 @@ def images():
 
 # -------------------------------------------------------------------------------------------- OpenAI's CLIP
 
+def module_of(path):
+    """A file of Python's as a module that nobody else can import."""
+    spec = importlib.util.spec_from_file_location(f"of_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def openai():
-    """OpenAI's model.py and tokenizer, without the package's __init__, which needs torchvision."""
+    """OpenAI's model.py and tokenizer, without the package's __init__, which needs torchvision.
+    folder: the package's."""
     folder = Path(os.environ.get("OPENAI_CLIP", "nowhere"))
     if not (folder / "clip" / "model.py").is_file():
         pytest.skip("OpenAI's package is not there: test.sh installs it, and says where it is in OPENAI_CLIP")
     with pytest.MonkeyPatch.context() as patch:
-        package = types.ModuleType("clip")
-        package.__path__ = [str(folder / "clip")]
-        patch.setitem(sys.modules, "clip", package)
-        patch.setattr(sys, "path", [*sys.path, str(folder)])
-        from clip import model as openai_model
-        from clip import simple_tokenizer
-        yield types.SimpleNamespace(model=openai_model, tokenizer=simple_tokenizer.SimpleTokenizer())
+        patch.setattr(sys, "path", [*sys.path, str(folder)])  # of ftfy
+        tokenizer = module_of(folder / "clip" / "simple_tokenizer.py").SimpleTokenizer()
+    package = folder / "clip"
+    return types.SimpleNamespace(model=module_of(package / "model.py"), tokenizer=tokenizer,
+                                 folder=package)
 
 
 @pytest.fixture(scope="module")
@@ -122,33 +132,102 @@ def test_a_pt_file_encodes_as_openais_package_does(openai, beside, images, form)
     texts, pictures = encoded_by_openai(openai, made, TEXTS, pixels)
     close(clip.encode_texts(TEXTS, batch_size=2), texts)
     close(clip.encode_images(images), pictures)
+    assert clip.processor == OpenAIPreprocessor(64, (64, 64))
     assert clip.dim == 32 and clip.identity == f"tiny.pt@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
-def test_images_are_prepared_as_openai_does(openai, beside, images):
-    torch.save(make_clip(openai).state_dict(), beside / "tiny.pt")
-    found = Clip(str(beside / "tiny.pt")).processor(images=images, return_tensors="pt")["pixel_values"]
-    for image, pixels in zip(images, found):
-        width, height = image.size
-        short = min(image.size)
-        image = image.resize((int(64 * width / short), int(64 * height / short)), Image.Resampling.BICUBIC)
-        left, top = (round((length - 64) / 2) for length in image.size)
-        plain = torch.from_numpy(np.array(image.crop((left, top, left + 64, top + 64)))).permute(2, 0, 1) / 255
-        mean, deviation = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-        close(pixels, (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None])
-
-
-def test_a_resnet_goes_through_openais_package(openai, beside, images, monkeypatch):
+@pytest.mark.parametrize("place", ["site-packages", "scripts/CLIP"])
+def test_a_resnet_goes_through_openais_code(openai, beside, images, tmp_path, monkeypatch, place):
+    """As installed, and as cloned beside the scripts; the package, which needs torchvision, is not
+    imported."""
     made, path = make_clip(openai, (1, 1, 1, 1), 16, None), beside / "resnet.pt"
     torch.save(made.state_dict(), path)
+    look_in(tmp_path, monkeypatch)
+    package = shutil.copytree(openai.folder, tmp_path / place / "clip")
+    (package / "__init__.py").write_text("raise RuntimeError('torchvision::nms does not exist')")
     clip = Clip(str(path))
     pixels = clip.processor(images=images, return_tensors="pt")["pixel_values"]
     texts, pictures = encoded_by_openai(openai, made, TEXTS, pixels)
     close(clip.encode_texts(TEXTS, batch_size=2), texts)
     close(clip.encode_images(images), pictures)
-    monkeypatch.setitem(sys.modules, "clip.model", None)  # not installed
-    with pytest.raises(InputError, match="ResNet of OpenAI's"):
+    shutil.rmtree(package)
+    with pytest.raises(InputError, match="resnet.pt is a ResNet .* was not found: clone https"):
         Clip(str(path))
+
+
+def test_a_resnet_that_is_not_whole_is_refused(openai, beside, tmp_path, monkeypatch):
+    weights = make_clip(openai, (1, 1, 1, 1), 16, None).state_dict()
+    del weights["visual.layer2.0.conv1.weight"]
+    torch.save(weights, beside / "resnet.pt")
+    look_in(tmp_path, monkeypatch)
+    shutil.copytree(openai.folder, tmp_path / "site-packages" / "clip")
+    with pytest.raises(InputError, match="resnet.pt is not quite a CLIP of OpenAI's"):
+        Clip(str(beside / "resnet.pt"))
+
+
+def look_in(folder, monkeypatch):
+    """Python's modules, the scripts, and the current directory lie in folders of folder now."""
+    for name in ("site-packages", "scripts", "current"):
+        (folder / name).mkdir()
+    monkeypatch.setattr(sys, "path", ["", str(folder / "site-packages")])
+    monkeypatch.delitem(sys.modules, "clip", raising=False)
+    monkeypatch.setattr(foreign, "SCRIPTS", folder / "scripts")
+    monkeypatch.chdir(folder / "current")
+
+
+def write_code(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    importlib.invalidate_caches()
+    return path
+
+
+OPENAIS = "def build_model(state_dict):\n    return 'built'\n"
+RUNS = "import pathlib\npathlib.Path('ran').touch()\n"
+
+
+@pytest.mark.parametrize("other", ["clip/__init__.py", "clip/model.py", "clip.py"])
+def test_another_package_called_clip_is_not_taken_for_openais(tmp_path, monkeypatch, other):
+    look_in(tmp_path, monkeypatch)
+    write_code(tmp_path / "site-packages" / other, RUNS)
+    with pytest.raises(InputError, match="RN50.pt is a ResNet .* was not found: clone https"):
+        foreign.openai_build_model("RN50.pt")
+    cloned = write_code(tmp_path / "scripts" / "CLIP" / "clip" / "model.py", OPENAIS)
+    assert foreign.openai_model_file() == cloned
+    assert foreign.openai_build_model("RN50.pt")({}) == "built"
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("place", ["clip/model.py", "CLIP/clip/model.py"])
+@pytest.mark.parametrize("entry", ["", "the folder's path"])  # of sys.path: a notebook's, and -m's
+def test_no_code_of_the_current_directory_is_run(tmp_path, monkeypatch, place, entry):
+    look_in(tmp_path, monkeypatch)
+    write_code(tmp_path / "current" / place, RUNS + OPENAIS)
+    monkeypatch.setattr(sys, "path", [entry and str(tmp_path / "current"), *sys.path[1:]])
+    with pytest.raises(InputError, match="was not found"):
+        foreign.openai_build_model("RN50.pt")
+    assert not Path("ran").exists()
+
+
+def test_scripts_in_the_current_directory_find_what_lies_beside_them(tmp_path, monkeypatch):
+    look_in(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path / "scripts")
+    file = write_code(tmp_path / "scripts" / "CLIP" / "clip" / "model.py", OPENAIS)
+    assert foreign.openai_model_file() == file
+
+
+def test_openais_code_that_does_not_run_is_named(tmp_path, monkeypatch):
+    look_in(tmp_path, monkeypatch)
+    file = tmp_path / "site-packages" / "clip" / "model.py"
+    write_code(file, OPENAIS + "import nowhere_to_be_found")
+    with pytest.raises(InputError, match="model.py does not run here .ModuleNotFoundError.: clone"):
+        foreign.openai_build_model("RN50.pt")
+
+
+def test_a_clip_that_a_program_made_by_hand_is_no_package(tmp_path, monkeypatch):
+    look_in(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "clip", types.ModuleType("clip"))
+    assert foreign.openai_model_file() is None
 
 
 @pytest.mark.parametrize("change", [
