@@ -1,26 +1,32 @@
 #!/usr/bin/env bash
-# Downloads COCO 2017: captions and images. It needs curl and python3, and no root.
+# Downloads COCO 2017, captions and images, or the original project's checkpoint and cache. It
+# needs curl and python3, and no root.
 #
-#   ./download.sh                                        # all of it, to coco/
+#   ./download.sh                                        # all of COCO, to coco/
 #   ./download.sh --datadir /data/coco --parts annotations,val
-#   CACHE_URL=https://host/folder ./download.sh --parts "" --cache
+#   ./download.sh --original                             # the published weights alone, to original/
 #
-#   --datadir DIR   where it goes (default: coco)
+#   --datadir DIR   where COCO goes (default: coco)
 #   --parts LIST    any of annotations (0.25 GB), val (0.8 GB), train (19 GB), with commas between;
-#                   "" for none (default: annotations,val,train)
-#   --cache         also the original project's published cache, postcache.txt and postcache.npy, from CACHE_URL
+#                   "" for none (default: annotations,val,train; with --original none)
+#   --original      the original project's checkpoint and cache (about 2.1 GB), as checkpoint.ckpt,
+#                   cache.txt and cache.npy in original/, where sampler.py finds them; SOURCE.txt
+#                   there says where they came from
+#   --cache         its cache alone, from CACHE_URL, as DIR/postcache.txt and DIR/postcache.npy
 #   --help          this text
 #
 # It makes DIR/annotations/captions_{train,val}2017.json, DIR/train2017/*.jpg and DIR/val2017/*.jpg.
 # Stop it at any time: the next run goes on where this one stopped, and leaves alone what is there.
 # A zip and its files stand side by side while it is unpacked: train needs 40 GB free for that time.
+# CACHE_URL names another folder with the original's files (default:
+# https://the-eye.eu/public/AI/models/antarctic-captions).
 # COCO_URL names a mirror (default: http://images.cocodataset.org).
 
 set -euo pipefail
 
 die() { echo "download.sh: $1" >&2; exit "${2:-1}"; }
 
-dir=coco parts=annotations,val,train cache=
+dir=coco parts=default cache= original=
 while [ $# -gt 0 ]; do
     case $1 in
         --datadir|--parts)
@@ -28,10 +34,15 @@ while [ $# -gt 0 ]; do
             if [ "$1" = --parts ]; then parts=$2; else dir=$2; fi
             shift 2 ;;
         --cache) cache=yes; shift ;;
+        --original) original=yes; shift ;;
         --help|-h) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit ;;
         *) die "unknown argument $1 (see --help)." 2 ;;
     esac
 done
+
+if [ "$parts" = default ]; then
+    if [ "$original" ]; then parts=; else parts=annotations,val,train; fi
+fi
 
 # Everything that can be refused is refused before the first byte.
 for part in ${parts//,/ }; do
@@ -41,10 +52,19 @@ if [ "$cache" ] && [ -z "${CACHE_URL:-}" ]; then
     die "--cache needs the environment variable CACHE_URL, the address of the folder with postcache.txt and postcache.npy." 2
 fi
 for tool in curl python3; do command -v $tool >/dev/null || die "$tool is needed and was not found."; done
-if ! mkdir -p -- "$dir" 2>/dev/null || ! [ -w "$dir" ]; then die "cannot write to the folder $dir (--datadir)."; fi
-dir=$(CDPATH='' cd -- "$dir" && pwd)  # absolute, so that no name below starts with a dash
+if [ "$parts$cache" ]; then
+    if ! mkdir -p -- "$dir" 2>/dev/null || ! [ -w "$dir" ]; then
+        die "cannot write to the folder $dir (--datadir)."
+    fi
+    dir=$(CDPATH='' cd -- "$dir" && pwd)  # absolute, so that no name below starts with a dash
+fi
+if [ "$original" ] && { ! mkdir -p original 2>/dev/null || ! [ -w original ]; }; then
+    die "cannot write to the folder original."
+fi
 
 size() { if [ -e "$1" ]; then wc -c <"$1"; else echo 0; fi; }
+
+agent= hint=  # of get_published: the user agent, and what a failed download says in addition
 
 # fetch URL FILE: to FILE.part first, so that FILE is always whole.
 fetch() {
@@ -55,14 +75,16 @@ fetch() {
         rc=0
         # curl's own retries are for a server that is away or busy. They would throw away the bytes that came before
         # a cut, so a cut is for the loop: a new curl goes on behind them.
-        status=$(curl --fail --location --retry 3 --connect-timeout 30 --progress-bar -C - \
-            --write-out '%{http_code}' --output "$file.part" "$url") || rc=$?
+        status=$(curl --fail --location --retry 3 --connect-timeout 30 --speed-limit 1 \
+            --speed-time 60 --progress-bar -C - ${agent:+--user-agent "$agent"} --globoff \
+            --write-out '%{http_code}' --output "$file.part" --url "$url") || rc=$?
         # 416 means that no bytes are left to send: the part is whole, whatever this version of curl makes of it.
         if [ $rc = 0 ] || [ "$status" = 416 ]; then mv "$file.part" "$file"; return; fi
         case $rc in
             33) rm -f "$file.part" ;;           # no Range on this server: from the start
             16|18|28|52|55|56|92) ;;            # the connection was cut or stood still
-            *) die "cannot download $url (curl error $rc, HTTP status $status)." ;;
+            23) die "cannot write $file.part (is the disk full?): make room and run again." ;;
+            *) die "cannot download $url (curl error $rc, HTTP status $status)$hint." ;;
         esac
         # Patience lasts as long as bytes come.
         now=$(size "$file.part")
@@ -151,17 +173,213 @@ get_part() {
     esac
 }
 
-get_cache() {
-    local file=$dir/$1
-    if [ -e "$file" ]; then echo "$file is there: nothing to do."; return; fi
-    fetch "${CACHE_URL%/}/$1" "$file"
-    # A host that has lost the file may answer with a web page and a good status.
-    if [[ $1 == *.npy ]] && [ "$(head -c 6 "$file" | tail -c 5)" != NUMPY ]; then
-        rm -f "$file"
-        die "$CACHE_URL/$1 is no array of numpy: it was deleted."
+# announced URL: prints the size in bytes that the server names for it, or nothing where it names
+# none. Where the file cannot be had, it prints why, with exit code 1.
+announced() {
+    local url=$1 rc=0 head status size kind
+    head=$(curl --head --silent --location --retry 2 --connect-timeout 30 --max-time 120 \
+        ${agent:+--user-agent "$agent"} --globoff --url "$url") || rc=$?
+    case $rc in
+        0) ;;
+        6) echo "its host is not known, or there is no network"; return 1 ;;
+        7) echo "its host refuses the connection"; return 1 ;;
+        28) echo "its host does not answer"; return 1 ;;
+        *) echo "curl error $rc"; return 1 ;;
+    esac
+    # The last of several answers counts: the others are redirections and first tries.
+    read -r status size kind < <(tr -d '\r' <<<"$head" | awk '
+        /^HTTP\// { status = $2; size = kind = "-" }
+        tolower($1) == "content-length:" { size = $2 }
+        tolower($1) == "content-type:" { kind = tolower($2) }
+        END { print status, size, kind }')
+    case $status in
+        405|501) return ;;  # the server has no HEAD: the download itself will tell
+        2??) ;;
+        *) echo "HTTP status $status"; return 1 ;;
+    esac
+    case $kind in text/html*) echo "a web page comes in its place"; return 1 ;; esac
+    [ "$size" = - ] || echo "$size"
+}
+
+# human BYTES: as a person reads it.
+human() {
+    awk -v n="$1" 'BEGIN { if (n < 1e9) printf "%.1f MB", n / 1e6; else printf "%.2f GB", n / 1e9 }'
+}
+
+# place FOLDER ADDRESS NOTE NAME=FILE...: checks each FILE.download and renames it to FILE, or
+# deletes it and prints why. No pickle is loaded. NOTE is a file in FOLDER that gets a line for
+# each, unless it is "".
+place() {
+    python3 - "$@" <<'EOF'
+import ast, hashlib, os, re, signal, struct, sys, time, zipfile
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: without a traceback
+
+folder, address, note = sys.argv[1:4]
+names = dict(pair.rsplit("=", 1)[::-1] for pair in sys.argv[4:])  # {file: its name there}
+address = re.sub("//[^/@]*@", "//", address)  # without a password
+
+class Bad(Exception):
+    """Why a file cannot be used, and the files that may be to blame."""
+    def __init__(self, why, *files):
+        self.why, self.files = why, files
+
+def path_of(file):
+    path = os.path.join(folder, file)
+    return path + ".download" if os.path.exists(path + ".download") else path
+
+def lines_of(file):
+    """How many entries a cache's text has, as cache.py counts them."""
+    with open(path_of(file), "rb") as stream:
+        data = stream.read()
+    if data.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise Bad("is a web page", file)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Bad("is not UTF-8 text", file)
+    text = text[:-1] if text.endswith("\n") else text
+    return text.count("\n") + 1 if text else 0
+
+def rows_of(file):
+    """How many rows an .npy has: a table of real numbers whose size is what its header says."""
+    with open(path_of(file), "rb") as stream:
+        magic, sizes = stream.read(8), {b"\x93NUMPY\1\0": "<H", b"\x93NUMPY\2\0": "<I"}
+        if magic not in sizes:
+            raise Bad("is no array of numpy", file)
+        try:
+            length, = struct.unpack(sizes[magic], stream.read(struct.calcsize(sizes[magic])))
+            header = ast.literal_eval(stream.read(min(length, 10000)).decode("latin1").strip())
+            kind, (rows, dim), fortran = header["descr"], header["shape"], header["fortran_order"]
+            whole = rows > 0 and dim > 0 and fortran is False and re.match("[<>=]f[248]$", kind)
+        except (ValueError, SyntaxError, LookupError, TypeError, struct.error, MemoryError,
+                RecursionError):
+            whole = False
+        if not whole:
+            raise Bad("is no array with a row of real numbers for each entry", file)
+        if os.path.getsize(path_of(file)) != stream.tell() + rows * dim * int(kind[2]):
+            raise Bad("does not have the size that its header says", file)
+    return rows
+
+def check_cache(text, array):
+    lines, rows = lines_of(text), rows_of(array)
+    if lines != rows:
+        raise Bad("has %d rows, but %s has %d lines" % (rows, names[text], lines), array, text)
+
+def check_checkpoint(file):
+    """That torch.save wrote it: a zip of plain members, whole to their checksums, with one pickle,
+    which is not loaded."""
+    try:
+        with zipfile.ZipFile(path_of(file)) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise Bad("is no checkpoint of PyTorch (it is compressed)", file)
+            pickles = [name for name in archive.namelist() if re.match("[^/]+/data.pkl$", name)]
+            if len(pickles) != 1:
+                raise Bad("is no checkpoint of PyTorch (it has no data.pkl)", file)
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
+        raise Bad("is damaged, or no checkpoint of PyTorch (%s)" % error, file)
+    if bad:
+        raise Bad("is damaged (at %s)" % bad, file)
+
+def describe(file):
+    """A line of the note."""
+    digest, path = hashlib.sha256(), path_of(file)
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    return "%s: %s/%s, %d bytes, downloaded %s, sha256 %s\n" % (
+        file, address, names[file], os.path.getsize(path), day, digest.hexdigest())
+
+waiting = [file for file in names if path_of(file).endswith(".download")]
+try:
+    if any(not file.endswith(".ckpt") for file in waiting):
+        check_cache(*list(names)[:2])
+    for file in waiting:
+        if file.endswith(".ckpt"):
+            check_checkpoint(file)
+except Bad as bad:
+    deleted = [file for file in bad.files if file in waiting]
+    for file in deleted:
+        os.remove(path_of(file))
+    what = "it was deleted, and a new run downloads it afresh"
+    if not deleted:
+        what = "move %s away and run again" % path_of(bad.files[0])
+    print("%s/%s %s: %s" % (address, names[bad.files[0]], bad.why, what))
+    sys.exit(3)
+try:
+    if note and waiting:
+        note, lines = os.path.join(folder, note), []
+        if os.path.exists(note):
+            with open(note, encoding="utf-8") as stream:
+                lines = [line for line in stream if line.split(":")[0] not in waiting]
+        with open(note + ".new", "w", encoding="utf-8") as stream:
+            stream.writelines(lines + [describe(file) for file in waiting])
+        os.replace(note + ".new", note)
+    for file in waiting:
+        os.replace(path_of(file), os.path.join(folder, file))
+except OSError as error:
+    print("cannot write to %s (%s)" % (folder, error.strerror))
+    sys.exit(4)
+EOF
+}
+
+# get_published FOLDER CACHE NOTE [CHECKPOINT]: the original's files, as CACHE.txt, CACHE.npy and
+# CHECKPOINT.
+get_published() {
+    local folder=$1 note=$3 address i file why needed=0 free
+    local files=("$2.txt" "$2.npy" ${4:+"$4"})
+    local names=(postcache.txt postcache.npy ${4:+"-epoch=05-vloss=2.163.ckpt"})
+    local sizes=() pairs=()
+    address=${CACHE_URL:-https://the-eye.eu/public/AI/models/antarctic-captions}
+    address=${address%/}
+    agent=eye02  # the original's README asks for it
+    hint=": CACHE_URL can name another folder that holds the file; without it, train weights of"
+    hint+=" your own (README.md, \"Train on COCO\"), or see the method at work by ./demo.sh"
+
+    # All of them are asked for before the first byte.
+    for i in "${!files[@]}"; do
+        file=$folder/${files[i]}
+        pairs+=("${names[i]}=${files[i]}")
+        if [ -e "$file" ]; then echo "$file is there: nothing to do."; continue; fi
+        why=$(announced "$address/${names[i]}") ||
+            die "cannot download $address/${names[i]} ($why)$hint."
+        sizes[i]=$why
+        if [[ $why == *[!0-9]* ]]; then sizes[i]=; fi
+        needed=$((needed + ${sizes[i]:-0}))
+    done
+    [ ${#sizes[@]} -gt 0 ] || return 0
+    why="$(human "$needed")"
+    [ "$needed" -gt 0 ] || why="of a size that the server does not say"
+    echo "Downloading the original project's files ($why) from $address to $folder/"
+    for file in "${files[@]/#/$folder/}"; do
+        needed=$((needed - $(size "$file.download") - $(size "$file.download.part")))
+    done
+    free=$(df -Pk "$folder" | awk 'NR == 2 { print $4 }')
+    if [ "$free" ] && [ "$needed" -gt $((free * 1024)) ]; then
+        free=$(human $((free * 1024)))
+        die "$folder has $free free, but $(human "$needed") are to come: make room and run again."
     fi
-    echo "$file is ready."
+
+    for i in "${!files[@]}"; do
+        file=$folder/${files[i]}
+        if ! [ -e "$file" ]; then
+            [ -e "$file.download" ] || fetch "$address/${names[i]}" "$file.download"
+            if [ "${sizes[i]}" ] && [ "$(size "$file.download")" -ne "${sizes[i]}" ]; then
+                why="$(size "$file.download") bytes in place of ${sizes[i]}: it was deleted"
+                rm -f "$file.download"
+                die "$address/${names[i]} came with $why, and a new run downloads it afresh."
+            fi
+        fi
+        [[ $file != *.txt ]] || continue  # it is checked, and put in place, together with its array
+        why=$(place "$folder" "$address" "$note" "${pairs[@]}") ||
+            die "${why:-the files in $folder could not be checked}."
+    done
+    for i in "${!files[@]}"; do
+        [ -z "${sizes[i]+new}" ] || echo "$folder/${files[i]} is ready."
+    done
 }
 
 for part in ${parts//,/ }; do get_part "$part"; done
-if [ "$cache" ]; then get_cache postcache.txt; get_cache postcache.npy; fi
+if [ "$cache" ]; then get_published "$dir" postcache ""; fi
+if [ "$original" ]; then get_published "$PWD/original" cache SOURCE.txt checkpoint.ckpt; fi

@@ -1,17 +1,23 @@
 """download.sh against a small server on 127.0.0.1, whole and with everything that goes wrong on the way."""
 
+import hashlib
 import io
 import os
 import random
 import re
+import resource
 import shutil
+import signal
+import socket
 import subprocess
-import threading
+import time
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from published import NAMES, serving
 
 SCRIPT = Path(__file__).resolve().parents[1] / "download.sh"
 pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))), reason="needs bash, curl, python3")
@@ -34,59 +40,23 @@ def make_zip(members):
     return buffer.getvalue()
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Files with Range, as COCO's server has them; server.cuts paths break off in the middle, once."""
-
-    def do_GET(self):
-        wanted = self.headers.get("Range")
-        self.server.requests.append((self.path, wanted))
-        data = self.server.files.get(self.path)
-        if data is None:
-            return self.send_error(404)
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.server.ranges else 0
-        if start and start >= len(data):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(data)}")
-            self.send_header("Content-Length", "9")
-            self.end_headers()
-            return self.wfile.write(b"<no more>")  # must not end up in the file
-        body = data[start:]
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.path in self.server.cuts:
-            self.server.cuts.remove(self.path)
-            body = body[:len(body) // 2]
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files = {path: make_zip(members) for path, members in FILES.items()}
-    server.requests, server.cuts, server.ranges = [], set(), True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving({path: make_zip(members) for path, members in FILES.items()}) as server:
+        yield server
 
 
 @pytest.fixture
 def download(server, tmp_path):
     """Runs download.sh to tmp_path/coco, with the server in place of COCO's."""
-    def run(*arguments, **environment):
-        kept = {name: value for name, value in os.environ.items()
-                if not name.lower().endswith("_proxy") and name not in ("CACHE_URL", "COCO_URL")}
-        kept |= {"HOME": str(tmp_path), "COCO_URL": f"http://127.0.0.1:{server.server_port}"}  # HOME: no .curlrc
+    kept = {name: value for name, value in os.environ.items()
+            if not name.lower().endswith("_proxy") and name not in ("CACHE_URL", "COCO_URL")}
+    kept |= {"HOME": str(tmp_path), "COCO_URL": server.address}  # HOME: no .curlrc
+
+    def run(*arguments, preexec_fn=None, **environment):
         return subprocess.run([SCRIPT, *arguments], env=kept | environment, cwd=tmp_path, capture_output=True, text=True,
-                              timeout=60)
+                              timeout=60, preexec_fn=preexec_fn)
+    run.environment = kept
     return run
 
 
@@ -210,7 +180,7 @@ def test_missing_file_is_one_sentence(download, server):
 
 
 def test_cache(download, server, tmp_path):
-    array = b"\x93NUMPY" + NOISE
+    array = npy(2, 5000)
     server.files |= {"/c/postcache.txt": b"a dog\na cat\n", "/c/postcache.npy": array}
     server.cuts.add("/c/postcache.npy")
     address = f"http://127.0.0.1:{server.server_port}/c"
@@ -227,6 +197,291 @@ def test_cache(download, server, tmp_path):
     assert is_refusal(download("--parts", "", "--cache", CACHE_URL=address))
     assert not (tmp_path / "coco/postcache.npy").exists()
 
+
+# ----------------------------------------------------------------------------- the original's files
+
+def npy(rows, dim, dtype=np.float32):
+    buffer = io.BytesIO()
+    np.save(buffer, np.random.default_rng(0).standard_normal((rows, dim)).astype(dtype))
+    return buffer.getvalue()
+
+
+def checkpoint(compression=zipfile.ZIP_STORED, pickled="archive/data.pkl"):
+    """A zip as torch.save makes it. Its pickle would fail if anybody loaded it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr(pickled, b"no pickle")
+        archive.writestr("archive/data/0", NOISE)
+    return buffer.getvalue()
+
+
+WHOLE = {"cache.txt": b"a dog\nGeoff Hinton\nfrisbee\n", "cache.npy": npy(3, 512),
+         "checkpoint.ckpt": checkpoint()}
+TEXT, ARRAY, CHECKPOINT = (f"/a b/{name}" for name in NAMES.values())
+
+
+@pytest.fixture
+def original(download, server):
+    """Runs download.sh --original with the server in place of the original's."""
+    server.files |= {f"/a b/{NAMES[file]}": data for file, data in WHOLE.items()}
+
+    def run(*arguments, **options):
+        options = {"CACHE_URL": f"{server.address}/a%20b/"} | options
+        return download("--original", *arguments, **options)
+    return run
+
+
+def gets(server):
+    return [path for path, _ in server.requests]
+
+
+def have_original(folder):
+    """original/ holds the three files and their note, which is true, and nothing else."""
+    files = tree(folder / "original")
+    note = files.pop("SOURCE.txt").decode()
+    for file, data in files.items():
+        line, = (line for line in note.splitlines() if line.startswith(f"{file}: "))
+        assert f"/{NAMES[file]}, {len(data)} bytes, " in line
+        assert hashlib.sha256(data).hexdigest() in line
+        assert re.search(r"downloaded \d{4}-\d\d-\d\d,", line)
+    return files == WHOLE and len(note.splitlines()) == 3
+
+
+def is_original_refusal(result, *words):
+    assert is_refusal(result), result.stderr
+    line, = (line for line in result.stderr.splitlines() if "download.sh: " in line)
+    assert all(word in line for word in words), line
+    return True
+
+
+def test_the_originals_files_alone_and_then_nothing_to_do(original, server, tmp_path):
+    result = original()
+    assert result.returncode == 0, result.stderr
+    assert have_original(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]  # no coco/
+    assert server.requests == [(TEXT, None), (ARRAY, None), (CHECKPOINT, None)]
+    assert server.agents == {"eye02"}
+    assert gets(server) == [path for path, _ in server.heads]
+    size = sum(map(len, WHOLE.values())) / 1e6
+    begin = result.stdout.splitlines()[0]
+    assert f"({size:.1f} MB) from {server.address}/a%20b to {tmp_path}/original/" in begin
+
+    before = tree(tmp_path)
+    server.requests.clear(), server.heads.clear()
+    result = original()
+    assert result.returncode == 0 and result.stdout.count("nothing to do") == 3
+    assert "Downloading" not in result.stdout and "ready" not in result.stdout
+    assert server.requests == server.heads == [] and tree(tmp_path) == before
+
+
+def test_the_originals_files_beside_a_part_of_coco(original, tmp_path):
+    assert original("--parts", "val").returncode == 0
+    assert have_original(tmp_path) and tree(tmp_path / "coco") == FILES[VAL]
+
+
+@pytest.mark.parametrize("file, path", [("cache.npy", ARRAY), ("checkpoint.ckpt", CHECKPOINT)])
+def test_an_originals_file_goes_on_after_a_cut(original, server, tmp_path, file, path):
+    server.cuts.add(path)
+    result = original()
+    assert result.returncode == 0, result.stderr
+    half = f"bytes={len(WHOLE[file]) // 2}-"
+    asked = [wanted for asked, wanted in server.requests if asked == path]
+    assert asked == [None, half]
+    assert have_original(tmp_path)
+
+
+def test_a_connection_that_stands_still_is_made_anew(original, server, tmp_path):
+    """With one second in place of the script's sixty."""
+    shim = tmp_path / "bin" / "curl"
+    shim.parent.mkdir()
+    shim.write_text(f"""#!/usr/bin/env bash
+exec {shutil.which("curl")} "${{@/#60/1}}"
+""")
+    shim.chmod(0o755)
+    server.stalls.add(CHECKPOINT)
+    result = original(PATH=f"{shim.parent}:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stderr
+    assert gets(server).count(CHECKPOINT) == 2 and have_original(tmp_path)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_download_goes_on(original, server, download, tmp_path, sent):
+    server.stalls.add(CHECKPOINT)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = download.environment | {"CACHE_URL": f"{server.address}/a%20b"}
+    process = subprocess.Popen([SCRIPT, "--original"], cwd=tmp_path, env=environment, **quiet,
+                               start_new_session=True)
+    assert server.stalled.wait(30)
+    part = tmp_path / "original" / "checkpoint.ckpt.download.part"
+    while not (part.exists() and part.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, sent)
+    assert process.wait(30) != 0
+    there = part.stat().st_size  # what curl had written of the half that came
+    assert not (tmp_path / "original" / "checkpoint.ckpt").exists()
+    assert (tmp_path / "original" / "cache.npy").read_bytes() == WHOLE["cache.npy"]
+    server.requests.clear()
+    assert original().returncode == 0 and have_original(tmp_path)
+    assert server.requests == [(CHECKPOINT, f"bytes={there}-")]
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_a_run_that_was_killed_among_its_last_moves_is_finished(original, server, tmp_path, moved):
+    folder = tmp_path / "original"
+    folder.mkdir()
+    for i, (file, data) in enumerate(WHOLE.items()):
+        (folder / (file if i < moved else f"{file}.download")).write_bytes(data)
+    assert original().returncode == 0 and server.requests == []
+    assert {file: data for file, data in tree(folder).items() if file != "SOURCE.txt"} == WHOLE
+
+
+@pytest.mark.parametrize("path", [TEXT, ARRAY, CHECKPOINT])
+@pytest.mark.parametrize("status, said", [(None, "404"), (403, "403"), (503, "503")])
+def test_a_file_that_is_gone_is_one_sentence(original, server, tmp_path, path, status, said):
+    if status:
+        server.answers[path] = status
+    else:
+        del server.files[path]
+    instead = "CACHE_URL", "README.md", "./demo.sh"
+    assert is_original_refusal(original(), said, Path(path).name, *instead)
+    assert server.requests == [] and tree(tmp_path) == {}  # told before the first byte
+
+
+@pytest.mark.parametrize("path", [TEXT, ARRAY, CHECKPOINT])
+def test_a_web_page_in_place_of_an_originals_file_is_refused(original, server, tmp_path, path):
+    server.files[path] = b"<!DOCTYPE html><html>moved</html>"
+    server.kinds[path] = "text/html; charset=utf-8"
+    assert is_original_refusal(original(), "web page", Path(path).name, "CACHE_URL", "./demo.sh")
+    assert server.requests == []
+    del server.kinds[path]  # a server that does not say so
+    assert is_original_refusal(original(), Path(path).name, "deleted")
+    file, = (here for here, there in NAMES.items() if there == Path(path).name)
+    assert not [name for name in tree(tmp_path / "original") if name.startswith(file)]
+
+
+@pytest.mark.parametrize("address, said", [
+    ("http://127.0.0.1:{port}", "refuses the connection"),
+    ("http://nowhere.invalid/a", "not known")])
+def test_a_host_that_is_gone_is_one_sentence(original, tmp_path, address, said):
+    with socket.socket() as unused:  # bound, but nobody listens
+        unused.bind(("127.0.0.1", 0))
+        address = address.format(port=unused.getsockname()[1])
+        result = original(CACHE_URL=address)
+    instead = "CACHE_URL", "README.md", "./demo.sh"
+    assert is_original_refusal(result, address, said, *instead) and tree(tmp_path) == {}
+
+
+def test_a_server_without_head_serves_as_well(original, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("published.Handler.do_HEAD", lambda handler: handler.send_error(501))
+    result = original()
+    assert result.returncode == 0 and "does not say" in result.stdout and have_original(tmp_path)
+    shutil.rmtree(tmp_path / "original")
+    del server.files[CHECKPOINT]
+    assert is_original_refusal(original(), "404", "CACHE_URL", "./demo.sh")
+
+
+def big_header(rows):
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s, 512), }" % rows
+    return b"\x93NUMPY\1\0" + (118).to_bytes(2, "little") + header.ljust(117).encode() + b"\n"
+
+
+ZIP = WHOLE["checkpoint.ckpt"]
+HEADER = "size that its header says"
+DAMAGES = {  # file: what comes in its place, and what is said
+    "array with a row less": ("cache.npy", npy(2, 512), "2 rows, but postcache.txt has 3 lines"),
+    "array cut short": ("cache.npy", WHOLE["cache.npy"][:-1], HEADER),
+    "array with more behind it": ("cache.npy", WHOLE["cache.npy"] + b"\0", HEADER),
+    "array of whole numbers": ("cache.npy", npy(3, 512, np.int64), "real numbers"),
+    "array of half the numbers": ("cache.npy", npy(3, 0), "real numbers"),
+    "one column": ("cache.npy", npy(3, 512).replace(b"(3, 512)", b"(1536,) "), "real numbers"),
+    "a header of terabytes": ("cache.npy", big_header(10 ** 12), HEADER),
+    "no header": ("cache.npy", b"\x93NUMPY\1\0\xff\xff" + b"(" * 9999, "real numbers"),
+    "no array": ("cache.npy", NOISE, "no array of numpy"),
+    "text with a line more": (
+        "cache.txt", WHOLE["cache.txt"] + b"x", "3 rows, but postcache.txt has 4 lines"),
+    "empty text": ("cache.txt", b"", "0 lines"),
+    "no text": ("cache.txt", b"\xff\n\n\n", "not UTF-8"),
+    "checkpoint cut short": ("checkpoint.ckpt", ZIP[:ZIP.index(b"PK\1\2") + 20], "damaged"),
+    "checkpoint with other bytes": (
+        "checkpoint.ckpt", ZIP[:9999] + b"\0\1\2\3" + ZIP[10003:], "damaged"),
+    "zip of something else": ("checkpoint.ckpt", checkpoint(pickled="archive/a.txt"), "data.pkl"),
+    "compressed zip": ("checkpoint.ckpt", checkpoint(zipfile.ZIP_DEFLATED), "compressed"),
+    "no zip": ("checkpoint.ckpt", NOISE, "damaged, or no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_original_is_refused_then_replaced(original, server, tmp_path, damage):
+    file, data, said = DAMAGES[damage]
+    server.files[f"/a b/{NAMES[file]}"] = data
+    assert is_original_refusal(original(), said, "deleted")
+    left = tree(tmp_path / "original")
+    assert not [name for name in left if name.startswith(file)]
+    if file == "checkpoint.ckpt":
+        assert left.keys() == {"cache.txt", "cache.npy", "SOURCE.txt"}
+    server.files[f"/a b/{NAMES[file]}"] = WHOLE[file]
+    result = original()
+    assert result.returncode == 0, result.stderr
+    assert have_original(tmp_path)
+
+
+def test_more_bytes_than_the_server_names_are_refused(original, server, tmp_path):
+    """A part of another file, which went on behind its end."""
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original/cache.npy.download.part").write_bytes(WHOLE["cache.npy"] + b"more")
+    size = len(WHOLE["cache.npy"])
+    assert is_original_refusal(original(), f"{size + 4} bytes in place of {size}", "deleted")
+    assert original().returncode == 0 and have_original(tmp_path)
+
+
+def test_files_of_ones_own_in_original_stay(original, server, tmp_path):
+    mine = tmp_path / "original" / "cache.txt"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine\n")
+    assert is_original_refusal(original(), "3 rows, but postcache.txt has 1 lines")
+    assert tree(tmp_path) == {"original/cache.txt": b"mine\n"}
+
+
+def test_a_missing_file_of_three_is_fetched_alone(original, server, tmp_path):
+    assert original().returncode == 0
+    for file, path in zip(WHOLE, (TEXT, ARRAY, CHECKPOINT)):
+        (tmp_path / "original" / file).unlink()
+        server.requests.clear()
+        assert original().returncode == 0 and gets(server) == [path] and have_original(tmp_path)
+
+
+def test_where_there_is_no_room_nothing_is_downloaded(original, server, tmp_path):
+    stub = tmp_path / "bin" / "df"
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/sh\necho Filesystem Blocks Used Available\necho disk 200 100 100\n")
+    stub.chmod(0o755)
+    result = original(PATH=f"{stub.parent}:{os.environ['PATH']}")
+    assert is_original_refusal(result, "0.1 MB free", "make room") and server.requests == []
+    part = tmp_path / "original/checkpoint.ckpt.download.part"
+    part.write_bytes(ZIP[:-1000])  # the rest fits
+    assert original(PATH=f"{stub.parent}:{os.environ['PATH']}").returncode == 0
+    assert have_original(tmp_path)
+
+
+def test_a_disk_that_fills_up_is_named_and_the_download_goes_on(original, server, tmp_path):
+    def full():  # a file can have so many bytes: who writes more gets an error, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    result = original(preexec_fn=full)
+    assert is_original_refusal(result, "checkpoint.ckpt.download.part", "make room")
+    server.requests.clear()
+    assert original().returncode == 0 and have_original(tmp_path)
+    assert len(server.requests) == 1 and server.requests[0][1].startswith("bytes=")
+
+
+def test_a_file_in_the_place_of_the_originals_folder(original, server, tmp_path):
+    (tmp_path / "original").write_text("")
+    assert is_original_refusal(original(), "cannot write to the folder original")
+    assert server.requests == []
+
+
+# ---------------------------------------------------------------------------------------------- usage
 
 @pytest.mark.parametrize("arguments, word", [
     (["--speed", "9"], "--speed"), (["val"], "val"), (["--parts", "test"], "test"), (["--datadir"], "--datadir"),

@@ -1,7 +1,6 @@
 """Other projects' files: equal to what those projects make of them, and nothing of them is run."""
 
 import argparse
-import collections
 import hashlib
 import importlib.util
 import io
@@ -18,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel, AutoProcessor, CLIPTokenizer, Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model, SiglipConfig,
@@ -28,10 +28,11 @@ from transformers import (
 import foreign
 import model
 from conftest import BART, CLIP
-from model import Captioner, Clip, checkpoint_settings, is_layernorm, load_checkpoint
+from model import Captioner, Clip, checkpoint_settings, is_layernorm, load_checkpoint, trained_sha256
 from cache import read_cache
 from images import OpenAIPreprocessor
 from processes import InputError
+from published import lightning_file
 from utils import linearize
 
 TEXTS = ["a dog", "Two Red cats, next to a big house in the snow!", "penguin", "there is a train at night, it's 10 o'clock", "a"]
@@ -319,28 +320,6 @@ def test_siglip_encodes_as_its_own_processor_and_model_do(tmp_path, images, toke
 
 # --------------------------------------------------------------------------- the original's checkpoints
 
-def lightning_file(path, captioner, **more):
-    """What Lightning 1.4 saved of the original's training: the whole module, and the training's state."""
-    callbacks = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    callbacks.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
-    parsing = types.ModuleType("pytorch_lightning.utilities.parsing")
-    parsing.AttributeDict = type("AttributeDict", (dict,), {"__module__": parsing.__name__})
-    names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.utilities")
-    weights = collections.OrderedDict((f"model.{name}", tensor) for name, tensor in captioner.model.state_dict().items())
-    weights = collections.OrderedDict({"perceiver.visual.conv1.weight": torch.ones(4, 3, 2, 2).half(), **weights})
-    weights._metadata = collections.OrderedDict({"": {"version": 1}})
-    optimizer = torch.optim.AdamW(captioner.train_only(is_layernorm).values(), lr=0)
-    captioner.loss(captioner.tokenize(TABLES, 64), captioner.tokenize(["a dog"] * 3, 16)).backward()
-    optimizer.step()
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (*map(types.ModuleType, names), callbacks, parsing):
-            patch.setitem(sys.modules, module.__name__, module)
-        torch.save({"epoch": 5, "global_step": 100, "pytorch-lightning_version": "1.4.0", "state_dict": weights,
-                    "callbacks": {callbacks.ModelCheckpoint: {"best_model_score": torch.tensor(2.0), "dirpath": Path("a")}},
-                    "optimizer_states": [optimizer.state_dict()], "lr_schedulers": [{"T_max": 1e5, "base_lrs": [3e-4]}],
-                    "hparams_name": "args", "hparams_type": parsing.AttributeDict, **more}, path)
-
-
 @pytest.fixture(scope="module")
 def lightning(checkpoint, tmp_path_factory):
     """A Lightning checkpoint with the parameters of the checkpoint fixture."""
@@ -366,6 +345,24 @@ def test_a_lightning_checkpoint_captions_as_ours_does(lightning, checkpoint, mon
     for (name, mine), (_, other) in zip(ours.model.named_parameters(), theirs.model.named_parameters()):
         assert torch.equal(mine, other), name
     assert beams(ours) == beams(theirs)
+    assert trained_sha256(checkpoint, ours) == trained_sha256(lightning, theirs)
+
+
+def test_the_digest_of_what_was_trained_is_of_every_number_and_of_nothing_else(lightning, checkpoint, tmp_path):
+    captioner = Captioner(BART)
+    load_checkpoint(checkpoint, captioner)
+    digest, tensors = trained_sha256(checkpoint, captioner), load_file(checkpoint)
+    with safe_open(checkpoint, "pt") as file:
+        described = file.metadata()
+    for name in tensors:
+        changed = tensors | {name: tensors[name] + 1e-3 * (torch.arange(len(tensors[name])) == 7)}
+        save_file(changed, tmp_path / "a.safetensors", described)
+        load_checkpoint(tmp_path / "a.safetensors", captioner)
+        assert trained_sha256(tmp_path / "a.safetensors", captioner) != digest, name
+    load_checkpoint(lightning, captioner)
+    with torch.no_grad():
+        captioner.model.lm_head.weight.add_(1)  # no part of a checkpoint
+    assert trained_sha256(lightning, captioner) == digest
 
 
 @pytest.mark.parametrize("told, expected", [
