@@ -321,6 +321,21 @@ def checkpoint_settings(path):
         raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
 
 
+def trained_sha256(path, captioner):
+    """A digest of what load_checkpoint has put into the captioner from this file. Files with equal
+    tensors have the same, ours and the original's, which is too large to read it all."""
+    parameters, digest = dict(captioner.model.named_parameters()), hashlib.sha256()
+    if is_torch_zip(path):
+        names = filter(is_layernorm, parameters)
+    else:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    for name in sorted(names):
+        digest.update(f"{name} {list(parameters[name].shape)}\n".encode())
+        digest.update(parameters[name].detach().cpu().numpy())
+    return digest.hexdigest()
+
+
 def load_checkpoint(path, captioner):
     """Puts a checkpoint's tensors into the captioner. Returns its settings. Raises InputError where it is of another language model."""
     settings = checkpoint_settings(path)
