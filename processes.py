@@ -49,6 +49,18 @@ def shown(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def say(text):
+    """Prints a line, whatever standard output is, since no print may cost a result: an encoding
+    that lacks a character gets its escape, and a pipe that nobody reads any more, or a full disk,
+    nothing from then on."""
+    try:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python would try again as it ends
+
+
 def run(main, alone=False):
     """Runs a script's main(). InputError becomes one sentence and exit code 2, Ctrl-C one sentence and 130, and SIGTERM, which
     batch systems send before they kill, the same. alone: of torchrun's processes the first does it all."""
