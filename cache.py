@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from tokenize import TokenError  # numpy's, of a header cut in two
 
@@ -12,7 +10,10 @@ import numpy as np
 import torch
 
 from processes import InputError
-from utils import LONGEST_TEXT, atomic, existing_file, file_sha256, read_text, write_json, write_lines, writing
+from utils import (
+    LONGEST_TEXT, atomic, existing_file, file_sha256, finish_cache, read_text, staged, write_json,
+    write_lines,
+)
 
 BLOCK = 65536  # rows read or written at a time
 
@@ -80,23 +81,6 @@ class Embeddings:
             parts.append(part.only(row - begin for row in rows if begin <= row < begin + len(part)))
             begin += len(part)
         return Embeddings(parts)
-
-
-def staged(path):
-    """Where a cache's file waits until all of them are written."""
-    return Path(path).with_name(f".{Path(path).name}.new")
-
-
-def finish_cache(textfile, embfile):
-    """Moves the files that write_cache staged into place, also those of a run that was killed there.
-
-    The description is staged last: where it is, all are whole. So text and embeddings are never out of step.
-    """
-    files = textfile, embfile, f"{embfile}.json"
-    if staged(files[-1]).is_file():
-        for path in files:
-            with writing(path), suppress(FileNotFoundError):  # moved before
-                os.replace(staged(path), path)
 
 
 def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtype=np.float32):

@@ -27,7 +27,10 @@ from tqdm import tqdm
 
 from cache import cache_description, existing_caches, read_one_cache, write_cache
 from index import build_index, library
-from utils import append, choose_device, existing_file, locked, output_folder, read_coco, read_lines, writing
+from utils import (
+    ORIGINAL_CACHE, OWN_CACHE, append, choose_device, existing_file, finish_cache, locked,
+    output_folder, read_coco, read_lines, writing,
+)
 
 CHUNK = 2048  # entries encoded between two writes
 
@@ -50,8 +53,10 @@ def parse():
                         "(default %(default)s)")
     parser.add_argument("--min_count", type=int, default=3, help="bigrams seen less often than this are left out (default %(default)s)")
     # What is written.
-    parser.add_argument("--textfile", required=True, help="entries to write or change, one a line (.txt)")
-    parser.add_argument("--embfile", required=True, help="their embeddings to write or change (.npy), one row an entry")
+    parser.add_argument("--textfile", help="entries to write or change, one a line (.txt; default: "
+                        "cache.txt, or beside --embfile)")
+    parser.add_argument("--embfile", help="their embeddings to write or change (.npy), one row an "
+                        "entry (default: cache.npy, or beside --textfile)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="numbers of a new --embfile; float16 "
                         "takes half the disk (default %(default)s)")
     parser.add_argument("--index", metavar="FILE", help="build an approximate index over the cache (.faiss); it pays for millions")
@@ -74,6 +79,28 @@ def parse():
     if args.queries and not args.index:
         raise InputError("--queries are for measuring an --index, and none is built")
     return args
+
+
+def find_outputs(args):
+    """Fills in --textfile and --embfile. A new cache replaces no file that was not named, and the
+    original's cache is not changed unless it is named. Raises InputError."""
+    named = args.textfile, args.embfile
+    if named == (None, None):
+        args.textfile, args.embfile = OWN_CACHE
+    args.textfile = args.textfile or str(Path(args.embfile).with_suffix(".txt"))
+    args.embfile = args.embfile or str(Path(args.textfile).with_suffix(".npy"))
+    finish_cache(args.textfile, args.embfile)
+    unnamed = [path for path in (args.textfile, args.embfile) if path not in named]
+    there = [path for path in unnamed if Path(path).exists()]
+    if args.datadir or args.corpus or args.entries:
+        if there:
+            raise InputError(f"{there[0]} is there, and is replaced only where --textfile and "
+                             f"--embfile name it; other names make another cache, and --add and "
+                             f"--remove change this one")
+    elif named == (None, None) and not there and Path(ORIGINAL_CACHE[0]).exists():
+        raise InputError(f"{ORIGINAL_CACHE[0]} stays as it was downloaded; make a small cache of "
+                         f"your own, as by --entries words.txt --textfile mine.txt, and give both "
+                         f"to sampler.py: --textfile {ORIGINAL_CACHE[0]} mine.txt")
 
 
 def words(caption):
@@ -159,6 +186,7 @@ def main():
     for name, least in (("topk", 1), ("batch_size", 1), ("ncaptions", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    find_outputs(args)
     outputs = [args.textfile, args.embfile] + ([args.index] if args.index else [])
     for path in outputs:
         output_folder(Path(path).parent)

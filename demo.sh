@@ -64,7 +64,7 @@ stage train \
 mined=(--textfile "$demo/cache.txt" --embfile "$demo/cache.npy")
 added=(--textfile "$demo/added.txt" --embfile "$demo/added.npy")
 tuned=(--ckpt "$demo/checkpoints/best.safetensors")
-caption untuned val2017 "${mined[@]}" --topk 16
+caption untuned val2017 "${mined[@]}" --ckpt none --topk 16
 caption tuned val2017 "${mined[@]}" "${tuned[@]}"
 caption val_added val2017 "${added[@]}" "${tuned[@]}"
 for split in near out; do

@@ -1,13 +1,16 @@
 """Captions a COCO split, or any images: table, candidates from the language model, CLIP picks the best one.
 
+    python sampler.py --images photo.jpg
     python sampler.py --datadir coco --textfile cache.txt --embfile cache.npy --savedir results --ckpt checkpoints/best.safetensors
     python sampler.py --images photos/ --textfile cache.txt mine.txt --embfile cache.npy mine.npy --savedir results \\
         --ckpt checkpoints/best.safetensors --do_sample --num_return_sequences 100 --top_p 0.9 --sidecar
 
-A run that was stopped goes on where it was when the same command is given again.
+Where no cache and no checkpoint are named, it takes cache.txt, cache.npy and
+checkpoints/best.safetensors, or what ./download.sh --original puts into original/. A run that was
+stopped goes on where it was when the same command is given again.
 """
 
-from processes import InputError, first, gather, held, process, run  # first, see there
+from processes import InputError, first, gather, held, process, run, say, shown  # first, see there
 
 import argparse
 import csv
@@ -28,9 +31,12 @@ from cache import existing_caches, read_cache, search
 from gallery import write_gallery
 from index import index_description, open_index
 from utils import (
-    TEXT, append, atomic, choose_device, choose_dtype, existing_file, file_sha256, linearize, list_images, locked, output_folder,
-    read_coco, read_lines, report_bad_images, seed_of, write_json, write_lines, writing,
+    TEXT, append, atomic, choose_device, choose_dtype, existing_file, file_sha256, find_inputs,
+    linearize, list_images, locked, output_folder, read_coco, read_lines, report_bad_images,
+    seed_of, write_json, write_lines, writing,
 )
+
+SHOWN = 20  # captions on the screen
 
 
 def parse():
@@ -41,14 +47,17 @@ def parse():
     parser.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with subfolders) and "
                         "patterns instead")
     # What it is captioned with, and where results go.
-    parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
-    parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
+    parser.add_argument("--textfile", nargs="+", help="entries of the cache, or of several caches "
+                        "(.txt; default: cache.txt, else the original's)")
+    parser.add_argument("--embfile", nargs="+", help="their embeddings (.npy), in the same order "
+                        "(default: the .npy beside --textfile)")
     parser.add_argument("--index", metavar="FILE", help="index of compute_cache.py through which its cache is searched, "
                         "approximately (default: every cache exactly)")
-    parser.add_argument("--savedir", required=True, help="folder for preds.txt, ref0.txt ..., captions.json, "
-                        "details.jsonl, gallery.html")
-    parser.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; without it the language model "
-                        "writes as it was pretrained")
+    parser.add_argument("--savedir", default="results", help="folder for preds.txt, ref0.txt ..., "
+                        "captions.json, details.jsonl, gallery.html (default %(default)s)")
+    parser.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; "
+                        "none: the language model writes as it was pretrained (default: "
+                        "checkpoints/best.safetensors, else the original's)")
     parser.add_argument("--only", metavar="FILE", help="use only those entries of the caches that are lines of this file")
     parser.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a line of this file, as whole "
                         "words in any case")
@@ -61,7 +70,8 @@ def parse():
     parser.add_argument("--clip_model", default="ViT-B/16", help="OpenAI's name or .pt file, hub id or folder of a CLIP or "
                         "SigLIP (default %(default)s)")
     parser.add_argument("--lm", default="facebook/bart-large", help="hub id or folder of a BART (default %(default)s)")
-    parser.add_argument("--topk", type=int, help="entries in a table (default: as in training, 10 without --ckpt)")
+    parser.add_argument("--topk", type=int, help="entries in a table (default: as in training, 10 "
+                        "with --ckpt none)")
     # The candidates.
     parser.add_argument("--num_beams", type=int, default=3, help="width of beam search (default %(default)s)")
     parser.add_argument("--num_return_sequences", type=int, default=3, help="candidates an image (default %(default)s)")
@@ -94,6 +104,7 @@ def check(args):
                          f"raise --num_beams, or give --do_sample")
     if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
+    find_inputs(args)
     existing_caches(args.textfile, args.embfile)
     if args.index:
         index_description(args.index)
@@ -193,12 +204,12 @@ def record_of(picture, table, scores, candidates, cosines, lm_weight):
 
 def write_results(savedir, part, pictures, args):
     """preds.txt, ref*.txt, captions.json (COCO results), gallery.html and what else was asked for, from the records in part.
-    Returns how many images have no candidate."""
-    records, shown, empty = [], [], 0
+    Returns a dict with the caption and score of each image, and how many have no candidate."""
+    records, pictured, empty = [], [], 0
     with open(part, **TEXT) as file:
         for line in file:
             record = json.loads(line)
-            shown += [record] * (len(shown) < args.gallery)
+            pictured += [record] * (len(pictured) < args.gallery)
             empty += not record["candidates"]
             records.append({name: record[name] for name in ("image_id", "file", "caption", "score")})
     write_lines(savedir / "preds.txt", [r["caption"] for r in records])
@@ -218,12 +229,34 @@ def write_results(savedir, part, pictures, args):
     if args.sidecar:
         for picture, record in zip(pictures, records):
             write_lines(picture.path.with_suffix(".txt"), [record["caption"]])
-    remark = f"{len(records)} images" + (f", the first {len(shown)} of them" if len(shown) < len(records) else "")
-    write_gallery(savedir / "gallery.html", "Captions", [("Captions", remark, shown, references)])
+    remark = f"{len(records)} images"
+    if len(pictured) < len(records):
+        remark += f", the first {len(pictured)} of them"
+    section = "Captions", remark, pictured, references
+    write_gallery(savedir / "gallery.html", "Captions", [section])
     os.replace(part, savedir / "details.jsonl")  # last: until here a stopped run goes on
     for abandoned in savedir.glob("details-*.jsonl.part"):  # of runs with other settings
         abandoned.unlink()
-    return empty
+    return records, empty
+
+
+def report(records, empty, bad, seconds, args):
+    """Tells of a run whose results are written; of a user's own images the first captions, too.
+
+    records, empty: see write_results. bad: images that could not be read. seconds: an image took.
+    """
+    report_bad_images(bad)
+    if empty:
+        print(f"{empty} images have an empty caption: every candidate held a banned word",
+              file=sys.stderr)
+    if args.images:
+        for record in records[:SHOWN]:
+            say(f"{shown(record['file'])}: {shown(record['caption'])}")
+        if len(records) > SHOWN:
+            path = shown(Path(args.savedir) / "preds.txt")
+            say(f"... and {len(records) - SHOWN:,} more in {path}")
+    say(f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
+        f"captions.json, details.jsonl and {shown(Path(args.savedir) / 'gallery.html')}")
 
 
 def main():
@@ -239,7 +272,7 @@ def main():
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     from features import image_features
-    from model import Captioner, Clip, checkpoint_settings, load_checkpoint, rescore
+    from model import Captioner, Clip, checkpoint_settings, load_checkpoint, rescore, trained_sha256
 
     # The models. The checkpoint knows the table and the lengths that it was trained with.
     settings = checkpoint_settings(args.ckpt) if args.ckpt else {"topk": 10, "maxlen_enc": 128, "maxlen_dec": 32}
@@ -254,8 +287,8 @@ def main():
         load_checkpoint(args.ckpt, captioner)
     rank, world = process()
     if rank == 0:
-        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, "
-              f"with {args.ckpt or 'no checkpoint: as pretrained'}")
+        say(shown(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, "
+                  f"with {args.ckpt or 'no checkpoint: as pretrained'}"))
 
     if args.sidecar:  # those that a stopped run has written are its own
         check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
@@ -265,9 +298,12 @@ def main():
         raise InputError("none of the images can be read")
 
     # What a stopped run of the same images and settings has written is kept.
-    decides = [captioner.identity, args.ckpt and file_sha256(args.ckpt), entries, args.index and file_sha256(args.index),
-               [Path(path).stat().st_mtime_ns for path in args.embfile], hashlib.sha256(features.numpy().tobytes()).hexdigest(),
-               topk, banned and banned.pattern, str(dtype), args.num_beams, args.num_return_sequences, args.do_sample,
+    trained = args.ckpt and trained_sha256(args.ckpt, captioner)
+    decides = [captioner.identity, trained, captioner.maxlen_enc, captioner.maxlen_dec, topk,
+               entries, args.index and file_sha256(args.index),
+               [Path(path).stat().st_mtime_ns for path in args.embfile],
+               hashlib.sha256(features.numpy().tobytes()).hexdigest(), banned and banned.pattern,
+               str(dtype), args.num_beams, args.num_return_sequences, args.do_sample,
                args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size]
     part = savedir / f"details-{first(lambda: hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16])}.jsonl.part"
     done = first(lambda: kept_records(part, pictures, args.batch_size))
@@ -293,12 +329,7 @@ def main():
         return
 
     seconds = (time.perf_counter() - start_time) / max(1, len(pictures) - done)
-    empty = write_results(savedir, part, pictures, args)
-    report_bad_images(bad)
-    if empty:
-        print(f"{empty} images have an empty caption: every candidate held a banned word", file=sys.stderr)
-    print(f"captioned {len(pictures)} images ({seconds:.3f} s an image); wrote preds.txt, captions.json, details.jsonl and "
-          f"{savedir / 'gallery.html'}")
+    report(*write_results(savedir, part, pictures, args), bad, seconds, args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ from tqdm import tqdm
 
 from cache import existing_caches, halved, read_cache, search
 from index import index_description, open_index
-from utils import atomic, choose_device, choose_dtype, linearize, locked, output_folder, read_coco, report_bad_images
+from utils import (
+    atomic, choose_device, choose_dtype, find_inputs, linearize, locked, output_folder, read_coco,
+    report_bad_images,
+)
 
 
 def parse():
@@ -33,8 +36,10 @@ def parse():
     parser.add_argument("--datadir", required=True, help="folder in COCO's layout (annotations/, train2017/, val2017/)")
     parser.add_argument("--split", default="train2017", help="split to train on (default %(default)s)")
     parser.add_argument("--val_split", default="val2017", help="split to validate on (default %(default)s)")
-    parser.add_argument("--textfile", nargs="+", required=True, help="entries of the cache, or of several caches (.txt)")
-    parser.add_argument("--embfile", nargs="+", required=True, help="their embeddings (.npy), in the same order")
+    parser.add_argument("--textfile", nargs="+", help="entries of the cache, or of several caches "
+                        "(.txt; default: cache.txt, else the original's)")
+    parser.add_argument("--embfile", nargs="+", help="their embeddings (.npy), in the same order "
+                        "(default: the .npy beside --textfile)")
     parser.add_argument("--index", metavar="FILE", help="index of compute_cache.py through which its cache is searched, "
                         "approximately (default: every cache exactly)")
     parser.add_argument("--savedir", default="checkpoints", help="folder for best.safetensors, last.safetensors, image "
@@ -174,6 +179,7 @@ def main():
         raise InputError(f"--warmup must not be below 0 and --lrate must be above 0, not {args.warmup} and {args.lrate}")
     if not args.save_seconds >= 0:
         raise InputError(f"--save_seconds must be at least 0, not {args.save_seconds}")
+    find_inputs(args)
     existing_caches(args.textfile, args.embfile)
     if args.index:
         index_description(args.index)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from processes import InputError, first, process, shown
+from processes import InputError, first, process, say, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SEPARATOR = " | "
@@ -32,6 +32,8 @@ MOST_PIXELS = 64_000_000  # of an image: Pillow needs up to 16 bytes for each, a
 MOST_BYTES = 1 << 29  # of an image's file: some formats are read whole
 LONGEST_SIDE = 200  # times the short side of an image, which CLIP's preprocessing makes some hundred pixels long
 LONGEST_TEXT = 10_000  # characters of an entry or a caption, of which the models read 128 tokens at most
+OWN_CACHE, ORIGINAL_CACHE = ("cache.txt", "cache.npy"), ("original/cache.txt", "original/cache.npy")
+CHECKPOINTS = "checkpoints/best.safetensors", "original/checkpoint.ckpt"
 TEXT = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}  # errors: file names that are no UTF-8
 
 
@@ -122,6 +124,23 @@ def locked(path):
             file.close()
 
 
+def staged(path):
+    """Where a cache's file waits until all of them are written."""
+    return Path(path).with_name(f".{Path(path).name}.new")
+
+
+def finish_cache(textfile, embfile):
+    """Moves the files that write_cache staged into place, also those of a run that was killed there.
+
+    The description is staged last: where it is, all are whole. So text and embeddings are never out of step.
+    """
+    files = textfile, embfile, f"{embfile}.json"
+    if staged(files[-1]).is_file():
+        for path in files:
+            with writing(path), suppress(FileNotFoundError):  # moved before
+                os.replace(staged(path), path)
+
+
 def write_lines(path, lines):
     """One text a line; line breaks inside a text become spaces, so that line i stays text i."""
     with atomic(path) as file:
@@ -185,6 +204,80 @@ def read_lines(path, what, most=LONGEST_TEXT):
 def seed_of(*what):
     """A seed that depends on these things alone, such as --seed and an image's id, so that neighbours in a batch change nothing."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode(errors="surrogateescape")).digest()[:7], "big")
+
+
+# ------------------------------------------------------------------------ what is there by default
+
+def choose_cache(textfile, embfile, exists):
+    """The caches to read, as two lists: those that --textfile and --embfile name, else the cache in
+    this folder, else the original's. Where one of the two flags is missing, the other files lie
+    beside those that are named, with the same name but for the suffix.
+
+    textfile, embfile: lists of paths, or None. exists: a function of a path. Raises InputError.
+    """
+    if textfile is None and embfile is None:
+        textfile, embfile = default_cache(exists)
+    elif embfile is None:
+        embfile = beside(textfile, ".npy", "--embfile", exists)
+    elif textfile is None:
+        textfile = beside(embfile, ".txt", "--textfile", exists)
+    return textfile, embfile
+
+
+def beside(paths, suffix, flag, exists):
+    """The other halves of caches, see choose_cache. flag: what would name them."""
+    others = [str(Path(path).with_suffix(suffix)) for path in paths]
+    missing = [path for path in others if not exists(path)]
+    if missing:
+        raise InputError(f"a cache is two files, and there is no {missing[0]}; {flag} names the "
+                         f"other one")
+    return others
+
+
+def default_cache(exists):
+    """The cache in this folder, else the original's, see choose_cache."""
+    for textfile, embfile in (OWN_CACHE, ORIGINAL_CACHE):
+        if exists(textfile) and exists(embfile):
+            return [textfile], [embfile]
+        for one, other in ((textfile, embfile), (embfile, textfile)):
+            if exists(one):
+                raise InputError(f"a cache is two files, and {one} is there without {other}; "
+                                 f"move it away, or name a cache by --textfile and --embfile")
+    raise InputError("there is no cache here, neither cache.txt with cache.npy nor the original's: "
+                     "./download.sh --original gets that one, and compute_cache.py --datadir coco "
+                     "makes one from captions")
+
+
+def choose_checkpoint(ckpt, exists):
+    """The checkpoint that --ckpt names, else trainer.py's, else the original's; None for "none".
+
+    exists: a function of a path. Raises InputError.
+    """
+    if ckpt is not None:
+        return None if ckpt == "none" else ckpt
+    there = [path for path in CHECKPOINTS if exists(path)]
+    if not there:
+        raise InputError(f"there is no checkpoint here, neither {' nor '.join(CHECKPOINTS)}: "
+                         f"./download.sh --original gets the original's, trainer.py --datadir coco "
+                         f"makes one, and --ckpt none does without")
+    return there[0]
+
+
+def find_inputs(args):
+    """Fills in --textfile, --embfile and, where a script has it, --ckpt with what is there, and
+    says what was taken. Raises InputError."""
+    finish_cache(*OWN_CACHE)
+    given, taken = dict(vars(args)), []
+    args.textfile, args.embfile = choose_cache(args.textfile, args.embfile, os.path.isfile)
+    if None in (given["textfile"], given["embfile"]):
+        pairs = (f"{text} with {rows}" for text, rows in zip(args.textfile, args.embfile))
+        taken.append(f"the cache {' and '.join(pairs)}")
+    if "ckpt" in given:
+        args.ckpt = choose_checkpoint(args.ckpt, os.path.isfile)
+        if given["ckpt"] is None:
+            taken.append(f"the checkpoint {args.ckpt}")
+    if taken and process()[0] == 0:
+        say(shown(f"taken, since no other is named: {', '.join(taken)}"))
 
 
 # --------------------------------------------------------------------------------------- device and dtype

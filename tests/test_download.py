@@ -362,7 +362,7 @@ def test_a_web_page_in_place_of_an_originals_file_is_refused(original, server, t
 
 @pytest.mark.parametrize("address, said", [
     ("http://127.0.0.1:{port}", "refuses the connection"),
-    ("http://nowhere.invalid/a", "not known")])
+    (f"http://{70 * 'a'}.invalid/a", "not known")])  # longer than a name can be: nobody is asked
 def test_a_host_that_is_gone_is_one_sentence(original, tmp_path, address, said):
     with socket.socket() as unused:  # bound, but nobody listens
         unused.bind(("127.0.0.1", 0))

@@ -70,7 +70,7 @@ def test_images_need_no_captions_and_are_named_by_their_path(script, world, cach
 
 
 def test_without_a_checkpoint_the_model_writes_as_pretrained(script, world, cache, tmp_path):
-    records = sample(script, cache, tmp_path, "--datadir", world, "--topk", "6")
+    records = sample(script, cache, tmp_path, "--datadir", world, "--ckpt", "none", "--topk", "6")
     assert all(len(r["table"]) == 6 for r in records)
 
 
@@ -118,7 +118,8 @@ def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, ca
     monkeypatch.setattr(Captioner, "sample", lambda *_, **__: [("Dog, dog", -1.0, 100)])
     (tmp_path / "ban.txt").write_text("dog\n")
     run = script("sampler", "--images", *sorted((world / "out").glob("*.png"))[:2], "--textfile", cache.textfile, "--embfile", cache.embfile,
-                 "--savedir", tmp_path / "r", "--clip_model", CLIP, "--lm", BART, "--ban", tmp_path / "ban.txt")
+                 "--savedir", tmp_path / "r", "--clip_model", CLIP, "--lm", BART, "--ckpt", "none",
+                 "--ban", tmp_path / "ban.txt")
     assert run.code == 0 and "1 images have an empty caption" in run.err
     assert (tmp_path / "r" / "preds.txt").read_text() == "\na cat\n"
 

@@ -1,5 +1,6 @@
 """Table, images, COCO and safe writing."""
 
+import argparse
 import json
 import re
 
@@ -73,3 +74,54 @@ def test_patterns_folders_and_files_are_listed_once_in_order(tmp_path):
     assert [p.path for p in utils.list_images([f"{tmp_path}/**/*.webp"])] == whole[2:]
     with pytest.raises(InputError, match="only local files"):
         utils.list_images(["https://example.com/dog.jpg"])
+
+
+# ------------------------------------------------------------------------ what is there by default
+
+OURS, THEIRS = ["cache.txt", "cache.npy"], ["original/cache.txt", "original/cache.npy"]
+
+
+@pytest.mark.parametrize("textfile, embfile, there, expected", [
+    (None, None, OURS + THEIRS, (["cache.txt"], ["cache.npy"])),
+    (None, None, THEIRS, (["original/cache.txt"], ["original/cache.npy"])),
+    (None, None, OURS[:1] + THEIRS, "without cache.npy"),
+    (None, None, OURS[1:] + THEIRS, "without cache.txt"),
+    (None, None, THEIRS[:1], "without original/cache.npy"),
+    (None, None, [], "download.sh --original"),
+    (["a.txt", "b/c.text"], None, ["a.npy", "b/c.npy"],
+     (["a.txt", "b/c.text"], ["a.npy", "b/c.npy"])),
+    (None, ["b/c.npy"], ["b/c.txt"] + OURS, (["b/c.txt"], ["b/c.npy"])),
+    (["a.txt", "b.txt"], None, ["a.npy"] + OURS, "no b.npy; --embfile"),
+    (None, ["a.npy"], OURS, "no a.txt; --textfile"),
+    (["a.txt"], ["b.npy"], OURS, (["a.txt"], ["b.npy"])),  # existing_caches looks for them
+])
+def test_the_named_cache_is_taken_else_ones_own_else_theirs(textfile, embfile, there, expected):
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            utils.choose_cache(textfile, embfile, there.__contains__)
+    else:
+        assert utils.choose_cache(textfile, embfile, there.__contains__) == expected
+
+
+@pytest.mark.parametrize("ckpt, there, expected", [
+    (None, [0, 1], 0), (None, [1], 1), ("none", [0, 1], None), ("./none", [0], "./none"),
+    ("a", [0, 1], "a"), (None, [], InputError)])
+def test_the_named_checkpoint_is_taken_else_ones_own_else_theirs(ckpt, there, expected):
+    there = [utils.CHECKPOINTS[i] for i in there]
+    if expected is InputError:
+        with pytest.raises(InputError, match="--ckpt none does without"):
+            utils.choose_checkpoint(ckpt, there.__contains__)
+    else:
+        wanted = utils.CHECKPOINTS[expected] if isinstance(expected, int) else expected
+        assert utils.choose_checkpoint(ckpt, there.__contains__) == wanted
+
+
+def test_a_cache_that_a_kill_left_half_moved_is_taken_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cache.txt", ".cache.npy.new", ".cache.npy.json.new"):
+        (tmp_path / name).write_text("")
+    args = argparse.Namespace(textfile=None, embfile=None)
+    utils.find_inputs(args)
+    assert (args.textfile, args.embfile) == (["cache.txt"], ["cache.npy"])
+    assert {path.name for path in tmp_path.iterdir()} == {*OURS, "cache.npy.json"}
+    assert "the cache cache.txt with cache.npy" in capsys.readouterr().out
