@@ -1,6 +1,7 @@
 """The models: CLIP (images and texts to unit vectors) and the captioner (table to caption), and the captioner's checkpoints."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 

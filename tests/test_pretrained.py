@@ -1,7 +1,6 @@
 """Models by name, from a hub on 127.0.0.1 and an empty cache: what is fetched, how often, and what becomes of each fault."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -14,12 +13,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from conftest import BART, CLIP, ROOT, VAL
+from forks import context
+from hub import Hub, bart_of_2020, repositories, serving
 from huggingface_hub import constants
 
 import pretrained
-from conftest import BART, CLIP, ROOT, VAL
-from forks import context
-from hub import Hub, bart_of_2020, dump, repositories, serving
 from model import Captioner, Clip
 from pretrained import fetch, load_tokenizer
 from processes import InputError
