@@ -2,25 +2,35 @@
 
     python stories.py --captions results/captions.json --savedir results
     python stories.py --caption "a red dog" "a whale by a lighthouse" --lm snowglobe/weights/gpt --num_return_sequences 3
+    python stories.py --captions captions.txt --lm SmolLM2-135M-Instruct.Q4_1.gguf --chat
+
+With --savedir a stopped run goes on where it was when the same command is given again.
 """
 
-from processes import InputError, gather, held, process, run, shown  # first, see there
+from processes import InputError, first, gather, held, process, run, shown  # first, see there
 
 import argparse
+import hashlib
 import json
 import math
-import re
+import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from generation import nucleus
-from utils import atomic, choose_device, choose_dtype, locked, one_line, output_folder, read_text, seed_of, write_lines
+from english import noun_phrase
+from storyteller import encode, end_tokens, load_lm, sample, tell
+from utils import (
+    append, atomic, choose_device, choose_dtype, locked, one_line, output_folder, read_text, seed_of,
+    write_lines, writing,
+)
+
+OPENING = "Once upon a time there {was} {caption}"
+REQUEST = f"Write a short story for children that begins with: {OPENING}"  # to an instruct model
 
 
 def parse():
@@ -30,12 +40,20 @@ def parse():
                         "sampler.py, or any other file as a text of one caption a line; empty captions are skipped")
     parser.add_argument("--caption", nargs="+", metavar="TEXT", help="captions given directly instead")
     # What is made of them, and where it goes.
-    parser.add_argument("--prompt", default="Once upon a time there was {caption}", help="what a story begins with; a caption "
-                        "stands in it without its last period, and its A, An or The is small there (default: %(default)s)")
-    parser.add_argument("--savedir", help="folder for stories.txt (one a line) and stories.jsonl (default: stories are printed)")
+    parser.add_argument("--prompt", help="what a story begins with, or with --chat what the model is "
+                        "asked. A caption stands in it without its last period, and its A, An or The is "
+                        "small there. Where {was} stands in it, too, that becomes was or were, and the "
+                        'caption a noun phrase: "Dogs are running." gives "were dogs running" '
+                        f'(default: "{OPENING}", with --chat "{REQUEST}")')
+    parser.add_argument("--savedir", help="folder for stories.txt (one a line) and stories.jsonl "
+                        "(default: stories are printed as they come)")
     # The model and the sampling.
     parser.add_argument("--lm", default="EleutherAI/gpt-neo-1.3B", help="hub id or folder of a causal language model, such as "
-                        "EleutherAI/gpt-neo-125m, gpt-neo-1.3B, gpt-neo-2.7B, EleutherAI/gpt-j-6b (default %(default)s)")
+                        "EleutherAI/gpt-neo-125m, gpt-neo-1.3B, gpt-neo-2.7B, EleutherAI/gpt-j-6b; or a GGUF "
+                        "file, whose weights are unpacked: in float32 4 bytes each, 0.5 GB for 135 million "
+                        "of them, 4 GB for a billion, and twice that while loading (default %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template of an "
+                        "instruct model; a story is then the model's answer, without the prompt")
     parser.add_argument("--num_return_sequences", type=int, default=1, help="stories a caption (default %(default)s)")
     parser.add_argument("--max_tokens", type=int, default=100, help="tokens after the prompt at most, fewer where the model's "
                         "positions end; a story broken off there is cut back to its last full sentence (default %(default)s)")
@@ -49,6 +67,7 @@ def parse():
                         "bfloat16 halves the memory, but rounds so coarsely that a story depends on its batch, too; auto: "
                         "bfloat16 on a GPU that has it, else float32 (default %(default)s)")
     args = parser.parse_args()
+    args.prompt = args.prompt or (REQUEST if args.chat else OPENING)
     if (args.captions is None) == (args.caption is None):
         raise InputError("exactly one of --captions and --caption says what the stories go on from")
     return args
@@ -83,134 +102,157 @@ def read_captions(path):
 
 def fill(template, caption):
     """The prompt: the caption in place of {caption}, fit for the middle of a sentence. Other braces stay as they are."""
-    first, *rest = caption.rstrip(" .").split()
-    if first in ("A", "An", "The") and not template.startswith("{caption}"):  # another word's capital may be a name's
-        first = first.lower()
-    prompt = template.replace("{caption}", " ".join([first, *rest]))
+    if "{was}" in template:
+        was, caption = noun_phrase(caption)
+        template = template.replace("{was}", was)
+    else:
+        first, *rest = caption.rstrip(" .").split()
+        if first in ("A", "An", "The") and not template.startswith("{caption}"):
+            first = first.lower()  # another word's capital may be a name's
+        caption = " ".join([first, *rest])
+    prompt = template.replace("{caption}", caption)
     return prompt.encode("utf-8", "replace").decode()  # tokenizers refuse bytes of a command line that are no UTF-8
 
 
-def encode(name, prompts):
-    """The tokenizer of the causal language model, each prompt's token ids, and how many tokens the model can set behind each.
+def say(text, must=False):
+    """Prints a text as one line at once, what the terminal cannot show as escapes. Where it cannot be
+    printed, as nobody reads any more, nothing happens, or if it must be, InputError is raised."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    line = " ".join(map(shown, text.split()))  # word by word, as shown() cuts off what is long
+    try:
+        with tqdm.external_write_mode():
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())  # else Python tries again at its end
+        if must:
+            raise InputError(f"stories cannot be printed any more ({error.strerror}); --savedir writes "
+                             f"them to files") from error
 
-    No weights are read yet. Raises InputError: the model is missing or of another kind, or a prompt leaves no room.
+
+def write(model, tokenizer, batch, tokens, prompts, args):
+    """The stories of a batch of rows (room, place of the caption, number of the story, seed)."""
+    (room, *_), places, _, seeds = zip(*batch)
+    begun = [tokens[place] for place in places]
+    found = sample(model, begun, seeds, room, args.temperature, args.top_p)
+    openings = ["" if args.chat else prompts[place] for place in places]
+    return [tell(tokenizer, *each) for each in zip(openings, begun, *zip(*found))]
+
+
+def batches_of(prompts, room, args):
+    """Batches of rows (room, place of the caption, number of the story, seed), almost in the order of
+    the captions.
+
+    Rows share a batch only if they share their room: max_tokens, or less with prompts of one length.
+    So a padded batch never needs more positions than there are, and no story is shorter for its
+    neighbours.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-    from model import load, load_tokenizer
-    config = load(AutoConfig, name, "language model")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        raise InputError(f"{name} is a {config.model_type}, which cannot go on from a text as a causal language model does")
-    tokenizer = load_tokenizer(name, "language model")
-    tokens = tokenizer(prompts)["input_ids"]
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf  # some kinds have no end
-    longest = max(range(len(prompts)), key=lambda i: len(tokens[i]))
-    if len(tokens[longest]) >= positions:
-        raise InputError(f'the prompt "{prompts[longest][:60]}..." has {len(tokens[longest])} tokens, but the language model '
-                         f"{name} reads and writes {positions} at most")
-    return tokenizer, tokens, [positions - len(ids) for ids in tokens]
+    rows, seen = [], Counter()
+    for place, prompt in enumerate(prompts):
+        for n in range(args.num_return_sequences):
+            seed = seed_of(args.seed, seen[prompt], n, prompt)
+            rows.append((min(room[place], args.max_tokens), place, n, seed))
+        seen[prompt] += 1  # a caption that comes again gets other stories
+    batches = []
+    for _, group in groupby(sorted(rows, key=itemgetter(0)), itemgetter(0)):
+        group = list(group)
+        batches += [group[start:start + args.batch_size] for start in range(0, len(group), args.batch_size)]
+    return sorted(batches, key=lambda batch: batch[0][1:3])
 
 
-def load_lm(name, end, device, dtype):
-    """The causal language model; its generate() stops a row at the token id `end` and does nothing that is not asked of it."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from model import load
-    model = load(AutoModelForCausalLM, name, "language model", dtype=dtype).to(device).eval()
-    # In place of the model's own, which may hold penalties. GPT-2 has no token to pad with; as padding is masked, any will do.
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end or 0)
-    return model
+def kept_stories(part, batches):
+    """Cuts what a stopped run wrote down to whole lines: of each batch the list of its stories.
+    Returns these lists."""
+    kept, size = [], 0
+    if not part.exists():
+        return kept
+    with writing(part), open(part, "rb+") as file:
+        for batch, line in zip(batches, file):
+            try:
+                told = json.loads(line.decode())  # of bytes, it would guess the encoding
+            except (ValueError, RecursionError):
+                break
+            of_batch = isinstance(told, list) and [*map(type, told)] == [str] * len(batch)
+            if not of_batch or not line.endswith(b"\n"):
+                break
+            kept.append(told)
+            size += len(line)
+        file.truncate(size)
+    return kept
 
 
-@torch.inference_mode()
-def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
-    """Goes on from each prompt by at most n tokens, drawn from the nucleus.
-
-    model: of load_lm. prompts: B lists of token ids. seeds: B integers. Returns B pairs: the list of new token ids, without
-    the end token, and whether there was one. Each row has random numbers of its own, so its neighbours do not matter. They
-    are drawn in a logits processor, which leaves the row one possible token; all else (positions, cache, stopping) is
-    generate()'s, for any architecture.
-    """
-    width, end = max(map(len, prompts)), model.generation_config.eos_token_id
-    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long, device=model.device)  # (B, width) each, padded on the left
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt):] = torch.tensor(prompt)
-        mask[row, width - len(prompt):] = 1
-    generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
-
-    def draw(_, logits):
-        p, order = nucleus(logits / temperature, top_p)  # (B, K), (B, K)
-        drawn = torch.stack([row.multinomial(1, generator=generator) for row, generator in zip(p, generators)])  # (B, 1)
-        return torch.full_like(logits, -math.inf).scatter_(1, order.gather(1, drawn), 0)
-
-    found = model.generate(ids, attention_mask=mask, logits_processor=[draw], do_sample=False, max_new_tokens=n)
-    return [(row[:row.index(end)], True) if end in row else (row, False) for row in found[:, width:].tolist()]
+def write_results(savedir, captions, prompts, stories):
+    """stories.txt and stories.jsonl. stories: {(place of the caption, number): story}."""
+    told = [[] for _ in captions]
+    for (place, _), story in sorted(stories.items()):
+        told[place].append(story)
+    write_lines(savedir / "stories.txt", [story for some in told for story in some])
+    with atomic(savedir / "stories.jsonl") as file:
+        for (image_id, caption), prompt, some in zip(captions, prompts, told):
+            record = {} if image_id is None else {"image_id": image_id}
+            record |= {"caption": caption, "prompt": prompt, "stories": some}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    # Last, as until here a stopped run goes on. Others are of runs with other settings.
+    for part in savedir.glob("stories-*.jsonl.part"):
+        part.unlink()
 
 
-def tell(tokenizer, prompt, ids, new, ended):
-    """The text of a story. One that was broken off ends at its last full sentence, if it has one behind the prompt."""
-    # Some tokenizers lose the space before new where it stands alone.
-    begun, whole = (tokenizer.decode(t, skip_special_tokens=True, clean_up_tokenization_spaces=False) for t in (ids, ids + new))
-    more = whole[len(begun):]
-    if not ended:
-        stops = [match.end() for match in re.finditer(r"""[.!?]["'”’)]*(?=\s|$)""", more)]
-        more = more[:stops[-1]] if stops else more.rstrip("\ufffd")  # the start of a character
-    return prompt + more
-
-
-def main():
-    args = parse()
-    check(args)
+def captions_of(args):
+    """(image id or None, caption) of each caption that is not empty. Raises InputError."""
     captions = read_captions(args.captions) if args.captions else [(None, text) for text in args.caption]
     captions = [(image_id, " ".join(text.split())) for image_id, text in captions]
     captions = [(image_id, text) for image_id, text in captions if text.strip(" .")]
     if not captions:
         raise InputError(f"there is no caption in {args.captions or '--caption'}, so there is nothing to go on from")
+    return captions
+
+
+def main():
+    args = parse()
+    check(args)
+    captions = captions_of(args)
     savedir = output_folder(args.savedir) if args.savedir else None
     if savedir:
         held.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     prompts = [fill(args.prompt, text) for _, text in captions]
-    tokenizer, tokens, room = encode(args.lm, prompts)
-    room = [min(space, args.max_tokens) for space in room]
-    model = load_lm(args.lm, tokenizer.eos_token_id, device, dtype)
+    config, tokenizer, tokens, room = encode(args.lm, prompts, args.chat)
+    ends = end_tokens(tokenizer, args.chat)
+    batches = batches_of(prompts, room, args)
+
+    # What a stopped run of the same captions and settings has written is kept.
+    from model import identity
+    written = []
+    if savedir:
+        decides = [first(lambda: identity(args.lm)), tokens, batches, ends, args.chat, str(dtype),
+                   args.temperature, args.top_p]
+        digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        part = savedir / f"stories-{digest}.jsonl.part"
+        written = first(lambda: kept_stories(part, batches))
+    model = load_lm(args.lm, ends, device, dtype, config)
     rank, world = process()
     if rank == 0:
         print(f"{args.lm} on {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
-    # The rows to write: room, place of the caption, number of the story, seed. A caption that comes again gets other stories.
-    rows, seen = [], Counter()
-    for place, prompt in enumerate(prompts):
-        rows += [(room[place], place, n, seed_of(args.seed, seen[prompt], n, prompt)) for n in range(args.num_return_sequences)]
-        seen[prompt] += 1
-    # Rows share a batch only if they share their room: max_tokens, or less with prompts of one length. So a padded batch
-    # never needs more positions than there are, and no story is shorter for its neighbours.
-    batches = []
-    for _, group in groupby(sorted(rows, key=itemgetter(0)), itemgetter(0)):
-        group = list(group)
-        batches += [group[start:start + args.batch_size] for start in range(0, len(group), args.batch_size)]
-
-    mine = []  # (place of the caption, number of the story, story) of every world-th batch
-    for batch in tqdm(batches[rank::world], "writing stories", unit="batch", disable=rank > 0):
-        (space, *_), places, numbers, seeds = zip(*batch)
-        found = sample(model, [tokens[place] for place in places], seeds, space, args.temperature, args.top_p)
-        for place, number, (new, ended) in zip(places, numbers, found):
-            mine.append((place, number, tell(tokenizer, prompts[place], tokens[place], new, ended)))
-    stories = [[] for _ in prompts]
-    for place, _, story in sorted(gather(mine)):
-        stories[place].append(story)
-    if rank > 0:
-        return
-
-    lines = [" ".join(story.split()) for told in stories for story in told]
-    if savedir is None:
-        print("\n".join(map(shown, lines)))
-        return
-    write_lines(savedir / "stories.txt", lines)
-    with atomic(savedir / "stories.jsonl") as file:
-        for (image_id, caption), prompt, told in zip(captions, prompts, stories):
-            known = {} if image_id is None else {"image_id": image_id}
-            file.write(json.dumps(known | {"caption": caption, "prompt": prompt, "stories": told}, ensure_ascii=False) + "\n")
-    print(f"wrote {len(lines)} stories of {len(captions)} captions to {savedir / 'stories.txt'} and stories.jsonl")
+    # Each process writes every world-th batch; all get all: {(place of the caption, number): story}.
+    keys = [[row[1:3] for row in batch] for batch in batches]
+    stories = {key: story for pair in zip(keys, written) for key, story in zip(*pair)}
+    to_print = deque(sorted(key for batch in keys for key in batch) if savedir is None and rank == 0 else [])
+    turns = range(len(written), len(batches), world)
+    for start in tqdm(turns, "writing stories", unit="batch", disable=rank > 0):
+        mine = batches[start + rank:start + rank + 1]
+        new = gather([write(model, tokenizer, batch, tokens, prompts, args) for batch in mine])
+        for pair in zip(keys[start:], new):
+            stories.update(zip(*pair))
+        if savedir and rank == 0:
+            append(part, "".join(json.dumps(told) + "\n" for told in new).encode())
+        while to_print and to_print[0] in stories:
+            say(stories[to_print.popleft()], must=True)
+    if savedir and rank == 0:
+        write_results(savedir, captions, prompts, stories)
+        say(f"wrote {len(stories)} stories of {len(captions)} captions to {savedir / 'stories.txt'} "
+            f"and stories.jsonl")
 
 
 if __name__ == "__main__":

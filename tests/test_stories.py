@@ -1,13 +1,21 @@
 """Stories: each goes on from its caption as the model would, and depends on its caption and the seed alone."""
 
+import contextlib
+import io
+import itertools
 import json
+import os
+import sys
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import processes
 import stories
 from conftest import BART, CLIP, ROOT
+from forks import files
 from generation import nucleus
 
 GPT = str(ROOT / "snowglobe" / "weights" / "gpt")
@@ -45,7 +53,7 @@ def test_a_story_is_drawn_as_by_the_plain_loop(lm):
     """Against the definition: the whole text through the model for each token, no padding, no cache."""
     model, tokenizer = lm
     prompts = tokenizer([f"Once upon a time there was {caption}" for caption in CAPTIONS])["input_ids"]
-    ours = stories.load_lm(GPT, tokenizer.eos_token_id, "cpu", torch.float32)
+    ours = stories.load_lm(GPT, [tokenizer.eos_token_id], "cpu", torch.float32)
     found = stories.sample(ours, prompts, range(len(prompts)), 60, temperature=1.3, top_p=0.95)
     assert any(ended for _, ended in found)
     for seed, (prompt, (new, ended)) in enumerate(zip(prompts, found)):
@@ -94,6 +102,10 @@ def test_a_caption_has_as_many_stories_as_asked_and_all_begin_with_its_prompt(te
     ("Once upon a time there was {caption}", "Antarctica .", "Once upon a time there was Antarctica"),
     ("{caption}. One day", "The whale.", "The whale. One day"),
     ("{} {0} {name} {caption}{{", "a whale", "{} {0} {name} a whale{{"),
+    ("There was {caption}", "Two dogs are running.", "There was Two dogs are running"),
+    ("There {was} {caption}", "Two dogs are running.", "There were two dogs running"),
+    ("I saw what {was}: {caption}, {was} it?", "The whale.", "I saw what was: a whale, was it?"),
+    ("There {was} {caption}", "{caption} {was}", "There was {caption} {was}"),
 ])
 def test_the_caption_is_set_into_the_template(template, caption, prompt):
     assert stories.fill(template, caption) == prompt
@@ -113,10 +125,68 @@ def test_all_forms_of_captions_agree(tell, tmp_path):
         assert records == direct
 
 
-def test_without_a_folder_stories_are_printed(script, tell):
-    result = script("stories", "--caption", *CAPTIONS, "--lm", GPT, "--device", "cpu", "--max_tokens", 40)
-    assert result.code == 0
-    assert result.out.splitlines() == [" ".join(record["stories"][0].split()) for record in tell("--max_tokens", 40)]
+def test_without_a_folder_stories_are_printed_as_they_come_in_order_of_the_captions(script, tell, monkeypatch):
+    """Also where prompts that leave less room than --max_tokens are written in batches of their own."""
+    captions = ["a " + " ".join(["red dog"] * 50), *CAPTIONS, "a " + " ".join(["red dog"] * 51)]
+    how = ("--max_tokens", 40, "--batch_size", 2, "--num_return_sequences", 2)
+    said, write = [], stories.write
+    monkeypatch.setattr(stories, "write", lambda *batch: said.append(sys.stdout.getvalue()) or write(*batch))
+    result = script("stories", "--caption", *captions, "--lm", GPT, "--device", "cpu", *how)
+    assert result.code == 0, result.err
+    lines = [" ".join(story.split()) for record in tell(*how, captions=captions) for story in record["stories"]]
+    assert result.out.splitlines() == lines
+    counts = [out.count("\n") for out in said[:8]]
+    assert counts[0] == 0 and counts[4] >= 2 and counts == sorted(counts)
+
+
+def run_with_stdout(stream, *arguments):
+    """The script's exit code and what it wrote to err, where standard output is this stream."""
+    err = io.StringIO()
+    with mock.patch.object(sys, "argv", ["stories.py", "--lm", GPT, "--device", "cpu", *map(str, arguments)]):
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(err):
+            try:
+                processes.run(stories.main)
+            except SystemExit as stop:
+                return stop.code, err.getvalue()
+    return 0, err.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_the_terminal_cannot_show_comes_as_escapes(tell, encoding):
+    captions = ["ein B\u00e4r", "\u732b \U0001f408"]
+    stories_told = [record["stories"][0] for record in tell(captions=captions)]
+    assert "\u00e4" in stories_told[0] and "\u732b" in stories_told[1]
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+    assert run_with_stdout(stream, "--caption", *captions)[0] == 0
+    expected = "".join(" ".join(story.split()) + "\n" for story in stories_told)
+    assert stream.buffer.getvalue() == expected.encode(encoding, "backslashreplace")
+
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+def test_where_nobody_reads_results_are_written_all_the_same(tell, tmp_path):
+    expected = tell()
+    with closed_pipe() as stream:
+        code, err = run_with_stdout(stream, "--caption", *CAPTIONS, "--savedir", tmp_path / "closed")
+    assert code == 0 and "error" not in err and "Traceback" not in err
+    assert [json.loads(line) for line in (tmp_path / "closed" / "stories.jsonl").read_text().splitlines()] == expected
+    assert files(tmp_path / "closed") == files(tmp_path / "out")
+
+
+def test_where_nobody_reads_and_nothing_is_written_the_run_ends_with_a_sentence():
+    with closed_pipe() as stream:
+        code, err = run_with_stdout(stream, "--caption", *CAPTIONS)
+    assert code == 2 and err.splitlines()[-1] == "error: stories cannot be printed any more (Broken pipe); --savedir writes them to files"
+
+
+def test_a_long_story_is_printed_whole(capsys):
+    text = "It\x1b[31m was \n" + "very " * 1000 + "red."
+    stories.say(text)
+    assert capsys.readouterr().out == "It\\x1b[31m was " + "very " * 1000 + "red.\n"
 
 
 def test_a_story_broken_off_ends_with_its_last_full_sentence(tell):
@@ -242,3 +312,70 @@ def test_a_failure_leaves_the_old_files_whole(script, tell, tmp_path, monkeypatc
     result = script("stories", "--caption", "a whale", "--savedir", tmp_path / "out", "--lm", GPT)
     assert result.code == 130 and result.err.splitlines()[-1].startswith("stopped")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+# ------------------------------------------------------------------------------------------- stopped runs
+
+MANY = ("--num_return_sequences", 3, "--batch_size", 4, "--max_tokens", 20)  # 18 stories in 5 batches
+
+
+@pytest.fixture
+def stopped(script, tmp_path, monkeypatch):
+    """stopped(n, arguments...): a run in the folder "stopped" that is interrupted in its batch n. Returns the part file."""
+    def run(n, *arguments):
+        calls, write = itertools.count(), stories.write
+
+        def interrupted(*batch):
+            if next(calls) == n:
+                raise KeyboardInterrupt
+            return write(*batch)
+        monkeypatch.setattr(stories, "write", interrupted)
+        result = script("stories", "--caption", *CAPTIONS, "--savedir", tmp_path / "stopped", "--lm", GPT, "--device", "cpu", *MANY, *arguments)
+        assert result.code == 130
+        monkeypatch.setattr(stories, "write", write)
+        [part] = (tmp_path / "stopped").iterdir()
+        return part
+    return run
+
+
+@pytest.fixture
+def go_on(script, tmp_path, monkeypatch):
+    """go_on(arguments...) runs in the folder "stopped" to the end. Returns how many batches it wrote."""
+    def run(*arguments):
+        batches, write = [], stories.write
+        monkeypatch.setattr(stories, "write", lambda *batch: batches.append(batch) or write(*batch))
+        result = script("stories", "--caption", *CAPTIONS, "--savedir", tmp_path / "stopped", "--lm", GPT, "--device", "cpu", *MANY, *arguments)
+        assert result.code == 0, result.err
+        monkeypatch.setattr(stories, "write", write)
+        return len(batches)
+    return run
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(stopped, go_on, tell, tmp_path, n):
+    tell(*MANY)
+    assert len(stopped(n).read_bytes().splitlines()) == n
+    assert go_on() == 5 - n
+    assert files(tmp_path / "stopped") == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage, kept", [
+    (lambda data: data[:-1], 2), (lambda data: data[:-20], 2), (lambda data: data + bytes(500), 3), (lambda data: data + b"[]\n", 3),
+    (lambda data: data + b'["a", "b", "c", 4]\n', 3), (lambda data: data + b"[" * 100_000, 3), (lambda data: bytes(len(data)), 0),
+    (lambda data: data + b"\xff\xfe\n", 3), (lambda data: b"", 0),
+])
+def test_what_a_crash_left_of_a_batch_is_cut_off_and_written_again(stopped, go_on, tell, tmp_path, damage, kept):
+    tell(*MANY)
+    part = stopped(3)
+    part.write_bytes(damage(part.read_bytes()))
+    assert go_on() == 5 - kept
+    assert files(tmp_path / "stopped") == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("other", [("--seed", 1), ("--temperature", 0.9), ("--top_p", 0.8), ("--prompt", "I saw {caption}"),
+                                   ("--batch_size", 3), ("--max_tokens", 21), ("--num_return_sequences", 4)])
+def test_a_run_with_other_settings_takes_nothing_of_it(stopped, go_on, tell, tmp_path, other):
+    tell(*MANY, *other)
+    stopped(3)
+    assert go_on(*other) == (6 if other[0] in ("--batch_size", "--num_return_sequences") else 5)
+    assert files(tmp_path / "stopped") == files(tmp_path / "out")
