@@ -132,13 +132,13 @@ def head_of(words):
     return words[-1]
 
 
-def with_article(words):
+def with_article(words, known=False):
     """The words as they stand in a sentence: an article before a bare noun in the singular, and no
-    capital that is not a name's."""
+    capital that is not a name's. known: whether "the" stood before them, so that they are no name."""
     first, head = words[0].lower(), head_of(words)
     if first in SINGULAR | PLURAL | EITHER | DEFINITE:
         return [first, *words[1:]]
-    if len(words) == 1 or words[1][:1].isupper():
+    if not known and (len(words) == 1 or words[1][:1].isupper()):
         return words
     bare = words if first in NAMES else [words[0][:1].lower() + words[0][1:], *words[1:]]
     if is_plural(head) or head.lower() in MASS:
@@ -157,9 +157,8 @@ def noun_phrase(caption):
     if low.endswith("ing") and low not in NOUNS_IN_ING and ends_noun_phrase("".join(words[1:2])):
         words = ["someone", low, *words[1:]]
     words = without_finite_verbs(words)
-    if words[0].lower() in DEFINITE and len(words) > 1 and words[2:3] != ["of"]:
-        words = words[1:]  # nobody has heard of it yet
-    words = with_article(words)
+    known = words[0].lower() in DEFINITE and len(words) > 1 and words[2:3] != ["of"]
+    words = with_article(words[known:], known)  # without "the": nobody has heard of it yet
     first, phrase = words[0], " ".join(words)
     if part := PART.match(phrase):
         plural = is_plural("".join(phrase[part.end():].split()[:1]))

@@ -36,6 +36,7 @@ from english import noun_phrase, participle, stem
     # what has just been met has no "the" yet
     ("The man on the roof", "was a man on the roof"),
     ("The dogs", "were dogs"),
+    ("The whale", "was a whale"),
     ("The two sheep in a pen", "were two sheep in a pen"),
     ("The inside of a train", "was the inside of a train"),
     ("Those zebras near a lake", "were zebras near a lake"),

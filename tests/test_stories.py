@@ -105,7 +105,7 @@ def test_a_caption_has_as_many_stories_as_asked_and_all_begin_with_its_prompt(te
     ("There was {caption}", "Two dogs are running.", "There was Two dogs are running"),
     ("There {was} {caption}", "Two dogs are running.", "There were two dogs running"),
     ("I saw what {was}: {caption}, {was} it?", "The whale.", "I saw what was: a whale, was it?"),
-    ("There {was} {caption}", "{caption} {was}", "There was {caption} {was}"),
+    ("There {was} {caption}", "{caption} {was}", "There was a {caption} {was}"),
 ])
 def test_the_caption_is_set_into_the_template(template, caption, prompt):
     assert stories.fill(template, caption) == prompt
