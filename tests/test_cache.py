@@ -1,5 +1,6 @@
 """The cache on disk and its search, against plain formulas."""
 
+import os
 import subprocess
 import sys
 
@@ -58,7 +59,7 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
     """Killed before any of its renames, a write leaves the old cache or the new one, never a mixture."""
     files, old, new = (tmp_path / "c.txt", tmp_path / "c.npy"), unit_rows(2, 4).numpy(), unit_rows(3, 4, seed=1).numpy()
     cache.write_cache(*files, ["a", "b"], old, "clip", "")
-    replace, count = cache.os.replace, [0]
+    replace, count = os.replace, [0]
 
     def killed(*paths):
         count[0] += 1
@@ -66,12 +67,12 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
             raise KeyboardInterrupt
         replace(*paths)
 
-    monkeypatch.setattr(cache.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     try:
         cache.write_cache(*files, ["a", "b", "c"], new, "clip", "")
     except KeyboardInterrupt:
         pass
-    monkeypatch.setattr(cache.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     entries, embeddings = cache.read_cache([files[0]], [files[1]], "clip", 4)
     assert len(entries) == (2 if killed_at < 3 else 3)
     assert np.array_equal(embeddings[:].numpy(), old if killed_at < 3 else new)
