@@ -1,6 +1,7 @@
 """Models by name, from a hub on 127.0.0.1 and an empty cache: what is fetched, how often, and what becomes of each fault."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -15,13 +16,15 @@ import pytest
 import torch
 from conftest import BART, CLIP, ROOT, VAL
 from forks import context
-from hub import Hub, bart_of_2020, repositories, serving
+from hub import Hub, bart_of_2020, repositories, serving, siglip2_of_2025
 from huggingface_hub import constants
+from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 import pretrained
 from model import Captioner, Clip
 from pretrained import fetch, load_tokenizer
 from processes import InputError
+from test_foreign import gemma_tokenizer
 
 ALL = ("weights", "tokenizer", "processor")
 B16, B32, BART_LARGE, NEO = "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32", "facebook/bart-large", "EleutherAI/gpt-neo-1.3B"
@@ -140,6 +143,22 @@ def test_repositories_of_other_forms_load(hub, change):
     hub.requests.clear()
     Captioner(BART_LARGE)
     assert hub.requests == []
+
+
+def test_siglip2_is_fetched_with_one_of_its_two_tokenizers(hub, tmp_path):
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    SiglipModel(SiglipConfig(
+        text_config={**size, "vocab_size": 100, "bos_token_id": 2, "eos_token_id": 1, "hidden_size": 32, "projection_size": 48},
+        vision_config={**size, "image_size": 32, "patch_size": 16, "hidden_size": 48})).save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(gemma_tokenizer(tmp_path)))
+    name = "google/siglip2-base-patch16-224"
+    hub.repositories[name] = siglip2_of_2025(tmp_path)
+    clip = Clip(name)
+    assert torch.equal(clip.encode_texts(["A red dog"]), Clip(str(tmp_path)).encode_texts(["A red dog"]))
+    assert hub.fetched(name) == dict.fromkeys(("config.json", "model.safetensors", "preprocessor_config.json", "special_tokens_map.json",
+                                               "tokenizer.json", "tokenizer_config.json"), 1)
 
 
 def test_sharded_weights_are_fetched_whole(hub, tmp_path):
