@@ -78,17 +78,21 @@ def ends_noun_phrase(word):
 
 
 def finite_verb(words, i, in_head):
-    """The stem of word i where it is a finite verb, else None. It is one where the word behind it
-    ends a noun phrase, and it is one of VERBS, or in -s behind a singular noun phrase."""
+    """The stem of word i where it is a finite verb, else None. It is one of VERBS behind a noun of
+    its number, or any word in -s behind a singular noun phrase and before what ends one."""
     before, word, after = (w.lower() for w in [*words, ""][i - 1:i + 2])
     inside = before in BEHIND_VERBS - {"and"} | PLURAL | SINGULAR or before.endswith("ing")
-    if inside or word in AUXILIARY or not ends_noun_phrase(after):
+    if inside or word in AUXILIARY:
         return None
+    ends, known = ends_noun_phrase(after), (stem(word) if word.endswith("s") else word) in VERBS
     if not word.endswith("s"):
-        return word if word in VERBS and (is_plural(before) or "and" in words[:i]) else None
+        plural = is_plural(before) or ends and "and" in words[:i]
+        return word if known and plural else None
     one = words[0].lower() in SINGULAR and not MANY.match(" ".join(words[:3]))
-    other_verb = in_head and is_plural(word) and (one and after != "of" or after in DETERMINERS)
-    return stem(word) if other_verb or stem(word) in VERBS else None
+    if known and (ends or one and in_head and not is_plural(after)):
+        return stem(word)
+    other = in_head and is_plural(word) and (one and after != "of" or after in DETERMINERS)
+    return stem(word) if other and ends else None
 
 
 def auxiliary(word, after, main, relative):
@@ -138,7 +142,8 @@ def with_article(words, known=False):
     first, head = words[0].lower(), head_of(words)
     if first in SINGULAR | PLURAL | EITHER | DEFINITE:
         return [first, *words[1:]]
-    if not known and (len(words) == 1 or words[1][:1].isupper()):
+    name = not words[0][:1].islower() and (len(words) == 1 or words[1][:1].isupper())
+    if name and not known:
         return words
     bare = words if first in NAMES else [words[0][:1].lower() + words[0][1:], *words[1:]]
     if is_plural(head) or head.lower() in MASS:
