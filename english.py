@@ -82,7 +82,7 @@ def finite_verb(words, i, in_head):
     its number, or any word in -s behind a singular noun phrase and before what ends one."""
     before, word, after = (w.lower() for w in [*words, ""][i - 1:i + 2])
     inside = before in BEHIND_VERBS - {"and"} | PLURAL | SINGULAR or before.endswith("ing")
-    if inside or word in AUXILIARY:
+    if inside or word in AUXILIARY or word in BEHIND_VERBS:
         return None
     ends, known = ends_noun_phrase(after), (stem(word) if word.endswith("s") else word) in VERBS
     if not word.endswith("s"):
@@ -114,7 +114,7 @@ def without_finite_verbs(words):
         relative = out[-1].lower() in ("that", "which", "who")
         main = (waiting or relative) and out[-1] != "there"
         verb = finite_verb(words, i, in_head) if main or out[-1] == "and" else None
-        if low in AUXILIARY:
+        if low in AUXILIARY and out[-1] not in ("to", "may", "not"):
             new = auxiliary(low, after, main, relative)
         else:
             new = [participle(verb)] if verb and (out[-1] != "and" or not waiting) else [word]

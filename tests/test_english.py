@@ -70,6 +70,8 @@ from english import noun_phrase, participle, stem
     ("A man in a suit lies on a couch", "was a man in a suit lying on a couch"),
     ("A kitchen has a stove in it", "was a kitchen with a stove in it"),
     ("The wine has been poured", "was wine that had been poured"),
+    ("A laptop that is to have a lid", "was a laptop to have a lid"),
+    ("A kitten as a pet", "was a kitten as a pet"),
     ("Looking out of a window at a bus", "was someone looking out of a window at a bus"),
     # shouting, marks
     ("A MAN ON A BIKE", "was a man on a bike"),
