@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from generation import nucleus
+from generation import invert, nucleus
 from processes import InputError
 from utils import existing_file
 
@@ -149,15 +149,17 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt):] = torch.tensor(prompt)
         mask[row, width - len(prompt):] = 1
-    generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def draw(_, logits):
-        p, order = nucleus(logits / temperature, top_p)  # (B, K), (B, K)
+        p, order = (t.cpu() for t in nucleus(logits / temperature, top_p))  # (B, K), (B, K)
         if p.isnan().any():
             raise InputError("the language model computes NaN; its weights are damaged, or need "
                              "another --dtype")
-        drawn = torch.stack([row.multinomial(1, generator=generator) for row, generator in zip(p, generators)])  # (B, 1)
-        return torch.full_like(logits, -math.inf).scatter_(1, order.gather(1, drawn), 0)
+        # One random number a token, however many K its neighbours need: multinomial() takes K.
+        drawn = torch.stack([invert(row[None], generator) for row, generator in zip(p, generators)])
+        drawn = order.gather(1, drawn).to(logits.device)  # (B, 1)
+        return torch.full_like(logits, -math.inf).scatter_(1, drawn, 0)
 
     found = model.generate(ids, attention_mask=mask, logits_processor=[draw], do_sample=False, max_new_tokens=n)
     rows = found[:, width:].tolist()

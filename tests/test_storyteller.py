@@ -215,6 +215,31 @@ def test_weights_that_give_nan_are_named(llama, tmp_path):
         storyteller.sample(model, [[1, 2]], [0], 3)
 
 
+# ------------------------------------------------------------------------------------------------- sampling
+
+def test_a_neighbour_that_needs_a_wider_nucleus_changes_nothing(monkeypatch):
+    """The nucleus of some rows is among the 256 most probable tokens, of others it is not, and then all rows have all tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=3000, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                         max_position_embeddings=64, initializer_range=0.5, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    widths, nucleus = [], storyteller.nucleus
+
+    def recorded(*arguments):
+        p, order = nucleus(*arguments)
+        widths.append(p.shape[1])
+        return p, order
+    monkeypatch.setattr(storyteller, "nucleus", recorded)
+    prompts = torch.randint(3000, (8, 5)).tolist()
+    together = storyteller.sample(model, prompts, range(8), 30, 1.0, 0.9)
+    shared = list(widths)
+    for row, prompt in enumerate(prompts):
+        widths.clear()
+        assert storyteller.sample(model, [prompt], [row], 30, 1.0, 0.9) == [together[row]]
+        assert set(widths) == {256, 3000} and sum(widths) < sum(shared)  # else this would show nothing
+
+
 # ---------------------------------------------------------------------------------------------------- chat
 
 @pytest.fixture
