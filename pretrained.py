@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,10 +41,15 @@ KNOWN = (*CLIP_NAMES, *CLIP_NAMES.values(), "google/siglip-base-patch16-224", "g
          "EleutherAI/gpt-neo-2.7B", "EleutherAI/gpt-j-6b", "HuggingFaceTB/SmolLM2-135M-Instruct")
 WEIGHTS = (r"model\.safetensors", r"model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
            r"pytorch_model\.bin", r"pytorch_model(-\d+-of-\d+\.bin|\.bin\.index\.json)")  # best first
+SHARD = r"(?:pytorch_)?model-\d+-of-(\d+)\.(?:safetensors|bin)"
 TOKENIZER = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
              "spiece.model"}  # SigLIP reads spiece.model beside tokenizer.json, the others need one of:
 VOCABULARY = {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"}
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}, {"tokenizer.model"},
+                {"vocab.txt"})
+PROCESSOR = {"preprocessor_config.json", "processor_config.json"}
 PATIENCE = 30  # seconds without an answer
+unlisted = {}  # {(cache, name): folder} that another program filled: the hub need not be asked for each part
 
 
 def needed(names, parts, model):
@@ -61,7 +67,7 @@ def needed(names, parts, model):
     if "tokenizer" in parts:
         wanted |= TOKENIZER | ({"tokenizer.json"} if "tokenizer.json" in names else VOCABULARY)
     if "processor" in parts:
-        wanted |= {"preprocessor_config.json", "processor_config.json"}
+        wanted |= PROCESSOR
     return sorted(wanted & names)
 
 
@@ -83,14 +89,32 @@ def fetch(name, what, parts):
                          f"as owner/model{near(name)}") from error
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         pass  # never fetched, not whole, or by a program that kept no list
+    key = constants.HF_HUB_CACHE, name
+    if key in unlisted and whole(unlisted[key], parts):
+        return unlisted[key]
     try:
         return download(name, what, parts)
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        with suppress(OSError, InputError):  # what another program fetched may be whole
+        with suppress(OSError):
             folder = snapshot_download(name, local_files_only=True)
-            if needed(os.listdir(folder), parts, f"{what} {name}"):
+            if whole(folder, parts):
+                unlisted[key] = folder
                 return folder
         raise InputError(f"the {what} {name} {reason(error, name)}") from error
+
+
+def whole(folder, parts):
+    """Whether a folder without a list, as other programs fill it, holds what each of the parts needs."""
+    files = set(os.listdir(folder))
+    shards = Counter(match[1] for match in map(re.compile(SHARD).fullmatch, files) if match)
+    there = {
+        "config": "config.json" in files,
+        "weights": bool(files & {"model.safetensors", "pytorch_model.bin"})
+        or any(count == int(total) for total, count in shards.items()),
+        "tokenizer": any(vocabulary <= files for vocabulary in VOCABULARIES),
+        "processor": bool(files & PROCESSOR),
+    }
+    return there["config"] and all(there[part] for part in parts)
 
 
 def download(name, what, parts):
@@ -119,13 +143,14 @@ def download(name, what, parts):
 
 def limit_waits():
     """Gives every request to the hub a time limit: huggingface_hub lists a repository's files without one."""
-    def limit(request):
-        waits = request.extensions["timeout"]
-        waits.update({kind: PATIENCE for kind, seconds in waits.items() if seconds is None})
-
     hooks = get_session().event_hooks["request"]
-    if not any(hook.__name__ == "limit" for hook in hooks):
-        hooks.append(limit)
+    if limit_wait not in hooks:
+        hooks.append(limit_wait)
+
+
+def limit_wait(request):
+    waits = request.extensions["timeout"]
+    waits.update({kind: PATIENCE for kind, seconds in waits.items() if seconds is None})
 
 
 def readable(size):

@@ -88,8 +88,10 @@ def encode(name, prompts, chat=False):
     No weights are read yet. Raises InputError: the model is missing or of another kind, or a prompt leaves no room.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
-    from model import load, load_tokenizer
+    from model import fetch, load, load_tokenizer
     gguf, what = is_gguf(name), "language model"
+    if not gguf:
+        fetch(name, what, ("tokenizer",))  # with the config, but before gigabytes of weights
     config = load_gguf(AutoConfig, name) if gguf else load(AutoConfig, name, what)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise InputError(f"{name} is a {config.model_type}, which cannot go on from a text as a causal language model does")

@@ -214,16 +214,48 @@ def test_a_file_that_is_lost_is_fetched_again_alone(hub, lost):
     assert hub.fetched(B32) == {lost: 1}
 
 
-@pytest.mark.parametrize("there", range(len(NEEDED[B32]) + 1))
-def test_what_another_program_left_is_completed(hub, there, monkeypatch):
-    """transformers fetches one file after the other, and keeps no list of them."""
-    order = ["config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-             "preprocessor_config.json"]
-    for file in order[:there]:
+# As transformers fetches them: one after the other, and it keeps no list of them.
+ORDER = ["config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+         "preprocessor_config.json"]
+
+
+@pytest.mark.parametrize("there", range(len(ORDER) + 1))
+def test_what_another_program_left_is_completed(hub, there):
+    for file in ORDER[:there]:
         huggingface_hub.hf_hub_download(B32, file)
     hub.requests.clear()
     assert content(fetch(B32, "CLIP model", ALL)) == wanted(hub, B32)
-    assert hub.fetched(B32) == dict.fromkeys(order[there:], 1)
+    assert hub.fetched(B32) == dict.fromkeys(ORDER[there:], 1)
+
+
+@pytest.mark.parametrize("there", range(len(ORDER)))
+def test_what_another_program_left_half_filled_is_not_loaded_without_a_network(hub, there):
+    """Else it would be the tokenizer that is said to be missing, and not the network."""
+    for file in ORDER[:there]:
+        huggingface_hub.hf_hub_download(B32, file)
+    hub.status = 503
+    assert "does not work at present" in refusal()
+
+
+def test_half_of_the_shards_are_not_whole(tmp_path):
+    for file in ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / file).touch()
+    assert not pretrained.whole(tmp_path, ("weights",))
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
+    assert pretrained.whole(tmp_path, ("weights",)) and not pretrained.whole(tmp_path, ("weights", "tokenizer"))
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert not pretrained.whole(tmp_path, ("weights",))  # an index alone
+
+
+def test_a_hub_that_is_away_is_asked_once_for_what_another_program_left(hub):
+    """Each question can wait half a minute for an answer."""
+    for file in ORDER:
+        huggingface_hub.hf_hub_download(B32, file)
+    hub.requests.clear()
+    hub.status = 503
+    assert Clip(B32).encode_texts(["a dog"]).shape == (1, 128)
+    assert len(hub.requests) == 1
 
 
 def test_what_another_program_left_whole_needs_no_network(hub, monkeypatch):
