@@ -52,13 +52,15 @@ def shown(text):
 def say(text):
     """Prints a line, whatever standard output is, since no print may cost a result: an encoding
     that lacks a character gets its escape, and a pipe that nobody reads any more, or a full disk,
-    nothing from then on."""
+    nothing from then on. Returns the error that kept it from being printed, else None."""
     try:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         with suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python would try again as it ends
+        return error
+    return None
 
 
 def run(main, alone=False):

@@ -8,12 +8,12 @@ With --savedir a stopped run goes on where it was when the same command is given
 """
 
 from processes import InputError, first, gather, held, process, run, shown  # first, see there
+from processes import say as say_line
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections import Counter, deque
 from itertools import groupby
@@ -117,17 +117,13 @@ def fill(template, caption):
 def say(text, must=False):
     """Prints a text as one line at once, what the terminal cannot show as escapes. Where it cannot be
     printed, as nobody reads any more, nothing happens, or if it must be, InputError is raised."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     line = " ".join(map(shown, text.split()))  # word by word, as shown() cuts off what is long
-    try:
-        with tqdm.external_write_mode():
-            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError as error:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), sys.stdout.fileno())  # else Python tries again at its end
-        if must:
-            raise InputError(f"stories cannot be printed any more ({error.strerror}); --savedir writes "
-                             f"them to files") from error
+    with tqdm.external_write_mode():
+        error = say_line(line)
+    if error and must:
+        reason = getattr(error, "strerror", None) or error  # a closed stream raises ValueError
+        raise InputError(f"stories cannot be printed any more ({reason}); --savedir writes them to "
+                         f"files") from error
 
 
 def write(model, tokenizer, batch, tokens, prompts, args):
