@@ -1,96 +1,236 @@
-"""The notebook runs from top to bottom on the snowglobe, and its new word changes the caption."""
+"""The notebook runs from top to bottom on the snowglobe, on a person's own files and on the
+original's, and its new word changes the table."""
 
 import os
+import re
 import shutil
 import subprocess
-from pathlib import Path
+import sys
+from unittest import mock
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
-
-from conftest import BART, ROOT
+import torch
+from conftest import BART, CLIP, ROOT
 from hub import Hub, repositories
 from hub import serving as serving_hub
-from model import Captioner, load_checkpoint
+from nbclient import NotebookClient
 from published import NAMES, lightning_file, serving
 
+import cache as cache_module
+import model
+from cache import read_cache, search
+from model import Captioner, Clip, checkpoint_settings, load_checkpoint
+from snowglobe.scenes import draw_scene, split_scene
+
 NOTEBOOK = ROOT / "notebooks" / "antarctic_captions.ipynb"
+OWN = "cache.txt", "cache.npy", "cache.npy.json", "checkpoints/best.safetensors"
+PIP = """import os, sys
+with open(os.environ["PIP_CALLS"], "a") as file:
+    print(*sys.argv[1:], file=file)
+"""
 
 
 def printed(cell):
-    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+    """What a cell wrote to standard output."""
+    streams = (output for output in cell.outputs if output.get("name") == "stdout")
+    return "".join(output.text for output in streams)
 
 
-def test_the_notebook_runs_whole_and_names_the_new_thing(tmp_path, monkeypatch):
-    monkeypatch.setenv("DEMO", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def execute(folder, cells=None, **changes):
+    """Runs the notebook, or so many of its code cells, in a kernel that is started in the folder.
+    Returns the code cells.
+
+    changes: {name: text}, lines NAME = ... as a person edits them.
+    """
     notebook = nbformat.read(NOTEBOOK, 4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for name, text in changes.items():
+        cell = cell_of(code_of(notebook), f"{name} = ")
+        cell.source, edited = re.subn(f"(?m)^{name} = .*", f"{name} = {text}", cell.source)
+        assert edited == 1
+    if cells:
+        notebook.cells = code_of(notebook)[:cells]
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, resources=resources).execute()
+    return code_of(notebook)
+
+
+def files_of(folder):
+    """{path: bytes} of what is in the folder, but for what Python and the notebook may write."""
+    names = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {name.as_posix(): path.read_bytes() for name, path in names.items()
+            if name.parts[0] != "demo" and "__pycache__" not in name.parts}
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A fresh copy of the repository. The kernels get an empty folder of models, and a pip that
+    only notes in tmp_path/pip what it is asked."""
+    copy = tmp_path / "clone"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("needs a git clone")
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "pip.py").write_text(PIP)
+    for name in list(os.environ):
+        kept = name == "HF_HUB_OFFLINE" or not name.startswith("HF_")
+        if name == "DEMO" or not kept or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, path in {"IPYTHONDIR": "ipython", "PYTHONPATH": "modules", "PIP_CALLS": "pip",
+                       "HF_HOME": "home"}.items():
+        monkeypatch.setenv(name, str(tmp_path / path))
+    yield copy
+    assert not list(ROOT.glob("notebooks/demo")) and not list(copy.glob("notebooks/demo"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The default models, by their names, from a hub on 127.0.0.1."""
+    with serving_hub(Hub(repositories())) as hub:
+        hub.hang = {"other"}
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        yield hub
+
+
+def cell_of(code, text):
+    cell, = (cell for cell in code if text in cell.source)
+    return cell
+
+
+def before_and_after(code):
+    """The tables without and with the new word."""
+    scored = printed(cell_of(code, "def table_of")).splitlines()
+    joined = printed(cell_of(code, 'work / "mine.npy"]')).splitlines()[0]
+    return [line.split("  ", 1)[1] for line in scored], joined.removesuffix(" | ").split(" | ")
+
+
+def table_of_the_drawing(textfiles, embfiles, topk):
+    """The table by the library, of the picture that the notebook draws for an empty PATH."""
+    clip = Clip(CLIP)  # the hub's ViT-B/16 has the same weights
+    entries, embeddings = read_cache(textfiles, embfiles, "openai/clip-vit-base-patch16")
+    features = clip.encode_images([draw_scene(split_scene("out", 0, 4)[0], 480)])
+    return [entries[i] for i in search(features, embeddings, topk)[1][0].tolist()]
+
+
+def check_real(clone, code, textfile, embfile, checkpoint):
+    """That the notebook captioned by these files and the hub's models, then with mine.txt, too."""
+    said = printed(cell_of(code, "load_checkpoint(checkpoint"))
+    entries = len((clone / textfile).read_text().splitlines())
+    files = f"{textfile} with {entries:,} entries, {checkpoint}, facebook/bart-large on "
+    assert said.startswith(files)
+    textfiles, embfiles, mine = [clone / textfile], [clone / embfile], clone / "demo/notebook/mine"
+    topk = checkpoint_settings(clone / checkpoint)["topk"]
+    first, second = before_and_after(code)
+    assert first == table_of_the_drawing(textfiles, embfiles, topk) and "penguin" not in first
+    textfiles.append(mine.with_suffix(".txt"))
+    embfiles.append(mine.with_suffix(".npy"))
+    assert second == table_of_the_drawing(textfiles, embfiles, topk) and "penguin" in second
+    assert textfiles[1].read_text() == "penguin\npenguins\n"
+    assert len(printed(cell_of(code, "def candidates_of")).splitlines()) == 6
+    assert printed(code[-1]).count("Once upon a time there w") == 2
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+
+
+# ------------------------------------------------------------------------------- the three branches
+
+def test_the_notebook_runs_whole_and_names_the_new_thing(clone, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEMO", str(tmp_path / "demo"))
+    there = files_of(clone)
+    code = execute(clone / "notebooks")
     before, after = (printed(cell) for cell in code if "candidates_of(features)[:6]" in cell.source)
     assert "penguin |" not in before and "penguin" in after.split("|")[0] + after.split("|")[1]
     assert "penguin" in after.splitlines()[1]  # the best candidate
-    assert "Once upon a time there w" in printed(code[-1])
-    assert not os.path.exists(ROOT / "notebooks" / "demo")
+    assert "Once upon a time there was" in printed(code[-1])
+    assert files_of(clone) == there and not (clone / "demo").exists()
+    assert not (tmp_path / "pip").exists()  # a clone has what it needs
 
 
-def real_models(tmp_path, original):
-    """The notebook's text for the real models, in a copy of the repository's files."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in listed:
-        if Path(name).parts[0] not in ("tests", "benchmarks", "docs"):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / name)
-    notebook = nbformat.read(tmp_path / "notebooks" / NOTEBOOK.name, 4)
-    for cell in notebook.cells:
-        cell.source = cell.source.replace("ORIGINAL = False", f"ORIGINAL = {original}")
-    return notebook
+def test_it_captions_by_a_persons_own_files_and_leaves_them_alone(clone, hub, world, tmp_path):
+    for command in (["compute_cache.py"], ["trainer.py", "--epochs", "1", "--topk", "16"]):
+        run = subprocess.run([sys.executable, *command, "--datadir", world], cwd=clone,
+                             capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    there = files_of(clone)
+    assert there.keys() >= set(OWN)
+    code = execute(clone / "notebooks")
+    check_real(clone, code, "cache.txt", "cache.npy", "checkpoints/best.safetensors")
+    assert files_of(clone) == there
+    for name in ("openai/clip-vit-base-patch16", "facebook/bart-large", "EleutherAI/gpt-neo-1.3B"):
+        assert set(hub.fetched(name).values()) == {1}
+    assert not [request for request in hub.requests if request[1] == "other"]
+    assert not (tmp_path / "pip").exists()
 
 
-@pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(), reason="lists the repository's files by git")
-@pytest.mark.parametrize("original", [True, False])
-def test_the_notebook_runs_with_the_models_of_the_hub(script, cache, checkpoint, tmp_path, monkeypatch, original):
-    """With the published files, or with those of the user, which stay as they are."""
-    files = {"cache.txt": cache.textfile.read_bytes(), "cache.npy": cache.embfile.read_bytes()}
+@pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))), reason="needs curl")
+def test_it_downloads_the_originals_files_and_captions_by_them(
+        clone, hub, cache, checkpoint, tmp_path, monkeypatch):
     captioner = Captioner(BART)
     load_checkpoint(checkpoint, captioner)
-    lightning_file(tmp_path / "a.ckpt", captioner, hyper_parameters={"topk": 24, "maxlen_enc": 128, "maxlen_dec": 32})
-    files["checkpoint.ckpt"] = (tmp_path / "a.ckpt").read_bytes()
-    folder = tmp_path / "repository"
-    notebook = real_models(folder, original)
-    if not original:
-        (folder / "checkpoints").mkdir()
-        for name, path in (("cache.txt", "cache.txt"), ("cache.npy", "cache.npy"), ("checkpoint.ckpt", "checkpoints/best.safetensors")):
-            (folder / path).write_bytes(files[name])
-    with serving({f"/a/{NAMES[name]}": data for name, data in files.items()}) as server, serving_hub(Hub(repositories())) as hub:
-        for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "home", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
-                            "IPYTHONDIR": tmp_path / "ipython", "DEMO": tmp_path / "demo", "CACHE_URL": f"{server.address}/a"}.items():
-            monkeypatch.setenv(name, str(value))
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder / "notebooks")}}).execute()
-        assert hub.fetched("facebook/bart-large") and not [request for request in hub.requests if request[1] == "other"]
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    before, after = (printed(cell) for cell in code if "candidates_of(features)[:6]" in cell.source)
-    assert len(before.splitlines()) == 6 and len(after.splitlines()) == 7
-    assert "Once upon a time there" in printed(code[-1])
-    place = folder / "original" if original else folder
-    assert (place / "cache.txt").read_bytes() == files["cache.txt"] and (place / "cache.npy").read_bytes() == files["cache.npy"]
+    settings = {"topk": 24, "maxlen_enc": 128, "maxlen_dec": 32, "clip_model": "ViT-B/16"}
+    ckpt = tmp_path / "checkpoint.ckpt"
+    lightning_file(ckpt, captioner, hyper_parameters=settings)
+    published = {"cache.txt": cache.textfile, "cache.npy": cache.embfile, "checkpoint.ckpt": ckpt}
+    files = {f"/a/{NAMES[name]}": path.read_bytes() for name, path in published.items()}
+    (clone / "checkpoints").mkdir()
+    for name in OWN:  # which ORIGINAL passes over
+        (clone / name).write_text(f"my own {name}")
+    there = files_of(clone)
+    with serving(files) as server:
+        monkeypatch.setenv("CACHE_URL", f"{server.address}/a")
+        code = execute(clone / "notebooks", ORIGINAL="True")
+    check_real(clone, code, "original/cache.txt", "original/cache.npy", "original/checkpoint.ckpt")
+    for name, path in published.items():
+        assert (clone / "original" / name).read_bytes() == path.read_bytes()
+    new = {f"original/{name}" for name in (*published, "SOURCE.txt")}
+    assert {name: data for name, data in files_of(clone).items() if name not in new} == there
+    assert not (tmp_path / "pip").exists()
 
 
-def test_on_colab_torch_stays_and_all_else_is_installed(tmp_path, monkeypatch):
-    [source] = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if "REPOSITORY" in cell.source and cell.cell_type == "code"]
-    [line] = [line.strip() for line in source.splitlines() if line.strip().startswith("wanted =")]
-    monkeypatch.chdir(ROOT)
-    names = {}
-    exec(line, names)
-    packages = {entry.split("==")[0] for entry in names["wanted"]}
-    assert not packages & {"torch", "torchvision", "pytest"} and {"transformers", "safetensors", "pillow"} <= packages
-    assert "uninstall" not in source
+def test_both_models_run_on_the_device_that_is_chosen(monkeypatch):
+    gpu = torch.device("meta")  # stands for one
+    monkeypatch.setattr("utils.choose_device", {"auto": gpu}.get)
+    for name in ("model.checkpoint_settings", "model.Clip", "model.Captioner",
+                 "model.load_checkpoint", "cache.read_cache"):
+        monkeypatch.setattr(name, mock.MagicMock())
+    cache_module.read_cache.return_value = [], []
+    cell = cell_of(code_of(nbformat.read(NOTEBOOK, 4)), "load_checkpoint(checkpoint")
+    exec(cell.source, dict.fromkeys(("textfile", "embfile", "checkpoint", "CLIP_MODEL", "LM")))
+    assert model.Clip.call_args.args[1] is model.Captioner.call_args.args[1] is gpu
 
+
+# ----------------------------------------------------------------------------------------- on Colab
+
+def test_without_a_clone_it_makes_one_and_leaves_torch_alone(clone, tmp_path):
+    author = "-c", "user.name=a", "-c", "user.email=a@b"
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "all"]):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    (tmp_path / "content").mkdir()
+    for _ in range(2):  # the second time as after a restart of the session
+        execute(tmp_path / "content", cells=1, REPOSITORY=repr(str(clone)))
+    made = tmp_path / "content" / "antarctic-captions"
+    assert (made / "requirements.txt").read_bytes() == (clone / "requirements.txt").read_bytes()
+    assert (tmp_path / "pip").read_text() == "install -q -r colab.txt\n" * 2  # no uninstall
+    pinned, kept = ((made / name).read_text().splitlines()
+                    for name in ("requirements.txt", "colab.txt"))
+    names = {line.partition("==")[0] for line in kept}
+    for_tests = {"pytest", "hypothesis", "nbclient", "ipykernel"}
+    assert not names & {"torch", "torchvision", "torchaudio", *for_tests}
+    assert names >= {"transformers", "safetensors", "numpy", "nltk"} and set(kept) < set(pinned)
+
+
+# ------------------------------------------------------------------------------- as it is committed
 
 def test_the_notebook_is_committed_with_its_outputs():
-    code = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+    code = code_of(nbformat.read(NOTEBOOK, 4))
     assert all(cell.execution_count for cell in code)
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
