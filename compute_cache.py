@@ -9,8 +9,6 @@ The last one builds an approximate index over a cache of millions that exists; b
 --index builds it afterwards.
 """
 
-from processes import InputError, first, gather, held, process, run  # first, see there
-
 import argparse
 import glob
 import hashlib
@@ -25,12 +23,22 @@ import torch
 from nltk import wordpunct_tokenize
 from tqdm import tqdm
 
-from cache import cache_description, existing_caches, read_one_cache, write_cache
-from index import build_index, library
-from utils import (
-    ORIGINAL_CACHE, OWN_CACHE, append, choose_device, existing_file, finish_cache, locked,
-    output_folder, read_coco, read_lines, writing,
+from antarctic.cache import cache_description, existing_caches, read_one_cache, write_cache
+from antarctic.datasets import read_coco
+from antarctic.distributed import gather_lists, on_rank0, rank_and_world
+from antarctic.errors import InputError
+from antarctic.files import (
+    append,
+    existing_file,
+    finish_cache,
+    locked,
+    output_folder,
+    read_lines,
+    writing,
 )
+from antarctic.index import build_index, load_faiss
+from antarctic.runtime import cleanup, run
+from utils import ORIGINAL_CACHE, OWN_CACHE, choose_device
 
 CHUNK = 2048  # entries encoded between two writes
 
@@ -115,7 +123,7 @@ def mine(captions, topk, min_count):
     https://aclanthology.org/J90-1003). Ties are broken by the text, so the same captions give the same entries.
     """
     unigrams, bigrams = Counter(), Counter()
-    for caption in tqdm(captions, "counting n-grams", unit="caption", disable=process()[0] > 0):
+    for caption in tqdm(captions, "counting n-grams", unit="caption", disable=rank_and_world()[0] > 0):
         tokens = words(caption)
         unigrams.update(tokens)
         bigrams.update(zip(tokens, tokens[1:]))
@@ -129,7 +137,7 @@ def mine(captions, topk, min_count):
 def encode_entries(clip, texts, batch_size, part):
     """Writes CLIP's vectors of the texts to the file part, float32 rows, CHUNK a process at a time. A run that was killed goes on
     at the end of the file."""
-    rank, world = process()
+    rank, world = rank_and_world()
 
     def begun():
         with writing(part), open(part, "ab") as file:
@@ -137,11 +145,11 @@ def encode_entries(clip, texts, batch_size, part):
             file.truncate(done * clip.dim * 4)
         return done
 
-    done = first(begun)
+    done = on_rank0(begun)
     with tqdm(total=len(texts), initial=done, desc="encoding entries", unit="entry", disable=rank > 0) as bar:
         for start in range(done, len(texts), CHUNK * world):
             some = texts[start + rank * CHUNK:start + (rank + 1) * CHUNK]
-            rows = gather([clip.encode_texts(some, batch_size).numpy()])  # of (CHUNK, dim), the last ones of fewer
+            rows = gather_lists([clip.encode_texts(some, batch_size).numpy()])  # of (CHUNK, dim), the last ones of fewer
             if rank == 0:
                 append(part, b"".join(r.tobytes() for r in rows))
             bar.update(sum(map(len, rows)))
@@ -195,21 +203,21 @@ def main():
     if len({Path(path).resolve() for path in outputs}) < len(outputs):
         raise InputError(f"--textfile, --embfile and --index must be files of their own, not {', '.join(outputs)}")
     if args.index:
-        library()  # or it would be missed after hours of encoding
+        load_faiss()  # or it would be missed after hours of encoding
         if args.queries:
             existing_file(args.queries, "file of image features")
     embfile = Path(args.embfile)
-    held.enter_context(locked(embfile.with_name(f".{embfile.name}.lock")))
+    cleanup.enter_context(locked(embfile.with_name(f".{embfile.name}.lock")))
     device = choose_device(args.device)
     make_cache(args, device)
-    if args.index and process()[0] == 0:
+    if args.index and rank_and_world()[0] == 0:
         build_index(args.index, *existing_caches([args.textfile], [args.embfile])[0], args.queries)
 
 
 def make_cache(args, device):
     """Makes a new cache, or changes the one that is there; where only its index is asked for, nothing."""
     if args.add or args.add_from or args.remove:
-        return change_cache(args, device) if process()[0] == 0 else None  # a few entries: nothing to share
+        return change_cache(args, device) if rank_and_world()[0] == 0 else None  # a few entries: nothing to share
     if not (args.datadir or args.corpus or args.entries):
         return
 
@@ -224,7 +232,7 @@ def make_cache(args, device):
         lines, source = [c for picture in pictures for c in picture.captions], f"{args.split} of {args.datadir}"
     if not lines:
         raise InputError(f"there is no text in {source}, so there is nothing to make a cache of")
-    from model import Clip  # torch and transformers take seconds: not for --help or a wrong path
+    from model import Clip
     clip = Clip(args.clip_model, device, torch.bfloat16 if args.bf16 else torch.float32)
     if args.entries:
         entries = list(dict.fromkeys(lines))
@@ -240,7 +248,7 @@ def make_cache(args, device):
     key = hashlib.sha256(json.dumps([clip.identity, entries, prefix, args.batch_size, args.bf16]).encode()).hexdigest()[:16]
     part = embfile.with_name(f".{embfile.name}.{key}.part")
     encode_entries(clip, [prefix + entry for entry in entries], args.batch_size, part)
-    if process()[0] > 0:
+    if rank_and_world()[0] > 0:
         return
     embeddings = np.memmap(part, np.float32, "r", shape=(len(entries), clip.dim))
     write_cache(args.textfile, args.embfile, entries, embeddings, clip.identity, prefix, args.dtype)

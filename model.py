@@ -1,26 +1,26 @@
 """The models: CLIP (images and texts to unit vectors) and the captioner (table to caption), and the captioner's checkpoints."""
 
 import contextlib
-import hashlib
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import (
-    AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, CLIPConfig, CLIPModel,
-    DynamicCache, EncoderDecoderCache,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    CLIPConfig,
+    CLIPModel,
+    DynamicCache,
+    EncoderDecoderCache,
 )
 from transformers.utils import logging
 
-from foreign import ResNetClip, is_resnet, is_torch_zip, lightning_settings, lightning_tensors, read_openai_clip
-from generation import branched, draw
-from images import OpenAIPreprocessor, openai_preprocessor
-from pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
-from processes import InputError
-from utils import atomic
+from antarctic.decoding import draw, fork_cache
+from antarctic.errors import InputError
+from antarctic.openai_clip import ResNetClip, is_resnet, read_openai_clip
+from antarctic.preprocessing import OpenAIPreprocessor, openai_preprocessor
+from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -119,10 +119,6 @@ def unit(output):
 
 # ---------------------------------------------------------------------------------------------- captioner
 
-def is_layernorm(name):
-    """Whether a parameter is trained: the layernorms of BART's encoder, and the decoder's that follow its attention to
-    the encoder (`encoder_attn_layer_norm`). 73,728 numbers of bart-large."""
-    return "layer_norm" in name and "encoder" in name
 
 
 class Captioner:
@@ -268,7 +264,7 @@ class Captioner:
                 rows, length = tokens.shape
                 if rows > chunk:
                     for part in torch.arange(rows, device=self.device).tensor_split(2):
-                        waiting.append((tokens[part], total[part], counts[part], branched(cache, part)))
+                        waiting.append((tokens[part], total[part], counts[part], fork_cache(cache, part)))
                     continue
                 log_p = self.next_logits(tokens, encoded.expand(rows, -1, -1), cache).log_softmax(-1)  # (R, vocabulary)
                 if length >= self.maxlen_dec - 1:
@@ -280,7 +276,7 @@ class Captioner:
                 found += zip(self.decode(tokens[ended]), (total[ended] / length).tolist(), counts[ended].tolist())
                 if not ended.all():
                     tokens, total, counts, parent = tokens[~ended], total[~ended], counts[~ended], parent[~ended]
-                    waiting.append((tokens, total, counts, branched(cache, parent)))
+                    waiting.append((tokens, total, counts, fork_cache(cache, parent)))
         return found
 
     def decode(self, sequences):
@@ -301,58 +297,9 @@ def rescore(clip, features, candidates):
 
 # --------------------------------------------------------------------------------------------- checkpoint
 
-def save_checkpoint(path, trained, settings):
-    """Writes the trained tensors alone. trained: {name: parameter}. settings: a JSON-able dict, kept as metadata."""
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
-    with atomic(path, "wb") as file:
-        file.write(save(tensors, {"antarctic_captions": json.dumps(settings)}))
 
 
-def checkpoint_settings(path):
-    """The settings that a checkpoint of ours, or of the original's, was trained with. Raises InputError where it is neither."""
-    try:
-        if is_torch_zip(path):
-            return lightning_settings(path)
-        with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {})["antarctic_captions"])
-        if not all(type(settings[name]) is int and 0 < settings[name] < 1 << 16 for name in ("topk", "maxlen_enc", "maxlen_dec")):
-            raise ValueError("the settings are no sizes of tables and texts")
-        return settings | {"lm": settings["lm"] + ""}
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
 
 
-def trained_sha256(path, captioner):
-    """A digest of what load_checkpoint has put into the captioner from this file. Files with equal
-    tensors have the same, ours and the original's, which is too large to read it all."""
-    parameters, digest = dict(captioner.model.named_parameters()), hashlib.sha256()
-    if is_torch_zip(path):
-        names = filter(is_layernorm, parameters)
-    else:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-    for name in sorted(names):
-        digest.update(f"{name} {list(parameters[name].shape)}\n".encode())
-        digest.update(parameters[name].detach().cpu().numpy())
-    return digest.hexdigest()
 
 
-def load_checkpoint(path, captioner):
-    """Puts a checkpoint's tensors into the captioner. Returns its settings. Raises InputError where it is of another language model."""
-    settings = checkpoint_settings(path)
-    if settings["lm"] not in (captioner.identity, None):
-        raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, not to {captioner.identity}")
-    parameters = dict(captioner.model.named_parameters())
-    if settings["lm"] is None:  # the original's, which holds all weights
-        tensors = lightning_tensors(path, [name for name in parameters if is_layernorm(name)])
-    else:
-        tensors = load_file(path)
-    for name in sorted(tensors.keys() | filter(is_layernorm, parameters)):
-        if name not in tensors or name not in parameters or parameters[name].shape != tensors[name].shape:
-            raise InputError(f"the checkpoint {path} does not fit the language model {captioner.identity} (at {name})")
-        if not tensors[name].float().isfinite().all():
-            raise InputError(f"the checkpoint {path} holds values that are not finite (in {name})")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
-    return settings

@@ -10,8 +10,6 @@ checkpoints/best.safetensors, or what ./download.sh --original puts into origina
 stopped goes on where it was when the same command is given again.
 """
 
-from processes import InputError, first, gather, held, process, run, say, shown  # first, see there
-
 import argparse
 import csv
 import hashlib
@@ -27,14 +25,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache import existing_caches, read_cache, search
-from gallery import write_gallery
-from index import index_description, open_index
-from utils import (
-    TEXT, append, atomic, choose_device, choose_dtype, existing_file, file_sha256, find_inputs,
-    linearize, list_images, locked, output_folder, read_coco, read_lines, report_bad_images,
-    seed_of, write_json, write_lines, writing,
+from antarctic.cache import existing_caches, read_cache, search
+from antarctic.datasets import list_images, read_coco
+from antarctic.distributed import gather_lists, on_rank0, rank_and_world
+from antarctic.errors import InputError, escape_control, print_safely
+from antarctic.files import (
+    TEXT,
+    append,
+    atomic,
+    existing_file,
+    file_sha256,
+    locked,
+    output_folder,
+    read_lines,
+    write_json,
+    write_lines,
+    writing,
 )
+from antarctic.gallery import write_gallery
+from antarctic.images import report_bad_images
+from antarctic.index import index_description, open_index
+from antarctic.runtime import cleanup, run
+from utils import choose_device, choose_dtype, find_inputs, linearize, seed_of
 
 SHOWN = 20  # captions on the screen
 
@@ -251,12 +263,12 @@ def report(records, empty, bad, seconds, args):
               file=sys.stderr)
     if args.images:
         for record in records[:SHOWN]:
-            say(f"{shown(record['file'])}: {shown(record['caption'])}")
+            print_safely(f"{escape_control(record['file'])}: {escape_control(record['caption'])}")
         if len(records) > SHOWN:
-            path = shown(Path(args.savedir) / "preds.txt")
-            say(f"... and {len(records) - SHOWN:,} more in {path}")
-    say(f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
-        f"captions.json, details.jsonl and {shown(Path(args.savedir) / 'gallery.html')}")
+            path = escape_control(Path(args.savedir) / "preds.txt")
+            print_safely(f"... and {len(records) - SHOWN:,} more in {path}")
+    print_safely(f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
+        f"captions.json, details.jsonl and {escape_control(Path(args.savedir) / 'gallery.html')}")
 
 
 def main():
@@ -268,11 +280,12 @@ def main():
         raise InputError(f"there is no word in {args.only if only == [] else args.ban}")
     banned = ban and whole_words(ban)
     savedir = output_folder(args.savedir)
-    held.enter_context(locked(savedir / ".lock"))
+    cleanup.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    from features import image_features
-    from model import Captioner, Clip, checkpoint_settings, load_checkpoint, rescore, trained_sha256
+    from antarctic.checkpoints import checkpoint_settings, load_checkpoint, trained_sha256
+    from antarctic.features import image_features
+    from model import Captioner, Clip, rescore
 
     # The models. The checkpoint knows the table and the lengths that it was trained with.
     settings = checkpoint_settings(args.ckpt) if args.ckpt else {"topk": 10, "maxlen_enc": 128, "maxlen_dec": 32}
@@ -285,9 +298,9 @@ def main():
     captioner = Captioner(args.lm, device, dtype, settings["maxlen_enc"], settings["maxlen_dec"])
     if args.ckpt:
         load_checkpoint(args.ckpt, captioner)
-    rank, world = process()
+    rank, world = rank_and_world()
     if rank == 0:
-        say(shown(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, "
+        print_safely(escape_control(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}, "
                   f"with {args.ckpt or 'no checkpoint: as pretrained'}"))
 
     if args.sidecar:  # those that a stopped run has written are its own
@@ -305,8 +318,8 @@ def main():
                hashlib.sha256(features.numpy().tobytes()).hexdigest(), banned and banned.pattern,
                str(dtype), args.num_beams, args.num_return_sequences, args.do_sample,
                args.temperature, args.top_p, args.seed, args.lm_weight, args.batch_size]
-    part = savedir / f"details-{first(lambda: hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16])}.jsonl.part"
-    done = first(lambda: kept_records(part, pictures, args.batch_size))
+    part = savedir / f"details-{on_rank0(lambda: hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16])}.jsonl.part"
+    done = on_rank0(lambda: kept_records(part, pictures, args.batch_size))
 
     # For each batch the tables (each image's nearest entries), the candidates, and CLIP's choice.
     start_time = time.perf_counter()
@@ -320,7 +333,7 @@ def main():
                 found = write_candidates(captioner, tables, [seed_of(args.seed, p.id) for p in pictures[batch]], banned, args)
                 matches = rescore(clip, features[batch], found)
                 records = [record_of(*each, args.lm_weight) for each in zip(pictures[batch], tables, scores.tolist(), found, matches)]
-            records = gather(records)
+            records = gather_lists(records)
             if rank == 0:
                 lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                 append(part, lines.encode(errors=TEXT["errors"]))

@@ -6,8 +6,6 @@
 A score that cannot be computed here is named with the reason, and the others still come.
 """
 
-from processes import InputError, run  # first, see there
-
 import argparse
 import json
 import subprocess
@@ -25,9 +23,12 @@ from pycocoevalcap.spice.spice import Spice
 from pycocoevalcap.tokenizer import ptbtokenizer
 from tqdm import tqdm
 
-from utils import (
-    Picture, choose_device, list_images, one_line, output_folder, read_annotations, read_text, report_bad_images, write_json,
-)
+from antarctic.datasets import Picture, list_images, read_annotations
+from antarctic.errors import InputError
+from antarctic.files import one_line, output_folder, read_text, write_json
+from antarctic.images import report_bad_images
+from antarctic.runtime import run
+from utils import choose_device
 
 PROMPT = "A photo depicts "  # before every text for CLIP, as CLIPScore's authors have it
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
@@ -205,7 +206,7 @@ def clip_scores(clip, captions, references, paths, folder, batch_size):
     captions: N texts; references: N lists of texts, or of none: then there is no RefCLIPScore; paths: N images, whose features
     are kept in folder. Returns ({metric: score}, n images that were read). Raises InputError where none can be read.
     """
-    from features import image_features
+    from antarctic.features import image_features
     from model import rescore
     features, pictures, bad = image_features(clip, [Picture(*row) for row in enumerate(paths)], folder, batch_size)  # (n, dim)
     report_bad_images(bad)
@@ -246,7 +247,7 @@ def main():
     scores = {}
 
     if paths:  # first, so that a wrong --clip_model is told at once
-        from model import Clip  # transformers takes seconds
+        from model import Clip
         clip = Clip(args.clip_model, choose_device(args.device))
         scores, read = clip_scores(clip, captions, references, paths, out.parent, args.batch_size)
         report |= {"clip_model": clip.identity, "clip_images": read}

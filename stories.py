@@ -7,9 +7,6 @@
 With --savedir a stopped run goes on where it was when the same command is given again.
 """
 
-from processes import InputError, first, gather, held, process, run, shown  # first, see there
-from processes import say as say_line
-
 import argparse
 import hashlib
 import json
@@ -22,12 +19,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from english import noun_phrase
-from storyteller import encode, end_tokens, load_lm, sample, tell
-from utils import (
-    append, atomic, choose_device, choose_dtype, locked, one_line, output_folder, read_text, seed_of,
-    write_lines, writing,
+from antarctic.causal_lm import encode, end_tokens, load_lm, sample, tell
+from antarctic.distributed import gather_lists, on_rank0, rank_and_world
+from antarctic.english import noun_phrase
+from antarctic.errors import InputError, escape_control, print_safely
+from antarctic.files import (
+    append,
+    atomic,
+    locked,
+    one_line,
+    output_folder,
+    read_text,
+    write_lines,
+    writing,
 )
+from antarctic.runtime import cleanup, run
+from utils import choose_device, choose_dtype, seed_of
 
 OPENING = "Once upon a time there {was} {caption}"
 REQUEST = f"Write a short story for children that begins with: {OPENING}"  # to an instruct model
@@ -114,12 +121,12 @@ def fill(template, caption):
     return prompt.encode("utf-8", "replace").decode()  # tokenizers refuse bytes of a command line that are no UTF-8
 
 
-def say(text, must=False):
+def print_line(text, must=False):
     """Prints a text as one line at once, what the terminal cannot show as escapes. Where it cannot be
     printed, as nobody reads any more, nothing happens, or if it must be, InputError is raised."""
-    line = " ".join(map(shown, text.split()))  # word by word, as shown() cuts off what is long
+    line = " ".join(map(escape_control, text.split()))  # word by word, as escape_control() cuts off what is long
     with tqdm.external_write_mode():
-        error = say_line(line)
+        error = print_safely(line)
     if error and must:
         reason = getattr(error, "strerror", None) or error  # a closed stream raises ValueError
         raise InputError(f"stories cannot be printed any more ({reason}); --savedir writes them to "
@@ -209,7 +216,7 @@ def main():
     captions = captions_of(args)
     savedir = output_folder(args.savedir) if args.savedir else None
     if savedir:
-        held.enter_context(locked(savedir / ".lock"))
+        cleanup.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     prompts = [fill(args.prompt, text) for _, text in captions]
@@ -218,16 +225,16 @@ def main():
     batches = batches_of(prompts, room, args)
 
     # What a stopped run of the same captions and settings has written is kept.
-    from model import identity
+    from antarctic.pretrained import identity
     written = []
     if savedir:
-        decides = [first(lambda: identity(args.lm)), tokens, batches, ends, args.chat, str(dtype),
+        decides = [on_rank0(lambda: identity(args.lm)), tokens, batches, ends, args.chat, str(dtype),
                    args.temperature, args.top_p]
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         part = savedir / f"stories-{digest}.jsonl.part"
-        written = first(lambda: kept_stories(part, batches))
+        written = on_rank0(lambda: kept_stories(part, batches))
     model = load_lm(args.lm, ends, device, dtype, config)
-    rank, world = process()
+    rank, world = rank_and_world()
     if rank == 0:
         print(f"{args.lm} on {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
@@ -238,16 +245,16 @@ def main():
     turns = range(len(written), len(batches), world)
     for start in tqdm(turns, "writing stories", unit="batch", disable=rank > 0):
         mine = batches[start + rank:start + rank + 1]
-        new = gather([write(model, tokenizer, batch, tokens, prompts, args) for batch in mine])
+        new = gather_lists([write(model, tokenizer, batch, tokens, prompts, args) for batch in mine])
         for pair in zip(keys[start:], new):
             stories.update(zip(*pair))
         if savedir and rank == 0:
             append(part, "".join(json.dumps(told) + "\n" for told in new).encode())
         while to_print and to_print[0] in stories:
-            say(stories[to_print.popleft()], must=True)
+            print_line(stories[to_print.popleft()], must=True)
     if savedir and rank == 0:
         write_results(savedir, captions, prompts, stories)
-        say(f"wrote {len(stories)} stories of {len(captions)} captions to {savedir / 'stories.txt'} "
+        print_line(f"wrote {len(stories)} stories of {len(captions)} captions to {savedir / 'stories.txt'} "
             f"and stories.jsonl")
 
 

@@ -16,7 +16,7 @@ if [ ! -d "$OPENAI_CLIP" ]; then
     fi
 fi
 
-# A small real language model, for tests/test_storyteller.py; without it that test is skipped.
+# A small real language model, for tests/test_causal_lm.py; without it that test is skipped.
 export SMOLLM2="$PWD/.venv/smollm2"
 if [ ! -d "$SMOLLM2" ]; then
     rm -rf "$SMOLLM2.new"

@@ -7,12 +7,9 @@
 A run that was stopped goes on where it was when the same command is given again: its state is saved every --save_seconds.
 """
 
-from processes import InputError, add_up, first, held, process, run  # first, see there
-
 import argparse
 import csv
 import hashlib
-import io
 import json
 import math
 import random
@@ -22,12 +19,15 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from cache import existing_caches, halved, read_cache, search
-from index import index_description, open_index
-from utils import (
-    atomic, choose_device, choose_dtype, find_inputs, linearize, locked, output_folder, read_coco,
-    report_bad_images,
-)
+from antarctic.cache import existing_caches, read_cache, search, to_bfloat16
+from antarctic.datasets import read_coco
+from antarctic.distributed import all_reduce_sum, rank_and_world
+from antarctic.errors import InputError
+from antarctic.files import atomic, locked, output_folder
+from antarctic.images import report_bad_images
+from antarctic.index import index_description, open_index
+from antarctic.runtime import cleanup, run
+from utils import choose_device, choose_dtype, find_inputs, linearize
 
 
 def parse():
@@ -98,7 +98,7 @@ def share_step(captioner, tables, captions, parameters):
     tables, captions: lists of token ids. Each process takes every world-th pair, and its share of the tokens weighs its loss, so
     that the sum is the loss of the whole batch.
     """
-    rank, world = process()
+    rank, world = rank_and_world()
     mine, total = slice(rank, None, world), torch.zeros((), device=captioner.device)
     if tables[mine]:
         loss = captioner.loss(tables[mine], captions[mine]) * (sum(map(len, captions[mine])) / sum(map(len, captions)))
@@ -107,46 +107,24 @@ def share_step(captioner, tables, captions, parameters):
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    add_up([total, *(parameter.grad for parameter in parameters)])
+    all_reduce_sum([total, *(parameter.grad for parameter in parameters)])
     return total.item()
 
 
 def validate(captioner, tables, captions, batch_size):
     """Mean loss over a fixed set: each image with its first caption, weighted by images. Each process takes every world-th batch."""
-    rank, world = process()
+    rank, world = rank_and_world()
     total = torch.zeros((), device=captioner.device)
     with torch.inference_mode():
         for start in range(rank * batch_size, len(tables), world * batch_size):
             batch = slice(start, start + batch_size)
             total += captioner.loss(tables[batch], [c[0] for c in captions[batch]]) * len(tables[batch])
-    add_up([total])
+    all_reduce_sum([total])
     return total.item() / len(tables)
 
 
-def save_state(path, trained, optimizer, progress):
-    """Saves what a stopped run needs to go on. trained: {name: parameter}. progress: plain numbers, lists and tuples."""
-    if not all(parameter.isfinite().all() for parameter in trained.values()):
-        return  # a run that went on from there could not recover; the next loss tells
-    buffer = io.BytesIO()  # torch.save hides the error of a full disk
-    torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
-    with atomic(path, "wb") as file:
-        file.write(buffer.getbuffer())
 
 
-def load_state(path, trained, optimizer):
-    """Puts the saved numbers into the trained parameters and the optimizer. Returns the progress, or None where nothing was
-    saved. Raises InputError."""
-    try:
-        state = first(lambda: torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None)
-        if state is None:
-            return None
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["progress"]
-    except Exception as error:  # a damaged pickle can fail in every way there is
-        raise InputError(f"the state {path} of a stopped run cannot be read; delete it to start anew") from error
 
 
 def write_curve(folder, history):
@@ -188,11 +166,12 @@ def main():
     if not train or not val:
         raise InputError(f"no image of {args.split if not train else args.val_split} has a caption")
     savedir = output_folder(args.savedir)
-    held.enter_context(locked(savedir / ".lock"))
+    cleanup.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    from features import image_features
-    from model import Captioner, Clip, is_layernorm, save_checkpoint
+    from antarctic.checkpoints import is_layernorm, load_state, save_checkpoint, save_state
+    from antarctic.features import image_features
+    from model import Captioner, Clip
 
     # The models, and every image as a vector: encoded once, found again by later runs.
     clip = Clip(args.clip_model, device)
@@ -201,7 +180,7 @@ def main():
     captioner = Captioner(args.lm, device, dtype, args.maxlen_enc, args.maxlen_dec)
     trained = captioner.train_only(is_layernorm if args.trained == "layernorms" else lambda name: True)
     count, total = (sum(p.numel() for p in ps) for ps in (trained.values(), captioner.model.parameters()))
-    rank, _ = process()
+    rank, _ = rank_and_world()
     if rank == 0:
         print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: "
               f"training {count:,} of {total:,} parameters")
@@ -213,7 +192,7 @@ def main():
 
     # The tables and captions as tokens, once.
     if find is search and dtype == torch.bfloat16 and device.type == "cpu":
-        find = partial(search, half=halved(embeddings))  # for 100,000 images it pays
+        find = partial(search, half=to_bfloat16(embeddings))  # for 100,000 images it pays
     tables = tokenized_tables(captioner, features, entries, embeddings, args.topk, find)
     val_tables = tokenized_tables(captioner, val_features, entries, embeddings, args.topk, find)
     del find

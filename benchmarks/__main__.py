@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from antarctic.errors import InputError
+from antarctic.files import write_lines
+from antarctic.runtime import run
 from benchmarks import captions, entries, training
 from benchmarks.measure import compare
-from processes import InputError, run
-from utils import choose_device, write_lines
+from utils import choose_device
 
 PARTS = entries.PARTS | training.PARTS | captions.PARTS
 RESULTS = Path(__file__).parent / "RESULTS.md"

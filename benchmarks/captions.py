@@ -16,15 +16,16 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModelForSeq2SeqLM
 
+from antarctic.cache import read_cache
+from antarctic.checkpoints import load_checkpoint
+from antarctic.datasets import read_coco
+from antarctic.features import image_features
 from benchmarks import made
 from benchmarks.entries import encode_padded, encoding_work
 from benchmarks.measure import Part, bart_weights, least
-from cache import read_cache
-from features import image_features
-from model import Captioner, Clip, load_checkpoint, rescore
+from model import Captioner, Clip, rescore
 from snowglobe import scenes
 from trainer import tokenized_tables
-from utils import read_coco
 
 SNOWGLOBE = Path(__file__).resolve().parents[1] / "snowglobe" / "weights"
 

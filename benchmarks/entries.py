@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch.nn.functional import normalize
 
+from antarctic.cache import read_cache, search, to_bfloat16, write_cache
 from benchmarks import made
 from benchmarks.measure import Part, least, weights
-from cache import halved, read_cache, search, write_cache
 from model import Clip
 
 
@@ -51,7 +51,7 @@ def searching(small, device, images, dtype=torch.float32, faiss=False):
     textfile, embfile = made.folder() / "cache.txt", made.folder() / "cache.npy"
     write_cache(textfile, embfile, list(map(str, range(n))), matrix.numpy(), "none", "")
     _, embeddings = read_cache([textfile], [embfile], "none")
-    half = halved(embeddings) if dtype == torch.bfloat16 else None
+    half = to_bfloat16(embeddings) if dtype == torch.bfloat16 else None
     if faiss:
         from faiss import IndexFlatIP, omp_set_num_threads
         omp_set_num_threads(torch.get_num_threads())

@@ -19,10 +19,11 @@ from statistics import median
 import torch
 from torch.nn.functional import embedding_bag, normalize
 
+from antarctic.cache import read_cache, search, write_cache
+from antarctic.errors import InputError
+from antarctic.index import build_index, made_queries, open_index
+from antarctic.runtime import run
 from benchmarks.measure import seconds, timed
-from cache import read_cache, search, write_cache
-from index import build_index, made_queries, open_index
-from processes import InputError, run
 
 CPU, DIM, WORDS = torch.device("cpu"), 512, 20000
 

@@ -12,7 +12,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    BartConfig, BartForConditionalGeneration, CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast,
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    PreTrainedTokenizerFast,
 )
 
 from utils import linearize

@@ -6,11 +6,13 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModelForSeq2SeqLM
 
+from antarctic.checkpoints import is_layernorm
+from antarctic.images import read_image
 from benchmarks import made
 from benchmarks.measure import Part, bart_weights, least
-from model import Captioner, Clip, is_layernorm
+from model import Captioner, Clip
 from trainer import tokenized_tables
-from utils import linearize, read_image
+from utils import linearize
 
 
 def train_step(small, device, dtype=torch.float32):

@@ -30,12 +30,20 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 from tokenizers import pre_tokenizers, trainers
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import (
-    BartConfig, BartForConditionalGeneration, BartTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer,
-    GPT2Tokenizer, GPTNeoConfig, GPTNeoForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BartTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    GPT2Tokenizer,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
 )
 
 from snowglobe import scenes

@@ -15,9 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from antarctic.datasets import read_coco
+from antarctic.errors import InputError
+from antarctic.files import atomic, existing_file, write_json
+from antarctic.runtime import run
 from snowglobe.measure import WEIGHTS, score_run
-from processes import InputError, run
-from utils import atomic, existing_file, read_coco, write_json
 
 MODELS = ["--clip_model", str(WEIGHTS / "clip"), "--lm", str(WEIGHTS / "bart")]
 

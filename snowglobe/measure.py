@@ -17,10 +17,11 @@ from pathlib import Path
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
-from gallery import write_gallery
+from antarctic.datasets import read_coco
+from antarctic.files import write_json
+from antarctic.gallery import write_gallery
+from antarctic.runtime import run as run_script
 from snowglobe import scenes
-from processes import run as run_script
-from utils import read_coco, write_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 RUNS = {  # folder of the run in DIR/runs: (split, what it is)
@@ -86,7 +87,8 @@ def score_run(captions, references, described):
 def bound(folder, kind, table, described):
     """Captions from other tables than CLIP's: {image id: text}. table(scene, entries, k, rng) makes one; kind seeds rng.
     described: {image id: scene}."""
-    from model import Captioner, checkpoint_settings, load_checkpoint
+    from antarctic.checkpoints import checkpoint_settings, load_checkpoint
+    from model import Captioner
     from utils import linearize
     checkpoint = folder / "checkpoints" / "best.safetensors"
     settings = checkpoint_settings(checkpoint)
@@ -122,10 +124,10 @@ def measure_alone(folder, described):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from features import image_features
+    from antarctic.cache import read_cache, search
+    from antarctic.features import image_features
     from model import Captioner, Clip
     from snowglobe import build
-    from cache import read_cache, search
 
     clip = Clip(WEIGHTS / "clip")
     pictures = read_coco(folder / "world", "val2017")

@@ -24,9 +24,9 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from antarctic.files import output_folder, write_json
+from antarctic.runtime import run
 from snowglobe.kinds import COLOURS, GLASS, KINDS, WHITE, Pen, shade
-from processes import run
-from utils import output_folder, write_json
 
 SIZE = 128  # pixels, each side
 SUPERSAMPLE = 2  # drawn this many times larger, then reduced

@@ -23,12 +23,12 @@ sys.path.insert(0, str(ROOT))
 
 def run_script(name, *arguments):
     """Runs a script's main() as its command line does. Returns its exit code, and what it wrote to out and err."""
-    import processes
+    from antarctic import runtime
     script, out, err, code = importlib.import_module(name), io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                processes.run(script.main)
+                runtime.run(script.main)
             except SystemExit as stop:
                 code = stop.code or 0
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())

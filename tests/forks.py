@@ -4,7 +4,6 @@ that a test does not wait seconds for each, and a moment chosen at random falls 
 import importlib
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -15,7 +14,7 @@ from conftest import ROOT
 
 SCRIPTS = ("compute_cache", "trainer", "sampler", "stories", "scorer")
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([*SCRIPTS, "features", "model", "matplotlib.pyplot", "torch._dynamo"])
+context.set_forkserver_preload([*SCRIPTS, "antarctic.features", "antarctic.gallery", "model", "matplotlib.pyplot", "torch._dynamo"])
 os.environ["OMP_NUM_THREADS"] = "1"  # of the one they are forked from, and of what torchrun starts
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
@@ -29,11 +28,9 @@ def child(name, arguments, log, patches, environment):
             os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False, buffering=1) for stream in (1, 2))
     sys.argv = [f"{name}.py", *arguments]
-    import processes
-    for sent in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sent, processes.stop_at_once)  # as where a script imports it
     Path(f"{log}.begun").touch()
-    processes.run(importlib.import_module(name).main, **({"alone": True} if name == "scorer" else {}))
+    from antarctic import runtime
+    runtime.run(importlib.import_module(name).main, **({"alone": True} if name == "scorer" else {}))
 
 
 def start(log, name, *arguments, patches={}, **environment):

@@ -16,9 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import torch
-from safetensors.torch import load_file, save
-
 from conftest import ROOT
+from safetensors.torch import load_file, save
 
 WEIGHTS = ROOT / "snowglobe" / "weights"
 LARGE = (".bin", ".safetensors", ".msgpack", ".h5", ".model", ".ot")  # kept by LFS: their ETag is a SHA-256

@@ -23,7 +23,7 @@ def lightning_file(path, captioner, **more):
     """
     import torch
 
-    from model import is_layernorm
+    from antarctic.checkpoints import is_layernorm
     callbacks = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     callbacks.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
     parsing = types.ModuleType("pytorch_lightning.utilities.parsing")

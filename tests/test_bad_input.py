@@ -16,12 +16,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import BART, CLIP, ROOT, VAL
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import BART, CLIP, ROOT, VAL
-from utils import read_image
+from antarctic.images import read_image
 
 SCRIPTS, READERS = ("compute_cache", "trainer", "sampler"), ("trainer", "sampler")  # READERS of caches and images
 READ_SPLITS = [("compute_cache", "train2017"), ("trainer", "train2017"), ("trainer", "val2017"), ("sampler", "val2017")]

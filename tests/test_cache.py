@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-
-import cache
 from conftest import ROOT
-from utils import file_sha256
+
+from antarctic import cache, files
+from antarctic.files import file_sha256
 
 
 def unit_rows(n, dim, seed=0):
@@ -114,16 +114,16 @@ def test_a_scan_in_bfloat16_loses_none_of_the_nearest(tmp_path, chunk, shared):
         np.save(tmp_path / "rows.npy", rows.numpy().astype(dtype))
         stored = cache.Embeddings([cache.Rows(tmp_path / "rows.npy")])
         exact = queries.double() @ stored[:].double().T
-        scores, indices = cache.search(queries, stored, 10, chunk, cache.halved(stored))
+        scores, indices = cache.search(queries, stored, 10, chunk, cache.to_bfloat16(stored))
         torch.testing.assert_close(scores.double(), exact.topk(10).values, atol=1e-6, rtol=0)
         torch.testing.assert_close(exact.gather(1, indices), exact.topk(10).values, atol=1e-6, rtol=0)
-    assert cache.halved(1.01 * rows) is None  # of which the bound would not hold
+    assert cache.to_bfloat16(1.01 * rows) is None  # of which the bound would not hold
 
 
 LARGE = """
 import resource, sys
 import torch
-import cache
+from antarctic import cache
 torch.set_num_threads(1)
 imported = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # much, where torch brings a GPU's libraries
 resource.setrlimit(resource.RLIMIT_AS, (imported + (3 << 29), imported + (3 << 29)))
@@ -137,7 +137,7 @@ print([entries[i] for i in indices[0].tolist()], scores[0].tolist())
 def test_five_million_entries_are_searched_in_less_memory_than_they_have(tmp_path):
     """2.6 GB of embeddings, most of them zeros that take no place on the disk, in 1.6 GB of address space."""
     n, planted = 5_000_000, {4_999_999: 0.9, 0: 0.8, 2_345_678: 0.7}
-    cache.write_lines(tmp_path / "c.txt", map(str, range(n)))
+    files.write_lines(tmp_path / "c.txt", map(str, range(n)))
     with open(tmp_path / "c.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (n, 128)})
         begin = file.tell()

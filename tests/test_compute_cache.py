@@ -8,9 +8,9 @@ import nltk
 import numpy as np
 import pytest
 import torch
+from conftest import CLIP
 
 from compute_cache import mine
-from conftest import CLIP
 from model import Clip
 
 CAPTIONS = ["A dog on the grass.", "the dog, the cat", "A DOG on a mat", "hot dog on the grill", "a hot dog on bread", "hot dog"]

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from published import NAMES, serving
 
 SCRIPT = Path(__file__).resolve().parents[1] / "download.sh"

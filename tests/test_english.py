@@ -2,7 +2,7 @@
 
 import pytest
 
-from english import noun_phrase, participle, stem
+from antarctic.english import noun_phrase, participle, stem
 
 
 @pytest.mark.parametrize("caption, phrase", [

@@ -13,11 +13,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-import utils
 from conftest import BART, CLIP, ROOT
 from forks import files, start, start_two
+from safetensors.torch import load_file
+
+import antarctic.checkpoints
+import antarctic.files
 from snowglobe import dials
 
 SCRIPTS = ("compute_cache", "trainer", "sampler")
@@ -127,7 +128,7 @@ def no_space(_):
 
 
 def test_a_full_disk_ends_two_processes(commands, tmp_path):
-    both = start_two(tmp_path / "logs", "sampler", *commands["sampler"](tmp_path / "out"), patches={"utils.os.fsync": no_space})
+    both = start_two(tmp_path / "logs", "sampler", *commands["sampler"](tmp_path / "out"), patches={"antarctic.files.os.fsync": no_space})
     for process in both:
         process.join(60)
     said = (tmp_path / "logs" / "0").read_text()
@@ -189,8 +190,8 @@ def test_clocks_that_jump_change_nothing(script, world, cache, checkpoint, comma
 
     monkeypatch.setattr(time, "time", now)
     monkeypatch.setattr(time, "time_ns", lambda: int(now() * 1e9))
-    wait_for, stop_at = {"trainer": ("trainer.save_state", 3), "sampler": ("sampler.append", 2)}[name]
-    plain = utils.append if name == "sampler" else __import__("trainer").save_state
+    wait_for, stop_at = {"trainer": ("antarctic.checkpoints.save_state", 3), "sampler": ("sampler.append", 2)}[name]
+    plain = antarctic.files.append if name == "sampler" else antarctic.checkpoints.save_state
 
     def stops(*arguments):
         plain(*arguments)
@@ -212,7 +213,7 @@ def test_clocks_that_jump_change_nothing(script, world, cache, checkpoint, comma
 @pytest.mark.parametrize("name", [*SCRIPTS, "stories"])
 def test_a_second_run_at_one_place_is_refused_with_the_firsts_number_and_host(script, commands, tmp_path, name):
     lock = tmp_path / (".c.npy.lock" if name == "compute_cache" else ".lock")
-    with utils.locked(lock):
+    with antarctic.files.locked(lock):
         run = script(name, *commands[name](tmp_path))
         assert run.code == 2 and f"process {os.getpid()} on {socket.gethostname()}" in run.err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
@@ -224,13 +225,13 @@ def test_two_runs_do_not_encode_the_same_images_into_one_folder(script, commands
     assert script("sampler", *commands["sampler"](tmp_path / "a"), "--features", tmp_path / "f").code == 0
     for path in (tmp_path / "f").iterdir():
         path.unlink()
-        with utils.locked(path.with_name(f".{path.name}.lock")):
+        with antarctic.files.locked(path.with_name(f".{path.name}.lock")):
             run = script("sampler", *commands["sampler"](tmp_path / "b"), "--features", tmp_path / "f")
             assert run.code == 2 and f"process {os.getpid()}" in run.err.splitlines()[-1]
 
 
 def test_two_processes_are_refused_together(commands, tmp_path):
-    with utils.locked(tmp_path / ".lock"):
+    with antarctic.files.locked(tmp_path / ".lock"):
         both = start_two(tmp_path / "logs", "trainer", *commands["trainer"](tmp_path))
         for process in both:
             process.join(60)
@@ -254,7 +255,7 @@ def test_a_dead_runs_place_is_taken_over_and_its_temporary_files_go(script, comm
 
 
 def waits(path, _):
-    with utils.atomic(path.with_name("preds.txt")) as file:
+    with antarctic.files.atomic(path.with_name("preds.txt")) as file:
         file.write("half")
         file.flush()
         time.sleep(60)

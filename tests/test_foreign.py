@@ -16,23 +16,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import BART, CLIP
 from PIL import Image
+from published import lightning_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
-    AutoModel, AutoProcessor, CLIPTokenizer, Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model, SiglipConfig,
-    SiglipImageProcessorPil, SiglipModel,
+    AutoModel,
+    AutoProcessor,
+    CLIPTokenizer,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
 )
 
-import foreign
 import model
-from conftest import BART, CLIP
-from model import Captioner, Clip, checkpoint_settings, is_layernorm, load_checkpoint, trained_sha256
-from cache import read_cache
-from images import OpenAIPreprocessor
-from processes import InputError
-from published import lightning_file
+from antarctic import openai_clip, pickles
+from antarctic.cache import read_cache
+from antarctic.checkpoints import checkpoint_settings, is_layernorm, load_checkpoint, trained_sha256
+from antarctic.errors import InputError
+from antarctic.preprocessing import OpenAIPreprocessor
+from model import Captioner, Clip
 from utils import linearize
 
 TEXTS = ["a dog", "Two Red cats, next to a big house in the snow!", "penguin", "there is a train at night, it's 10 o'clock", "a"]
@@ -123,8 +139,8 @@ def test_a_pt_file_encodes_as_openais_package_does(openai, beside, images, form)
     if form == "JIT archive":
         save_jit(made, path)
         saved = torch.jit.load(path).state_dict()
-        with foreign.torch_file(path) as (content, fetch):
-            read = {name: fetch(entry) for name, entry in foreign.named_entries(content).items()}
+        with pickles.torch_file(path) as (content, fetch):
+            read = {name: fetch(entry) for name, entry in pickles.named_entries(content).items()}
         assert read.keys() == saved.keys() and all(torch.equal(read[name], saved[name]) for name in saved)
     else:
         torch.save(made.state_dict(), path)
@@ -172,7 +188,7 @@ def look_in(folder, monkeypatch):
         (folder / name).mkdir()
     monkeypatch.setattr(sys, "path", ["", str(folder / "site-packages")])
     monkeypatch.delitem(sys.modules, "clip", raising=False)
-    monkeypatch.setattr(foreign, "SCRIPTS", folder / "scripts")
+    monkeypatch.setattr(openai_clip, "SCRIPTS", folder / "scripts")
     monkeypatch.chdir(folder / "current")
 
 
@@ -192,10 +208,10 @@ def test_another_package_called_clip_is_not_taken_for_openais(tmp_path, monkeypa
     look_in(tmp_path, monkeypatch)
     write_code(tmp_path / "site-packages" / other, RUNS)
     with pytest.raises(InputError, match="RN50.pt is a ResNet .* was not found: clone https"):
-        foreign.openai_build_model("RN50.pt")
+        openai_clip.openai_build_model("RN50.pt")
     cloned = write_code(tmp_path / "scripts" / "CLIP" / "clip" / "model.py", OPENAIS)
-    assert foreign.openai_model_file() == cloned
-    assert foreign.openai_build_model("RN50.pt")({}) == "built"
+    assert openai_clip.openai_model_file() == cloned
+    assert openai_clip.openai_build_model("RN50.pt")({}) == "built"
     assert not Path("ran").exists()
 
 
@@ -206,7 +222,7 @@ def test_no_code_of_the_current_directory_is_run(tmp_path, monkeypatch, place, e
     write_code(tmp_path / "current" / place, RUNS + OPENAIS)
     monkeypatch.setattr(sys, "path", [entry and str(tmp_path / "current"), *sys.path[1:]])
     with pytest.raises(InputError, match="was not found"):
-        foreign.openai_build_model("RN50.pt")
+        openai_clip.openai_build_model("RN50.pt")
     assert not Path("ran").exists()
 
 
@@ -214,7 +230,7 @@ def test_scripts_in_the_current_directory_find_what_lies_beside_them(tmp_path, m
     look_in(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "scripts")
     file = write_code(tmp_path / "scripts" / "CLIP" / "clip" / "model.py", OPENAIS)
-    assert foreign.openai_model_file() == file
+    assert openai_clip.openai_model_file() == file
 
 
 def test_openais_code_that_does_not_run_is_named(tmp_path, monkeypatch):
@@ -222,13 +238,13 @@ def test_openais_code_that_does_not_run_is_named(tmp_path, monkeypatch):
     file = tmp_path / "site-packages" / "clip" / "model.py"
     write_code(file, OPENAIS + "import nowhere_to_be_found")
     with pytest.raises(InputError, match="model.py does not run here .ModuleNotFoundError.: clone"):
-        foreign.openai_build_model("RN50.pt")
+        openai_clip.openai_build_model("RN50.pt")
 
 
 def test_a_clip_that_a_program_made_by_hand_is_no_package(tmp_path, monkeypatch):
     look_in(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "clip", types.ModuleType("clip"))
-    assert foreign.openai_model_file() is None
+    assert openai_clip.openai_model_file() is None
 
 
 @pytest.mark.parametrize("change", [
@@ -406,7 +422,7 @@ class Hostile:
 
 def refused_everywhere(path):
     captioner = Captioner(BART)
-    for read in (checkpoint_settings, lambda path: load_checkpoint(path, captioner), foreign.read_openai_clip):
+    for read in (checkpoint_settings, lambda path: load_checkpoint(path, captioner), openai_clip.read_openai_clip):
         with pytest.raises(InputError, match=path.name) as refused:
             read(path)
         assert "\n" not in str(refused.value)
@@ -448,15 +464,15 @@ PICKLES = {  # as bytes, since no object of Python's is pickled so; most of them
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_no_pickle_reaches_anything(tmp_path, name):
-    before = dict(vars(foreign.StandIn)), dict(vars(foreign.Reader)), dict(vars(foreign.Reader.tensor))
+    before = dict(vars(pickles.StandIn)), dict(vars(pickles.Reader)), dict(vars(pickles.Reader.tensor))
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", PICKLES[name])
     refused_everywhere(tmp_path / "a.ckpt")
-    assert (dict(vars(foreign.StandIn)), dict(vars(foreign.Reader)), dict(vars(foreign.Reader.tensor))) == before
+    assert (dict(vars(pickles.StandIn)), dict(vars(pickles.Reader)), dict(vars(pickles.Reader.tensor))) == before
 
 
 def entry(key="0", dtype=torch.float32, offset=0, shape=(4,), stride=(1,)):
-    return foreign.Entry(key, dtype, offset, shape, stride)
+    return pickles.Entry(key, dtype, offset, shape, stride)
 
 
 @pytest.mark.parametrize("bad", [
@@ -464,10 +480,10 @@ def entry(key="0", dtype=torch.float32, offset=0, shape=(4,), stride=(1,)):
     entry(offset=-1), entry(stride=(-1,)), entry(dtype=torch.float64)], ids=str)
 def test_a_tensor_that_is_not_in_the_file_is_refused(tmp_path, bad):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "a.pt")
-    with foreign.torch_file(tmp_path / "a.pt") as (content, fetch):
+    with pickles.torch_file(tmp_path / "a.pt") as (content, fetch):
         assert torch.equal(fetch(content["a"]), torch.arange(4.0)) and content["a"] == entry()
     with pytest.raises(InputError, match="a.pt cannot be read"):
-        with foreign.torch_file(tmp_path / "a.pt") as (_, fetch):
+        with pickles.torch_file(tmp_path / "a.pt") as (_, fetch):
             fetch(bad)
 
 
@@ -476,7 +492,7 @@ def test_a_tensor_that_is_not_in_the_file_is_refused(tmp_path, bad):
     (0, (1,) * 99, (1,) * 99)])
 def test_a_tensor_is_described_by_few_small_numbers(offset, shape, stride):
     with pytest.raises(pickle.UnpicklingError):
-        foreign.Reader(io.BytesIO(), "a.pt").tensor(("0", torch.float32), offset, shape, stride)
+        pickles.Reader(io.BytesIO(), "a.pt").tensor(("0", torch.float32), offset, shape, stride)
 
 
 def compressed(path, data):
@@ -509,7 +525,7 @@ def test_a_module_inside_itself_ends(tmp_path):
     module.itself = module
     torch.save(module, tmp_path / "a.pt")
     with pytest.raises(InputError, match="a.pt cannot be read"):
-        foreign.read_openai_clip(tmp_path / "a.pt")
+        openai_clip.read_openai_clip(tmp_path / "a.pt")
 
 
 # ------------------------------------------------------------------------------------------ the original's cache

@@ -17,23 +17,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import BART, CLIP
 from PIL import Image
+from test_hostile import DEEP, RECORD, bounded
 
-import cache as cache_module
-import features
 import model
 import sampler
 import scorer
 import stories
-import trainer
 import utils
-from conftest import BART, CLIP
-from test_hostile import DEEP, RECORD, bounded
-from processes import InputError
-from utils import Picture
+from antarctic import cache as cache_module
+from antarctic import checkpoints, datasets, features, files, images
+from antarctic.datasets import Picture
+from antarctic.errors import InputError
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("FUZZ", "20"))
 fuzz = settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -190,7 +190,7 @@ def test_a_cache_of_mutated_bytes(folder, name, checked):
             (folder / "c.npy.json").unlink()
         elif name == "c.txt":  # as if that were its text, so that more than the digest is tried
             (folder / name).write_bytes(content)
-            (folder / "c.npy.json").write_text(json.dumps(told | {"text_sha256": utils.file_sha256(folder / name)}))
+            (folder / "c.npy.json").write_text(json.dumps(told | {"text_sha256": files.file_sha256(folder / name)}))
         outcome(f"cache {name}", folder / name, content, lambda _: read_cache(folder))
     run()
 
@@ -224,11 +224,11 @@ def test_a_cache_whose_array_has_any_header(folder, shape, descr, fortran, data)
 # ------------------------------------------------------------------------------------------------ JSON and text
 
 def read_annotations(path):
-    listed = {picture.id: picture[1:] for picture in utils.read_coco(path.parents[1], "val2017", need_images=False)}
-    for pictures in (utils.read_annotations(path), listed):
+    listed = {picture.id: picture[1:] for picture in datasets.read_coco(path.parents[1], "val2017", need_images=False)}
+    for pictures in (datasets.read_annotations(path), listed):
         for image, (place, captions) in pictures.items():
             assert type(image) in (int, str) and ".." not in Path(place).parts
-            assert all(caption.encode() and len(caption) <= utils.LONGEST_TEXT for caption in captions if caption)
+            assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT for caption in captions if caption)
             utils.seed_of(0, image)
             os.fsencode(path.parent / place)
 
@@ -266,7 +266,7 @@ DOCUMENTS = {  # name: (file, its values or None, a line of JSON each?, reader)
     "details.jsonl.part": ("details-0.jsonl.part", RECORDS, True, read_records),
     "captions.txt": ("captions.txt", None, True, read_captions),
     "preds.txt": ("preds.txt", None, True, lambda path: scorer.read_texts(path, "captions file")),
-    "words.txt": ("words.txt", None, True, lambda path: [line.encode() for line in utils.read_lines(path, "list of words")]),
+    "words.txt": ("words.txt", None, True, lambda path: [line.encode() for line in files.read_lines(path, "list of words")]),
 }
 
 
@@ -314,7 +314,7 @@ def captioner():
 
 def load_checkpoint(captioner):
     def read(path):
-        settings = model.load_checkpoint(path, captioner)
+        settings = checkpoints.load_checkpoint(path, captioner)
         assert all(type(settings[name]) is int and settings[name] > 0 for name in ("topk", "maxlen_enc", "maxlen_dec"))
         assert all(parameter.isfinite().all() for parameter in captioner.model.parameters())
     return read
@@ -357,11 +357,11 @@ def state_of():
 def torch_files(captioner, checkpoint, tmp_path_factory):
     """{name: (file, bytes, reader)} of all that holds tensors."""
     folder = tmp_path_factory.mktemp("made")
-    weights = {f"model.{name}": weight.detach() for name, weight in captioner.model.named_parameters() if model.is_layernorm(name)}
+    weights = {f"model.{name}": weight.detach() for name, weight in captioner.model.named_parameters() if checkpoints.is_layernorm(name)}
     lightning = {"epoch": 5, "state_dict": weights, "hyper_parameters": {"topk": 24, "note": (1, "a")}}
     tokenizer = model.load_tokenizer(CLIP, "tokenizer")
     trained, optimizer, progress = state_of()
-    trainer.save_state(folder / "state-0.pt", trained, optimizer, progress)
+    checkpoints.save_state(folder / "state-0.pt", trained, optimizer, progress)
     features.write_features(folder / "features.safetensors", torch.eye(8)[:5], {2: "damaged"})
 
     def read_features(path):
@@ -377,7 +377,7 @@ def torch_files(captioner, checkpoint, tmp_path_factory):
 
     def read_state(path):
         trained, optimizer, _ = state_of()
-        trainer.load_state(path, trained, optimizer)
+        checkpoints.load_state(path, trained, optimizer)
 
     return {
         "safetensors": ("a.safetensors", checkpoint.read_bytes(), load_checkpoint(captioner)),
@@ -476,7 +476,7 @@ def with_right_sums(data):
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_of_mutated_bytes(tmp_path, name):
     def read(path):
-        image = utils.read_image(path)
+        image = images.read_image(path)
         assert image.mode == "RGB" and len(image.tobytes()) == 3 * image.width * image.height
 
     @fuzz

@@ -17,24 +17,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import BART, CLIP
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import cache as cache_module
-import features
-import foreign
 import model
 import sampler
 import scorer
 import stories
-import trainer
-import utils
-from conftest import BART, CLIP
-from gallery import thumbnail, write_gallery
-from model import Captioner, checkpoint_settings, load_checkpoint
-from processes import InputError
-from utils import Picture, list_images, read_annotations, read_coco, read_image
+from antarctic import cache as cache_module
+from antarctic import checkpoints, errors, features, files, openai_clip, pickles
+from antarctic.checkpoints import checkpoint_settings, load_checkpoint
+from antarctic.datasets import Picture, list_images, read_annotations, read_coco
+from antarctic.errors import InputError
+from antarctic.gallery import thumbnail, write_gallery
+from antarctic.images import read_image
+from model import Captioner
 
 CLEAR = "/proc/self/clear_refs"  # a 5 written there sets the peak of this process's memory to what it has now
 
@@ -328,7 +327,7 @@ def test_a_file_name_that_leads_out_of_the_folder_is_refused_by_name(tmp_path, n
     path = annotations(tmp_path, [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": name}])
     told = refusal(read_annotations, path)
     assert told == refusal(read_coco, tmp_path, "val2017", False)
-    assert "is no path inside the folder of images" in told and utils.shown(repr(name)) in told
+    assert "is no path inside the folder of images" in told and errors.escape_control(repr(name)) in told
 
 
 def test_an_ordinary_file_name_may_hold_dots_and_folders(tmp_path):
@@ -387,7 +386,7 @@ def test_json_that_is_something_else_is_refused(tmp_path, read, text):
 
 LONG = "a" * 10_000_000
 TEXT_READERS = {
-    "list of words": lambda path: utils.read_lines(path, "list of words"),
+    "list of words": lambda path: files.read_lines(path, "list of words"),
     "predictions": lambda path: scorer.read_texts(path, "captions file"),
     "captions": stories.read_captions,
     "cache": lambda path: cache_module.read_one_cache(path, path, "clip"),
@@ -529,13 +528,13 @@ def test_settings_of_a_checkpoint_are_what_they_should_be(tmp_path, changes):
     (lambda tensors: next(iter(tensors.values()))[:1].fill_(float("inf")), "not finite"),
 ], ids=["one less", "none", "nan", "infinite"])
 def test_a_checkpoint_changes_all_layernorms_to_numbers_or_none(tmp_path, captioner, change, named):
-    before = {name: parameter.detach().clone() for name, parameter in captioner.train_only(model.is_layernorm).items()}
+    before = {name: parameter.detach().clone() for name, parameter in captioner.train_only(checkpoints.is_layernorm).items()}
     tensors = {name: parameter + 1 for name, parameter in before.items()}
     change(tensors)
     settings = {"lm": captioner.identity, "topk": 1, "maxlen_enc": 8, "maxlen_dec": 8}
     save_file(tensors, tmp_path / "a.safetensors", {"antarctic_captions": json.dumps(settings)})
     assert named in refusal(load_checkpoint, tmp_path / "a.safetensors", captioner)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in captioner.train_only(model.is_layernorm).items())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in captioner.train_only(checkpoints.is_layernorm).items())
 
 
 FEATURES = {
@@ -581,12 +580,12 @@ PICKLES = {  # how a pickle is put into a file, and what reads it
                                   checkpoint_settings),
     "pickle called ckpt": ("a.ckpt", lambda path, canary: path.write_bytes(pickle.dumps(canary)), checkpoint_settings),
     "old pt": ("a.pt", lambda path, canary: torch.save(canary, path, _use_new_zipfile_serialization=False),
-               foreign.read_openai_clip),
-    "pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), foreign.read_openai_clip),
+               openai_clip.read_openai_clip),
+    "pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), openai_clip.read_openai_clip),
     "ckpt": ("a.ckpt", lambda path, canary: torch.save({"state_dict": {}, "x": canary}, path), checkpoint_settings),
     "CLIP's .pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), lambda path: model.Clip(str(path))),
     "state of the trainer": ("state-1.pt", lambda path, canary: torch.save({"trained": canary}, path),
-                             lambda path: trainer.load_state(path, {}, torch.optim.AdamW([torch.zeros(1)]))),
+                             lambda path: checkpoints.load_state(path, {}, torch.optim.AdamW([torch.zeros(1)]))),
     "weights in a folder": ("pytorch_model.bin", lambda path, canary: shutil.copy(f"{BART}/config.json", path.parent) and
                             torch.save(canary, path), lambda path: Captioner(str(path.parent))),
 }
@@ -637,7 +636,7 @@ def test_a_pickle_bomb_is_refused(tmp_path, name):
 
 def test_tuples_in_a_checkpoint_are_read_all_the_same(tmp_path):
     torch.save({"state_dict": {}, "x": ((1, 2), (3,), (), (4, 5, 6), (7, 8, 9, 10))}, tmp_path / "a.ckpt")
-    with foreign.torch_file(tmp_path / "a.ckpt") as (content, _):
+    with pickles.torch_file(tmp_path / "a.ckpt") as (content, _):
         assert content["x"] == [[1, 2], [3], [], [4, 5, 6], [7, 8, 9, 10]]
     assert checkpoint_settings(tmp_path / "a.ckpt")["topk"] == 10
 
@@ -654,7 +653,7 @@ def test_one_storage_is_not_ten_thousand_tensors(tmp_path):
     numbers = torch.zeros(4 << 20)
     tensors = dict.fromkeys(["visual.conv1.weight", "text_projection", *map(str, range(9990))], numbers)
     torch.save(tensors, tmp_path / "a.pt")
-    assert "a.pt" in refusal(foreign.read_openai_clip, tmp_path / "a.pt")
+    assert "a.pt" in refusal(openai_clip.read_openai_clip, tmp_path / "a.pt")
 
 
 # ------------------------------------------------------------------------------------------------- the gallery

@@ -11,17 +11,25 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import pytest
 import torch
+from conftest import CLIP, ROOT
 from PIL import Image
 from transformers import (
-    AutoImageProcessor, CLIPImageProcessorPil, Siglip2ImageProcessorPil, SiglipImageProcessorPil,
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
 
-from conftest import CLIP, ROOT
-from features import image_features, write_features
-from images import OpenAIPreprocessor, center_box, openai_preprocessor, resized_size
+from antarctic.datasets import read_coco
+from antarctic.features import image_features, write_features
+from antarctic.preprocessing import (
+    OpenAIPreprocessor,
+    center_box,
+    openai_preprocessor,
+    resized_size,
+)
 from model import Clip
-from utils import read_coco
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SIZES = [(640, 427), (427, 640), (640, 480), (224, 224), (225, 224), (224, 225), (223, 224),
@@ -228,6 +236,6 @@ def test_features_of_earlier_runs_are_still_found(world, tmp_path, monkeypatch):
     key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
     left = torch.eye(clip.dim)[:len(pictures)]
     write_features(tmp_path / f"features-{key}.safetensors", left, {})
-    monkeypatch.setattr("features.encode_files", None)  # nothing is encoded
+    monkeypatch.setattr("antarctic.features.encode_files", None)  # nothing is encoded
     features, good, bad = image_features(clip, pictures, tmp_path)
     assert torch.equal(features, left) and good == pictures and bad == []

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import BART, CLIP, ROOT
 from torch.nn.functional import normalize
 
-import index
-from cache import cache_description, read_cache, search, write_cache
-from conftest import BART, CLIP, ROOT
-from features import image_features
+from antarctic import index
+from antarctic.cache import cache_description, read_cache, search, write_cache
+from antarctic.datasets import read_coco
+from antarctic.errors import InputError
+from antarctic.features import image_features
+from antarctic.files import file_sha256
 from model import Clip
-from utils import InputError, read_coco
 
 needs_faiss = pytest.mark.skipif(subprocess.run([sys.executable, "-c", "import faiss"], capture_output=True).returncode != 0,
                                  reason="faiss is not installed")
@@ -140,7 +142,7 @@ def test_what_does_not_belong_is_refused_and_never_given_to_faiss(tmp_path, monk
     files, path = written(tmp_path, "e", clustered(300, 3)), tmp_path / "i"
     index.build_index(path, *files)
     change(files, path)
-    monkeypatch.setattr(index.library(), "read_index", None)
+    monkeypatch.setattr(index.load_faiss(), "read_index", None)
     with pytest.raises(InputError, match=said):
         index.open_index(path, read(files)[1])
 
@@ -150,12 +152,12 @@ def test_a_file_that_only_claims_to_be_an_index_is_refused(tmp_path):
     files, path = written(tmp_path, "e", clustered(300, 3)), tmp_path / "i"
     index.build_index(path, *files)
     made = json.loads((tmp_path / "i.json").read_text())
-    faiss = index.library()
+    faiss = index.load_faiss()
     flat = faiss.IndexFlatIP(32)
     for write, said in ((lambda: path.write_bytes(b"IxPT" + bytes(100)), "is not an index of faiss"),
                         (lambda: index.write_index(path, flat), "is not an index of the 300 rows")):
         write()
-        (tmp_path / "i.json").write_text(json.dumps(made | {"index_sha256": index.file_sha256(path)}))
+        (tmp_path / "i.json").write_text(json.dumps(made | {"index_sha256": file_sha256(path)}))
         with pytest.raises(InputError, match=said):
             index.open_index(path, read(files)[1])
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from conftest import BART, CLIP, ROOT
 from forks import files, finish, start
 

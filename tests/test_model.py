@@ -4,17 +4,21 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import BART, CLIP
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, CLIPModel
 
 import model
-from conftest import BART, CLIP
-from features import image_features
-from generation import nucleus
-from model import Captioner, Clip, is_layernorm
+from antarctic import checkpoints
+from antarctic.checkpoints import is_layernorm
+from antarctic.datasets import read_coco
+from antarctic.decoding import nucleus
+from antarctic.errors import InputError
+from antarctic.features import image_features
+from antarctic.images import read_image
+from model import Captioner, Clip
 from snowglobe import scenes
-from processes import InputError
-from utils import linearize, read_coco, read_image
+from utils import linearize
 
 TEXTS = ["a dog", "penguin", "two red cats next to a big house in the snow", "a", "there is a purple train at night"]
 TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]
@@ -73,7 +77,7 @@ def test_images_are_encoded_alike_in_batches_and_found_again(world, tmp_path, mo
     assert good == pictures and bad == []
     alone = torch.cat([clip.encode_images([read_image(p.path)]) for p in pictures])
     torch.testing.assert_close(features, alone, atol=2e-6, rtol=0)
-    monkeypatch.setattr("features.encode_files", None)  # a second run encodes nothing
+    monkeypatch.setattr("antarctic.features.encode_files", None)  # a second run encodes nothing
     assert torch.equal(image_features(clip, pictures, tmp_path)[0], features)
 
 
@@ -149,7 +153,7 @@ def test_beams_are_those_of_generate(checkpoint, num_beams, returned, longest):
     for tuned in (False, True):
         captioner = Captioner(BART, maxlen_dec=longest)
         if tuned:
-            model.load_checkpoint(checkpoint, captioner)
+            checkpoints.load_checkpoint(checkpoint, captioner)
         captioner.model.double()
         tokens = captioner.tokenize(TABLES, 64)
         config, count = captioner.model.config, min(returned, num_beams if longest > 3 else 1)
@@ -278,7 +282,7 @@ def test_a_checkpoint_holds_the_layernorms_alone_and_comes_back(checkpoint):
     captioner = Captioner(BART)
     tensors = load_file(checkpoint)
     assert tensors and all(is_layernorm(name) for name in tensors)
-    settings = model.load_checkpoint(checkpoint, captioner)
+    settings = checkpoints.load_checkpoint(checkpoint, captioner)
     assert settings["topk"] == 24 and settings["lm"] == captioner.identity
     parameters = dict(captioner.model.named_parameters())
     assert all(torch.equal(parameters[name], tensor) for name, tensor in tensors.items())

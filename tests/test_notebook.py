@@ -17,10 +17,11 @@ from hub import serving as serving_hub
 from nbclient import NotebookClient
 from published import NAMES, lightning_file, serving
 
-import cache as cache_module
 import model
-from cache import read_cache, search
-from model import Captioner, Clip, checkpoint_settings, load_checkpoint
+from antarctic import cache as cache_module
+from antarctic.cache import read_cache, search
+from antarctic.checkpoints import checkpoint_settings, load_checkpoint
+from model import Captioner, Clip
 from snowglobe.scenes import draw_scene, split_scene
 
 NOTEBOOK = ROOT / "notebooks" / "antarctic_captions.ipynb"
@@ -198,8 +199,8 @@ def test_it_downloads_the_originals_files_and_captions_by_them(
 def test_both_models_run_on_the_device_that_is_chosen(monkeypatch):
     gpu = torch.device("meta")  # stands for one
     monkeypatch.setattr("utils.choose_device", {"auto": gpu}.get)
-    for name in ("model.checkpoint_settings", "model.Clip", "model.Captioner",
-                 "model.load_checkpoint", "cache.read_cache"):
+    for name in ("antarctic.checkpoints.checkpoint_settings", "model.Clip", "model.Captioner",
+                 "antarctic.checkpoints.load_checkpoint", "antarctic.cache.read_cache"):
         monkeypatch.setattr(name, mock.MagicMock())
     cache_module.read_cache.return_value = [], []
     cell = cell_of(code_of(nbformat.read(NOTEBOOK, 4)), "load_checkpoint(checkpoint")

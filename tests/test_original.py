@@ -10,12 +10,13 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
-
-import processes
 from conftest import BART, CLIP, ROOT, succeed
-from model import Captioner, load_checkpoint, rescore
+from PIL import Image
 from published import NAMES, lightning_file, serving
+
+from antarctic import errors
+from antarctic.checkpoints import load_checkpoint
+from model import Captioner, rescore
 
 MODELS = "--clip_model", CLIP, "--lm", BART
 
@@ -111,10 +112,10 @@ def test_what_standard_output_lacks_costs_no_result(originals, photo, here, stdo
 def test_a_line_is_said_in_any_encoding(monkeypatch, encoding, expected):
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding))
-    processes.say("ä ☃ \udcff")
+    errors.print_safely("ä ☃ \udcff")
     assert buffer.getvalue() == expected
     monkeypatch.setattr(sys, "stdout", None)  # as where it is closed
-    processes.say("ä")
+    errors.print_safely("ä")
 
 
 def test_twenty_captions_are_printed_and_the_rest_is_counted(script, originals, world, here):

@@ -18,13 +18,13 @@ from conftest import BART, CLIP, ROOT, VAL
 from forks import context
 from hub import Hub, bart_of_2020, repositories, serving, siglip2_of_2025
 from huggingface_hub import constants
+from test_foreign import gemma_tokenizer
 from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
-import pretrained
+from antarctic import pretrained
+from antarctic.errors import InputError
+from antarctic.pretrained import fetch, load_tokenizer
 from model import Captioner, Clip
-from pretrained import fetch, load_tokenizer
-from processes import InputError
-from test_foreign import gemma_tokenizer
 
 ALL = ("weights", "tokenizer", "processor")
 B16, B32, BART_LARGE, NEO = "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32", "facebook/bart-large", "EleutherAI/gpt-neo-1.3B"

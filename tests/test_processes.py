@@ -11,12 +11,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-import trainer
-import utils
 from conftest import BART, CLIP, ROOT
 from forks import files, finish, start, start_two
+from safetensors.torch import load_file
+
+import antarctic.files
+from antarctic import checkpoints
 
 GPT = ROOT / "snowglobe" / "weights" / "gpt"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -89,7 +89,7 @@ def test_two_processes_train_as_one(script, world, read, tmp_path):
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
 
 
-append, save_state = utils.append, trainer.save_state
+append, save_state = antarctic.files.append, checkpoints.save_state
 
 
 def slow_append(path, data):
@@ -103,7 +103,7 @@ def slow_save_state(*state):
 
 
 SLOW = {"compute_cache.CHUNK": 64, "compute_cache.append": slow_append, "sampler.append": slow_append, "stories.append": slow_append,
-        "trainer.save_state": slow_save_state}
+        "antarctic.checkpoints.save_state": slow_save_state}
 
 
 @pytest.mark.parametrize("name", ["compute_cache", "trainer", "sampler", "stories"])
@@ -132,7 +132,7 @@ def test_where_one_process_is_killed_the_other_ends_and_any_number_goes_on(scrip
     first.join()
     said = (tmp_path / "logs" / "0").read_text()
     assert first.exitcode in (2, 130) and time.monotonic() - began < 60, said
-    assert "Traceback" not in said and "same command again to go on" in said.splitlines()[-1]
+    assert "Traceback" not in said and "rerun the same command to resume" in said.splitlines()[-1]
     alone = start(tmp_path / "log", name, *command(cut), patches=SLOW)
     until_more_is_kept(alone, before)
     alone.kill()
@@ -188,7 +188,7 @@ def test_of_two_hosts_one_goes_on_alone_where_the_other_died(script, world, read
         os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     said, _ = hosts[0].communicate()
-    assert hosts[0].returncode != 0 and time.monotonic() - began < 60 and "same command again to go on" in said
+    assert hosts[0].returncode != 0 and time.monotonic() - began < 60 and "rerun the same command to resume" in said
     hosts[1].communicate()
     [state] = (tmp_path / "0" / "out").glob("state-*.pt")
     assert not list((tmp_path / "1" / "out").iterdir())

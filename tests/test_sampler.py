@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from conftest import BART, CLIP
+
+from antarctic.datasets import Picture, read_coco
+from antarctic.images import read_image
 from model import Captioner, Clip, rescore
 from sampler import record_of
 from snowglobe import scenes
-from utils import Picture, read_coco, read_image
 
 
 def sample(script, cache, savedir, *more, textfiles=(), embfiles=()):

@@ -7,11 +7,13 @@ import subprocess
 
 import pytest
 import torch
+from conftest import BART, CLIP, VAL
 
 import scorer
-from conftest import BART, CLIP, VAL
+from antarctic.datasets import read_coco
+from antarctic.files import write_lines
+from antarctic.images import read_image
 from model import Clip
-from utils import read_coco, read_image, write_lines
 
 # The example of https://github.com/jmhessel/clipscore, and the scores that its README gives to it.
 GOOD = ["an orange cat and a grey cat are lying together.",
@@ -138,7 +140,7 @@ def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
             assert all(text.startswith("A photo depicts ") for text in texts)
             return torch.tensor([vectors[text.split()[-1]] for text in texts])
 
-    monkeypatch.setattr("features.image_features", lambda clip, pictures, *_: (torch.tensor([(1.0, 0.0)] * 4), pictures, []))
+    monkeypatch.setattr("antarctic.features.image_features", lambda clip, pictures, *_: (torch.tensor([(1.0, 0.0)] * 4), pictures, []))
     captions, references = ["near", "far", "near", "far"], [["back", "told"], ["far"], ["back"], ["told", "back"]]
     one = 2 * 1.5 * 0.96 / (1.5 + 0.96)  # cosines .6 with the image and .48 + .48 with the better reference
     found, read = scorer.clip_scores(Plane(), captions, references, [None] * 4, tmp_path, 3)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import ImageChops
 
-from conftest import ROOT
 from model import Captioner, Clip
 from snowglobe import build, measure, scenes
 from snowglobe.kinds import KINDS

@@ -10,13 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import processes
-import stories
 from conftest import BART, CLIP, ROOT
 from forks import files
-from generation import invert, nucleus
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stories
+from antarctic import runtime
+from antarctic.decoding import invert, nucleus
 
 GPT = str(ROOT / "snowglobe" / "weights" / "gpt")
 CAPTIONS = ["a red dog", "A whale by a lighthouse.", "two sheep and an umbrella in a quiet wood", "Geoff Hinton on a bus",
@@ -145,7 +145,7 @@ def run_with_stdout(stream, *arguments):
     with mock.patch.object(sys, "argv", ["stories.py", "--lm", GPT, "--device", "cpu", *map(str, arguments)]):
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(err):
             try:
-                processes.run(stories.main)
+                runtime.run(stories.main)
             except SystemExit as stop:
                 return stop.code, err.getvalue()
     return 0, err.getvalue()
@@ -185,7 +185,7 @@ def test_where_nobody_reads_and_nothing_is_written_the_run_ends_with_a_sentence(
 
 def test_a_long_story_is_printed_whole(capsys):
     text = "It\x1b[31m was \n" + "very " * 1000 + "red."
-    stories.say(text)
+    stories.print_line(text)
     assert capsys.readouterr().out == "It\\x1b[31m was " + "very " * 1000 + "red.\n"
 
 

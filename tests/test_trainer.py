@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from conftest import BART, CLIP
 from safetensors.torch import load_file
 
-from conftest import BART, CLIP
-from model import Captioner, checkpoint_settings
+from antarctic.checkpoints import checkpoint_settings
+from model import Captioner
 from trainer import cosine_rate
 
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 import utils
-from gallery import write_gallery
-from processes import InputError
+from antarctic import datasets, files
+from antarctic.errors import InputError
+from antarctic.gallery import write_gallery
 
 
 def test_the_table_ends_in_a_bar():
@@ -19,7 +20,7 @@ def test_the_table_ends_in_a_bar():
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), utils.atomic(path) as file:
+    with pytest.raises(RuntimeError), files.atomic(path) as file:
         file.write("new")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -27,7 +28,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_line_i_of_written_lines_is_text_i(tmp_path):
-    utils.write_lines(tmp_path / "preds.txt", ["a dog\non grass", "", "a cat\r\n"])
+    files.write_lines(tmp_path / "preds.txt", ["a dog\non grass", "", "a cat\r\n"])
     assert (tmp_path / "preds.txt").read_bytes() == b"a dog on grass\n\na cat\n"
 
 
@@ -36,7 +37,7 @@ def test_images_of_folders_are_found_with_subfolders_and_each_once(tmp_path):
     for name in ("2.PNG", "1.jpg", "b/3.webp"):
         Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
     (tmp_path / "notes.txt").write_text("no image")
-    found = utils.list_images([tmp_path / "b" / "3.webp", tmp_path])
+    found = datasets.list_images([tmp_path / "b" / "3.webp", tmp_path])
     assert [str(p.path.relative_to(tmp_path)) for p in found] == ["b/3.webp", "1.jpg", "2.PNG"]
 
 
@@ -46,10 +47,10 @@ def test_coco_captions_come_in_the_order_of_ids(tmp_path):
     data = {"images": [{"id": 9, "file_name": "9.jpg"}, {"id": 2, "file_name": "2.jpg"}],
             "annotations": [{"image_id": 9, "caption": " A dog. \n"}, {"image_id": 2, "caption": "A cat."}, {"image_id": 9, "caption": "Grass"}]}
     (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(data))
-    pictures = utils.read_coco(tmp_path, "val2017")
+    pictures = datasets.read_coco(tmp_path, "val2017")
     assert [(p.id, p.captions) for p in pictures] == [(2, ("A cat.",)), (9, ("A dog.", "Grass"))]
     with pytest.raises(InputError, match="there is val2017"):
-        utils.read_coco(tmp_path, "test2017")
+        datasets.read_coco(tmp_path, "test2017")
 
 
 def test_the_gallery_shows_a_users_text_as_text(tmp_path):
@@ -69,11 +70,11 @@ def test_patterns_folders_and_files_are_listed_once_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     whole = [tmp_path / name for name in ("a.JPG", "b.png", "sub/c.webp")]
-    assert [p.path for p in utils.list_images([tmp_path])] == whole
-    assert [p.path for p in utils.list_images([f"{tmp_path}/*.png", tmp_path])] == [whole[1], whole[0], whole[2]]
-    assert [p.path for p in utils.list_images([f"{tmp_path}/**/*.webp"])] == whole[2:]
+    assert [p.path for p in datasets.list_images([tmp_path])] == whole
+    assert [p.path for p in datasets.list_images([f"{tmp_path}/*.png", tmp_path])] == [whole[1], whole[0], whole[2]]
+    assert [p.path for p in datasets.list_images([f"{tmp_path}/**/*.webp"])] == whole[2:]
     with pytest.raises(InputError, match="only local files"):
-        utils.list_images(["https://example.com/dog.jpg"])
+        datasets.list_images(["https://example.com/dog.jpg"])
 
 
 # ------------------------------------------------------------------------ what is there by default

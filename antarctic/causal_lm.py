@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from generation import invert, nucleus
-from processes import InputError
-from utils import existing_file
+from antarctic.decoding import invert, nucleus
+from antarctic.errors import InputError
+from antarctic.files import existing_file
 
 
 def is_gguf(name):
@@ -88,7 +88,8 @@ def encode(name, prompts, chat=False):
     No weights are read yet. Raises InputError: the model is missing or of another kind, or a prompt leaves no room.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
-    from model import fetch, load, load_tokenizer
+
+    from antarctic.pretrained import fetch, load, load_tokenizer
     gguf, what = is_gguf(name), "language model"
     if not gguf:
         fetch(name, what, ("tokenizer",))  # with the config, but before gigabytes of weights
@@ -119,7 +120,8 @@ def load_lm(name, ends, device, dtype, config=None):
     """The causal language model; its generate() stops a row at a token id of `ends` and does nothing
     that is not asked of it. config: of encode(), which saves reading a GGUF file once more."""
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
-    from model import load
+
+    from antarctic.pretrained import load
     if is_gguf(name):
         model, report = load_gguf(AutoModelForCausalLM, name, dtype=dtype, config=config,
                                   output_loading_info=True,

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from cache import BLOCK, cache_description, read_one_cache, search
-from processes import InputError, process
-from utils import atomic, existing_file, file_sha256, write_json
+from antarctic.cache import BLOCK, cache_description, read_one_cache, search
+from antarctic.distributed import rank_and_world
+from antarctic.errors import InputError
+from antarctic.files import atomic, existing_file, file_sha256, write_json
 
 LEAST = 256  # entries that are worth an index
 WIDTH = 256  # dimensions that are left before they are quantized
@@ -30,7 +31,7 @@ QUERIES = 256  # of which recall is measured
 SAVE_SECONDS = 60  # between two saves of an index that is being built
 
 
-def library():
+def load_faiss():
     """faiss, with as many threads as torch. Raises InputError where it is not installed."""
     try:
         import faiss
@@ -45,7 +46,7 @@ class Index:
 
     def __init__(self, index, rows):
         """index: of all rows of the file. rows: those of them that are searched."""
-        faiss = library()
+        faiss = load_faiss()
         self.index, self.rows = index, rows
         # Where most rows are left out, the lists that are read may hold too few of the others: those are searched exactly.
         self.exact = 2 * len(rows) < rows.file_rows
@@ -92,7 +93,7 @@ class Index:
 
 def index_description(path):
     """What build_index noted beside an index, a dict. Raises InputError, also where there is no index or no faiss."""
-    library()
+    load_faiss()
     side = Path(f"{existing_file(path, 'index')}.json")
     try:
         made = json.loads(existing_file(side, "description of the index").read_text(encoding="utf-8"))
@@ -116,7 +117,7 @@ def open_index(path, embeddings):
                          f"again by compute_cache.py --index")
     if file_sha256(path) != made["index_sha256"]:
         raise InputError(f"{path} is not the index that {path}.json describes; build it again by compute_cache.py --index")
-    faiss = library()
+    faiss = load_faiss()
     try:
         index = faiss.read_index(str(path))
     except RuntimeError as error:
@@ -124,7 +125,7 @@ def open_index(path, embeddings):
     if (type(index), index.d, index.ntotal) != (faiss.IndexPreTransform, rows.dim, rows.file_rows):
         raise InputError(f"{path} is not an index of the {rows.file_rows} rows of {rows.path}")
     opened = Index(index, rows)
-    if process()[0] == 0:
+    if rank_and_world()[0] == 0:
         print(f"{rows.path} is searched exactly, as less than half of it is left: the index {path} is not used" if opened.exact
               else f"approximate: {rows.path} is searched through {path}, which found {made['recall']:.1%} of the 10 nearest "
                    f"entries of {made['queries']} when it was built")
@@ -148,7 +149,7 @@ def trained_index(rows):
     scans in registers (Andre et al. 2017, https://arxiv.org/abs/1704.07355). Lists and codes go by inner products, as search
     does: from an image all entries are far, and distances would rank the lists by how wide they are.
     """
-    faiss = library()
+    faiss = load_faiss()
     lists = max(1, min(round(4 * math.sqrt(len(rows))), len(rows) // 40))
     width = min(WIDTH, rows.dim // 2 * 2)
     sample = some_rows(rows, 40 * lists, 0)
@@ -206,7 +207,7 @@ def build_index(path, textfile, embfile, features=None):
     features: a file of image features to measure recall with; None: queries are made up. Rows are added block by block. A build
     that was stopped goes on where it last saved, after the training. Returns the recall, which it prints. Raises InputError.
     """
-    faiss, path, cache = library(), Path(path), cache_description(embfile)
+    faiss, path, cache = load_faiss(), Path(path), cache_description(embfile)
     if cache is None:
         raise InputError(f"{embfile}.json is missing, so an index could not be tied to the cache; compute the cache again")
     _, rows = read_one_cache(Path(textfile), Path(embfile), cache["clip_model"])
@@ -240,4 +241,4 @@ def build_index(path, textfile, embfile, features=None):
 
 def write_index(path, index):
     with atomic(path, "wb") as file:
-        library().write_index(index, library().PyCallbackIOWriter(file.write))
+        load_faiss().write_index(index, load_faiss().PyCallbackIOWriter(file.write))

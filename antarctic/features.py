@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from processes import first, gather, process
-from utils import atomic, locked, read_image
+from antarctic.distributed import gather_lists, on_rank0, rank_and_world
+from antarctic.files import atomic, locked
+from antarctic.images import read_image
 
 BATCH_PIXELS = 1 << 25  # read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
 
@@ -30,12 +31,12 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
         except OSError:
             stats.append((str(picture.path), 0, 0))
     key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
-    path = Path(folder) / f"features-{first(lambda: key)}.safetensors"  # of another host's files the times may differ
-    if (found := first(lambda: read_features(path, len(pictures), clip.dim))) is None:
+    path = Path(folder) / f"features-{on_rank0(lambda: key)}.safetensors"  # of another host's files the times may differ
+    if (found := on_rank0(lambda: read_features(path, len(pictures), clip.dim))) is None:
         with locked(path.with_name(f".{path.name}.lock")):
             encode_shards(clip, pictures, path, batch_size, shard)
-        found = first(lambda: read_features(path, len(pictures), clip.dim))
-    if process()[0] == 0:
+        found = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
+    if rank_and_world()[0] == 0:
         for part in path.parent.glob(f"{path.stem}.*.part"):  # also of a run that was killed between the file and this
             part.unlink(missing_ok=True)  # another run may be about it, too
     features, bad = found
@@ -45,15 +46,15 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
 
 def encode_shards(clip, pictures, path, batch_size, shard):
     """Writes the features file of image_features by way of its shards, of which each process encodes every world-th."""
-    rank, world = process()
+    rank, world = rank_and_world()
     shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard] for start in range(0, len(pictures), shard)}
-    missing = first(lambda: [part for part in shards if read_features(part, len(shards[part]), clip.dim) is None])
+    missing = on_rank0(lambda: [part for part in shards if read_features(part, len(shards[part]), clip.dim) is None])
     done = len(pictures) - sum(len(shards[part]) for part in missing)
     with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image", disable=rank > 0) as bar:
         for start in range(0, len(missing), world):
             some = missing[start:start + world]
             mine = [(part, *encode_files(clip, [p.path for p in shards[part]], batch_size, bar)) for part in some[rank:rank + 1]]
-            for part, features, bad in gather(mine):
+            for part, features, bad in gather_lists(mine):
                 if rank == 0:
                     write_features(part, features, bad)
             bar.update(sum(len(shards[part]) for part in some[1:]))

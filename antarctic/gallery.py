@@ -5,7 +5,8 @@ import html
 import io
 import re
 
-from utils import atomic, read_image
+from antarctic.files import atomic
+from antarctic.images import read_image
 
 HEAD = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -9,9 +9,16 @@ from tokenize import TokenError  # numpy's, of a header cut in two
 import numpy as np
 import torch
 
-from processes import InputError
-from utils import (
-    LONGEST_TEXT, atomic, existing_file, file_sha256, finish_cache, read_text, staged, write_json,
+from antarctic.errors import InputError
+from antarctic.files import (
+    LONGEST_TEXT,
+    atomic,
+    existing_file,
+    file_sha256,
+    finish_cache,
+    read_text,
+    staging_path,
+    write_json,
     write_lines,
 )
 
@@ -90,13 +97,13 @@ def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtyp
     are never taken for one cache.
     """
     finish_cache(textfile, embfile)  # or its staged files would mix with these
-    write_lines(staged(textfile), entries)
-    with atomic(staged(embfile), "wb") as file:
+    write_lines(staging_path(textfile), entries)
+    with atomic(staging_path(embfile), "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": embeddings.shape})
         for start in range(0, len(embeddings), BLOCK):
             file.write(np.ascontiguousarray(embeddings[start:start + BLOCK], dtype).tobytes())
-    write_json(staged(f"{embfile}.json"), {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
-                                           "prefix": prefix, "text_sha256": file_sha256(staged(textfile))}, indent=1)
+    write_json(staging_path(f"{embfile}.json"), {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
+                                           "prefix": prefix, "text_sha256": file_sha256(staging_path(textfile))}, indent=1)
     finish_cache(textfile, embfile)
 
 
@@ -174,7 +181,7 @@ def search(queries, embeddings, k, chunk=8192, half=None):
     queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores (B, k), indices (B, k) int64),
     k <= N.
     Only B x chunk products exist at a time, so memory does not grow with N.
-    half: halved(embeddings), which is scanned in their place; float32 decides among those rows of a chunk that may be among the
+    half: to_bfloat16(embeddings), which is scanned in their place; float32 decides among those rows of a chunk that may be among the
     best of a query by as much as bfloat16 can be wrong. So the result is the same, but for ties.
     """
     k = min(k, len(embeddings))
@@ -198,7 +205,7 @@ def search(queries, embeddings, k, chunk=8192, half=None):
     return best, indices  # (B, k), (B, k) indices into the cache
 
 
-def halved(embeddings):
+def to_bfloat16(embeddings):
     """A copy of embeddings in bfloat16 and in memory, (N, dim), which search scans twice as fast where the processor computes in
     it; None where a row is longer than a unit vector, as search's bound would not hold."""
     half = torch.empty(len(embeddings), embeddings[:1].shape[1], dtype=torch.bfloat16)

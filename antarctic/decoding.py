@@ -5,7 +5,7 @@ import copy
 import torch
 
 
-def branched(cache, rows):
+def fork_cache(cache, rows):
     """A cache of keys and values of some rows of another, ascending, int64 (R,), each as often as it stands there. The encoder's
     part is of one image, so all of its rows are one and the same, and it is a view."""
     new = copy.copy(cache)

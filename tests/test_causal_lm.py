@@ -10,11 +10,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import storyteller
-from conftest import ROOT
-from processes import InputError
+from antarctic import causal_lm
+from antarctic.errors import InputError
 
 GPT = ROOT / "snowglobe" / "weights" / "gpt"
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
@@ -121,7 +121,7 @@ def test_quantised_weights_come_as_gguf_unpacks_them(llama, tmp_path):
         out.add_tensor(tensor.name, gguf.quantize(tensor.data, kind), raw_dtype=kind)
     for write in (out.write_header_to_file, out.write_kv_data_to_file, out.write_tensors_to_file, out.close):
         write()
-    unpacked = storyteller.load_lm(tmp_path / "q.gguf", [0], "cpu", torch.float32)
+    unpacked = causal_lm.load_lm(tmp_path / "q.gguf", [0], "cpu", torch.float32)
     rows, exact = unpacked.get_input_embeddings().weight, model.get_input_embeddings().weight
     assert rows.dtype == torch.float32 and 0 < (rows - exact).abs().max() < 0.02 * exact.abs().max()
     for name, tensor in unpacked.named_parameters():
@@ -169,7 +169,7 @@ def test_a_file_that_is_no_gguf_is_named(refuse, tmp_path):
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])
 def test_where_a_package_is_missing_the_sentence_says_which(llama, refuse, tmp_path, monkeypatch, package):
     path = write_gguf(tmp_path / "a.gguf", *llama)
-    monkeypatch.setattr(storyteller, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr(causal_lm, "find_spec", lambda name: None if name == package else object())
     refuse(f"requirements.txt brings {package}", "--lm", path)
 
 
@@ -193,10 +193,10 @@ def test_damaged_gguf_files_are_read_or_refused(llama, tmp_path):
             data[place:place + 8] = rng.choice((rng.randbytes(1) + whole[place + 1:place + 8], bytes(8), b"\xff" * 7 + b"\x7f"))
         (tmp_path / "b.gguf").write_bytes(data)
         try:
-            config, tokenizer, tokens, _ = storyteller.encode(tmp_path / "b.gguf", ["Once upon a time"])
-            model = storyteller.load_lm(tmp_path / "b.gguf", storyteller.end_tokens(tokenizer, False), "cpu", torch.float32, config)
-            [(new, ended)] = storyteller.sample(model, tokens, [0], 3)
-            assert isinstance(storyteller.tell(tokenizer, "Once", tokens[0], new, ended), str)
+            config, tokenizer, tokens, _ = causal_lm.encode(tmp_path / "b.gguf", ["Once upon a time"])
+            model = causal_lm.load_lm(tmp_path / "b.gguf", causal_lm.end_tokens(tokenizer, False), "cpu", torch.float32, config)
+            [(new, ended)] = causal_lm.sample(model, tokens, [0], 3)
+            assert isinstance(causal_lm.tell(tokenizer, "Once", tokens[0], new, ended), str)
             outcomes.add("read")
         except InputError:
             outcomes.add("refused")
@@ -211,8 +211,8 @@ def test_weights_that_give_nan_are_named(llama, tmp_path):
     broken.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")
     with pytest.raises(InputError, match="NaN"):
-        model = storyteller.load_lm(tmp_path / "folder", [0], "cpu", torch.float32)
-        storyteller.sample(model, [[1, 2]], [0], 3)
+        model = causal_lm.load_lm(tmp_path / "folder", [0], "cpu", torch.float32)
+        causal_lm.sample(model, [[1, 2]], [0], 3)
 
 
 # ------------------------------------------------------------------------------------------------- sampling
@@ -224,19 +224,19 @@ def test_a_neighbour_that_needs_a_wider_nucleus_changes_nothing(monkeypatch):
                          max_position_embeddings=64, initializer_range=0.5, tie_word_embeddings=False)
     model = LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    widths, nucleus = [], storyteller.nucleus
+    widths, nucleus = [], causal_lm.nucleus
 
     def recorded(*arguments):
         p, order = nucleus(*arguments)
         widths.append(p.shape[1])
         return p, order
-    monkeypatch.setattr(storyteller, "nucleus", recorded)
+    monkeypatch.setattr(causal_lm, "nucleus", recorded)
     prompts = torch.randint(3000, (8, 5)).tolist()
-    together = storyteller.sample(model, prompts, range(8), 30, 1.0, 0.9)
+    together = causal_lm.sample(model, prompts, range(8), 30, 1.0, 0.9)
     shared = list(widths)
     for row, prompt in enumerate(prompts):
         widths.clear()
-        assert storyteller.sample(model, [prompt], [row], 30, 1.0, 0.9) == [together[row]]
+        assert causal_lm.sample(model, [prompt], [row], 30, 1.0, 0.9) == [together[row]]
         assert set(widths) == {256, 3000} and sum(widths) < sum(shared)  # else this would show nothing
 
 
@@ -270,22 +270,22 @@ def test_a_chats_story_is_what_the_model_answers_and_nothing_of_the_template(cha
 
 def test_in_a_chat_any_special_token_ends_the_story(llama):
     tokenizer = AutoTokenizer.from_pretrained(GPT)
-    assert storyteller.end_tokens(tokenizer, chat=False) == [tokenizer.eos_token_id]
+    assert causal_lm.end_tokens(tokenizer, chat=False) == [tokenizer.eos_token_id]
     tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
     tokenizer.add_tokens(["a_word"])
-    assert storyteller.end_tokens(tokenizer, chat=False) == [tokenizer.eos_token_id]
-    assert storyteller.end_tokens(tokenizer, chat=True) == [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<end_of_turn>"])]
+    assert causal_lm.end_tokens(tokenizer, chat=False) == [tokenizer.eos_token_id]
+    assert causal_lm.end_tokens(tokenizer, chat=True) == [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<end_of_turn>"])]
 
 
 def test_any_of_several_end_tokens_ends_a_row(llama):
-    model = storyteller.load_lm(str(GPT), [], "cpu", torch.float32)
+    model = causal_lm.load_lm(str(GPT), [], "cpu", torch.float32)
     prompt = AutoTokenizer.from_pretrained(GPT)("Once upon a time there was")["input_ids"]
-    [(free, ended)] = storyteller.sample(model, [prompt], [3], 20)
+    [(free, ended)] = causal_lm.sample(model, [prompt], [3], 20)
     assert len(free) == 20 and not ended
     early, late = free[5], free[12]
-    model = storyteller.load_lm(str(GPT), sorted({early, late}), "cpu", torch.float32)
+    model = causal_lm.load_lm(str(GPT), sorted({early, late}), "cpu", torch.float32)
     stop = min(free.index(early), free.index(late))
-    assert storyteller.sample(model, [prompt], [3], 20) == [(free[:stop], True)]
+    assert causal_lm.sample(model, [prompt], [3], 20) == [(free[:stop], True)]
 
 
 def test_the_default_prompts(script, records, chat):
@@ -325,8 +325,8 @@ def test_a_real_model_writes_a_story(smollm2, script, tmp_path, monkeypatch):
             loaded[loader] = load_gguf(loader, name, **options)
         return loaded[loader]
 
-    load_gguf = storyteller.load_gguf
-    monkeypatch.setattr(storyteller, "load_gguf", load_once)
+    load_gguf = causal_lm.load_gguf
+    monkeypatch.setattr(causal_lm, "load_gguf", load_once)
 
     def told(*captions, batch_size=1):
         result = script("stories", "--lm", smollm2, "--chat", "--device", "cpu", "--max_tokens", 24, "--savedir", tmp_path / "out",

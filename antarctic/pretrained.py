@@ -18,17 +18,29 @@ from pickle import UnpicklingError
 
 from httpx2 import HTTPError, TransportError
 from huggingface_hub import (
-    HfApi, constants, get_cached_repo_tree, get_session, hf_hub_download, snapshot_download,
+    HfApi,
+    constants,
+    get_cached_repo_tree,
+    get_session,
+    hf_hub_download,
+    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError, FileMetadataError, GatedRepoError, HfHubHTTPError, HFValidationError,
-    LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError,
+    CachedRepoTreeNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 from safetensors import SafetensorError
 
-from processes import InputError, process
+from antarctic.distributed import rank_and_world
+from antarctic.errors import InputError
 
 CLIP_NAMES = {  # OpenAI's names of its weights: the same on the hub
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -129,7 +141,7 @@ def download(name, what, parts):
     if (free := shutil.disk_usage(there).free) < size:
         raise InputError(f"the {what} {name} needs {readable(size)} in {place}, but {readable(free)} are free there; "
                          f"HF_HOME names another folder")
-    if missing and process()[0] == 0:
+    if missing and rank_and_world()[0] == 0:
         print(f"fetching the {what} {name}: {readable(size)} in {len(missing)} files from {constants.ENDPOINT} "
               f"to {place}", file=sys.stderr, flush=True)
         if not constants.HF_HUB_DISABLE_PROGRESS_BARS:

@@ -1,0 +1,1 @@
+"""The machinery under the method: files, caches, processes, decoding. Nothing here knows a script."""
