@@ -30,6 +30,7 @@ from antarctic import cache as cache_module
 from antarctic import checkpoints, datasets, features, files, images
 from antarctic.datasets import Picture
 from antarctic.errors import InputError
+from antarctic.files import file_sha256
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -190,7 +191,7 @@ def test_a_cache_of_mutated_bytes(folder, name, checked):
             (folder / "c.npy.json").unlink()
         elif name == "c.txt":  # as if that were its text, so that more than the digest is tried
             (folder / name).write_bytes(content)
-            (folder / "c.npy.json").write_text(json.dumps(told | {"text_sha256": files.file_sha256(folder / name)}))
+            (folder / "c.npy.json").write_text(json.dumps(told | {"text_sha256": file_sha256(folder / name)}))
         outcome(f"cache {name}", folder / name, content, lambda _: read_cache(folder))
     run()
 
