@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole method on the snowglobe: world, cache, layernorm training, captions, scores, gallery.
 #
-#   ./demo.sh             about 5 minutes on 2 cores after the installation; a second run takes up what is there
+#   ./demo.sh             about 5 minutes on 2 cores after the installation; a second run skips finished stages
 #   ./demo.sh --small     the same on a few images, to see that everything runs
-#   ./demo.sh --full      goes on from there to everything that the README's table holds: sampling everywhere, every
+#   ./demo.sh --full      goes on from there to everything that docs/results.md holds: sampling everywhere, every
 #                         weight of BART tuned, captions from perfect and from random tables (20 minutes more)
 #
 # Everything goes into demo/ (demo/small/; or the folder in DEMO): results.json, gallery.html, runs/, checkpoints/.

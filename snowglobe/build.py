@@ -18,7 +18,7 @@ How good each is alone, as `python -m snowglobe.measure --alone` prints it after
     CLIP: in tables of 32 entries stand 99% of the kinds; 30% of the kinds in them are there
     BART: denoises 500 fresh captions at 0.52 nats a token
     GPT-Neo: perplexity 2.09 on 200 fresh stories
-`./demo.sh --full` measures the whole table of the README, with the bounds that perfect and random tables set.
+`./demo.sh --full` measures the whole table of docs/results.md, with the bounds that perfect and random tables set.
 """
 
 import argparse
