@@ -23,12 +23,13 @@ import torch
 from nltk import wordpunct_tokenize
 from tqdm import tqdm
 
-from antarctic.cache import cache_description, existing_caches, read_one_cache, write_cache
+from antarctic.cache import cache_description, read_one_cache, write_cache
 from antarctic.datasets import read_coco
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import InputError
 from antarctic.files import (
     append,
+    existing_caches,
     existing_file,
     finish_cache,
     locked,

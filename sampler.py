@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.cache import existing_caches, read_cache, search
+from antarctic.cache import read_cache, search
 from antarctic.datasets import list_images, read_coco
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
@@ -33,7 +33,6 @@ from antarctic.files import (
     TEXT,
     append,
     atomic,
-    existing_file,
     file_sha256,
     locked,
     output_folder,
@@ -44,7 +43,7 @@ from antarctic.files import (
 )
 from antarctic.gallery import write_gallery
 from antarctic.images import report_bad_images
-from antarctic.index import index_description, open_index
+from antarctic.index import open_index
 from antarctic.runtime import cleanup, run
 from utils import choose_device, choose_dtype, find_inputs, linearize, seed_of
 
@@ -117,13 +116,8 @@ def check(args):
     if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     find_inputs(args)
-    existing_caches(args.textfile, args.embfile)
-    if args.index:
-        index_description(args.index)
     if not math.isfinite(args.lm_weight):
         raise InputError(f"--lm_weight must be a number, not {args.lm_weight}")
-    if args.ckpt:
-        existing_file(args.ckpt, "checkpoint")
 
 
 def restrict(entries, embeddings, only, banned):

@@ -15,11 +15,11 @@ import sys
 from collections import Counter, deque
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 from tqdm import tqdm
 
 from antarctic.causal_lm import encode, end_tokens, load_lm, sample, tell
+from antarctic.datasets import read_captions
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.english import noun_phrase
 from antarctic.errors import InputError, escape_control, print_safely
@@ -27,9 +27,7 @@ from antarctic.files import (
     append,
     atomic,
     locked,
-    one_line,
     output_folder,
-    read_text,
     write_lines,
     writing,
 )
@@ -89,22 +87,6 @@ def check(args):
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     if "{caption}" not in args.prompt:
         raise InputError(f'--prompt "{args.prompt}" has no {{caption}}, so every story would begin alike')
-
-
-def read_captions(path):
-    """(image id, or None where there is none; caption) for each caption of a file. Raises InputError where it holds none.
-
-    .json: a list of {"image_id", "caption"}. .jsonl: such an object a line; other keys are ignored. Else: a caption a line.
-    """
-    path = Path(path)
-    text = read_text(path, "captions file")
-    if path.suffix not in (".json", ".jsonl"):
-        return [(None, one_line(line, path)) for line in text.split("\n")]
-    try:
-        parts = [text] if path.suffix == ".json" else [f"[{line}]" for line in text.split("\n")]
-        return [(record.get("image_id"), one_line(record["caption"], path)) for part in parts for record in json.loads(part)]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} does not hold captions as sampler.py writes them in {path.suffix} files") from error
 
 
 def fill(template, caption):

@@ -19,13 +19,13 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from antarctic.cache import existing_caches, read_cache, search, to_bfloat16
+from antarctic.cache import read_cache, search, to_bfloat16
 from antarctic.datasets import read_coco
 from antarctic.distributed import all_reduce_sum, rank_and_world
 from antarctic.errors import InputError
 from antarctic.files import atomic, locked, output_folder
 from antarctic.images import report_bad_images
-from antarctic.index import index_description, open_index
+from antarctic.index import open_index
 from antarctic.runtime import cleanup, run
 from utils import choose_device, choose_dtype, find_inputs, linearize
 
@@ -158,9 +158,6 @@ def main():
     if not args.save_seconds >= 0:
         raise InputError(f"--save_seconds must be at least 0, not {args.save_seconds}")
     find_inputs(args)
-    existing_caches(args.textfile, args.embfile)
-    if args.index:
-        index_description(args.index)
     train, val = read_coco(args.datadir, args.split), read_coco(args.datadir, args.val_split)
     train, val = ([p for p in pictures if p.captions] for pictures in (train, val))
     if not train or not val:

@@ -1,24 +1,85 @@
-"""What the scripts share: the files that they find by default, device and dtype, seeds, the table's text."""
+"""What the scripts share: the files that they find by default, common flags, the start of a run, device, dtype, seeds."""
 
+import argparse
 import hashlib
+import math
 import os
+import sys
 from pathlib import Path
 
 from antarctic.distributed import rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import finish_cache
+from antarctic.files import existing_caches, existing_file, finish_cache, locked, output_folder
+from antarctic.runtime import cleanup
 
 SEPARATOR = " | "
-
-OWN_CACHE, ORIGINAL_CACHE = ("cache.txt", "cache.npy"), ("original/cache.txt", "original/cache.npy")
-
+TOPK, MAXLEN_ENC, MAXLEN_DEC = 10, 128, 32  # the original's: entries of a table, tokens of a table and of a caption
+OWN_CACHE = "cache.txt", "cache.npy"
+ORIGINAL_CACHE = "original/cache.txt", "original/cache.npy"
 CHECKPOINTS = "checkpoints/best.safetensors", "original/checkpoint.ckpt"
+DTYPES = "auto", "float32", "bfloat16"
 
 
-def seed_of(*what):
-    """A seed that depends on these things alone, such as --seed and an image's id, so that neighbours in a batch change nothing."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode(errors="surrogateescape")).digest()[:7], "big")
+# ------------------------------------------------------------------------------------ flags
 
+class Renamed(argparse.Action):
+    """An old spelling of a flag, which works for one more release and prints a warning. new: how it is written now."""
+
+    def __init__(self, *how, new, **named):
+        self.new = new
+        super().__init__(*how, help=argparse.SUPPRESS, **named)
+
+    def __call__(self, parser, namespace, value, option=None):
+        if rank_and_world()[0] == 0:
+            print(f"warning: {option} is an old spelling and will go; use {self.new}", file=sys.stderr)
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else value)
+
+
+def add_cache_flags(parser):
+    """--textfile, --embfile and --index of a script that reads caches, see find_inputs."""
+    parser.add_argument("--textfile", nargs="+", help="entries of the cache, or of several caches "
+                        "(.txt; default: cache.txt, else the original's)")
+    parser.add_argument("--embfile", nargs="+", help="their embeddings (.npy), in the same order "
+                        "(default: the .npy beside --textfile)")
+    parser.add_argument("--index", metavar="FILE", help="index of compute_cache.py through which its "
+                        "cache is searched, approximately (default: every cache exactly)")
+
+
+def add_clip_flag(parser, default="ViT-B/16", remark=""):
+    parser.add_argument("--clip_model", default=default, help="OpenAI's name or .pt file, hub id or "
+                        f"folder of a CLIP or SigLIP{remark} (default %(default)s)")
+
+
+def add_device_flags(parser, dtype="auto", what="arithmetic of the language model"):
+    """--device and --dtype. dtype: the default. what: what is computed in it."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
+    parser.add_argument("--dtype", default=dtype, choices=DTYPES, help=f"{what}; auto: bfloat16 on "
+                        "a GPU that has it, else float32 (default %(default)s)")
+
+
+def add_sampling_flags(parser, top_p=1.0):
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default %(default)s)")
+    parser.add_argument("--top_p", type=float, default=top_p, help="probability mass of nucleus "
+                        "sampling (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default %(default)s)")
+
+
+def require_at_least(least, args, *names):
+    """Raises InputError where one of these flags is below least. None, a flag that was not given, passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # nan is not
+            raise InputError(f"--{name} must be at least {least}, not {value}")
+
+
+def check_sampling(args):
+    """Raises InputError where --temperature and --top_p cannot be sampled with."""
+    if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
+        raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], "
+                         f"not {args.temperature} and {args.top_p}")
+
+
+# ------------------------------------------------------------------------------------ files that are there
 
 def choose_cache(textfile, embfile, exists):
     """The caches to read, as two lists: those that --textfile and --embfile name, else the cache in
@@ -77,7 +138,7 @@ def choose_checkpoint(ckpt, exists):
 
 def find_inputs(args):
     """Fills in --textfile, --embfile and, where a script has it, --ckpt with what is there, and
-    says what was taken. Raises InputError."""
+    says what was taken. Raises InputError where a file is missing, before anything is loaded."""
     finish_cache(*OWN_CACHE)
     given, taken = dict(vars(args)), []
     args.textfile, args.embfile = choose_cache(args.textfile, args.embfile, os.path.isfile)
@@ -90,6 +151,26 @@ def find_inputs(args):
             taken.append(f"the checkpoint {args.ckpt}")
     if taken and rank_and_world()[0] == 0:
         print_safely(escape_control(f"taken, since no other is named: {', '.join(taken)}"))
+    existing_caches(args.textfile, args.embfile)
+    if getattr(args, "ckpt", None):
+        existing_file(args.ckpt, "checkpoint")
+    if args.index:
+        from antarctic.index import index_description
+        index_description(args.index)
+
+
+# ------------------------------------------------------------------------------------ the start of a run
+
+def start_run(args):
+    """Makes the output folder and locks it until run() ends: (Path, or None without --savedir; torch.device; torch.dtype).
+
+    Raises InputError where the folder cannot be written to, another run is writing to it, or the device is not there.
+    """
+    savedir = output_folder(args.savedir) if args.savedir else None
+    if savedir:
+        cleanup.enter_context(locked(savedir / ".lock"))
+    device = choose_device(args.device)
+    return savedir, device, choose_dtype(args.dtype, device)
 
 
 def choose_device(name):
@@ -113,7 +194,11 @@ def choose_dtype(name, device):
     return getattr(torch, name)
 
 
+def seed_of(*parts):
+    """A seed that depends on these things alone, such as --seed and an image's id, so that neighbours in a batch change nothing."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode(errors="surrogateescape")).digest()[:7], "big")
+
+
 def linearize(entries):
     """The table as the language model reads it: each entry followed by a bar, the last one too."""
     return "".join(entry + SEPARATOR for entry in entries)
-

@@ -13,7 +13,7 @@ from antarctic.errors import InputError
 from antarctic.files import (
     LONGEST_TEXT,
     atomic,
-    existing_file,
+    existing_caches,
     file_sha256,
     finish_cache,
     read_text,
@@ -105,17 +105,6 @@ def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtyp
     write_json(staging_path(f"{embfile}.json"), {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
                                            "prefix": prefix, "text_sha256": file_sha256(staging_path(textfile))}, indent=1)
     finish_cache(textfile, embfile)
-
-
-def existing_caches(textfiles, embfiles):
-    """Pairs of paths (text, embeddings), after a look whether they are there. Raises InputError."""
-    if len(textfiles) != len(embfiles):
-        raise InputError(f"{len(textfiles)} --textfile stand beside {len(embfiles)} --embfile; they go in pairs")
-    pairs = []
-    for textfile, embfile in zip(textfiles, embfiles):
-        finish_cache(textfile, embfile)
-        pairs.append((existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings")))
-    return pairs
 
 
 def read_cache(textfiles, embfiles, clip_model, dim=None):

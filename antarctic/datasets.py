@@ -72,6 +72,25 @@ def read_annotations(path):
     return images
 
 
+def read_captions(path):
+    """A list of (image id, or None where there is none; caption): the captions of a file, as sampler.py or another captioner
+    wrote it. Raises InputError where it holds something else.
+
+    .json: COCO's results format, a list of {"image_id", "caption"}. .jsonl: such an object a line. Other keys are ignored.
+    Any other file: a text of one caption a line.
+    """
+    path = Path(path)
+    text = read_text(path, "captions file")
+    if path.suffix not in (".json", ".jsonl"):
+        return [(None, one_line(line, path)) for line in text.split("\n")]
+    try:
+        parts = [text] if path.suffix == ".json" else [f"[{line}]" for line in text.split("\n")]
+        records = [record for part in parts for record in json.loads(part)]
+        return [(record.get("image_id"), one_line(record["caption"], path)) for record in records]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} does not hold captions as sampler.py writes them in {path.suffix} files") from error
+
+
 def read_coco(datadir, split, need_images=True):
     """The images of a COCO split with their captions, in the order of their ids: a list of Picture.
 

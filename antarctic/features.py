@@ -1,6 +1,5 @@
 """Images as CLIP's vectors: encoded once, kept in a file, found again by later runs."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
-from antarctic.files import atomic, locked
+from antarctic.files import atomic, fingerprint, locked
 from antarctic.images import read_image
 
 BATCH_PIXELS = 1 << 25  # read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
@@ -30,7 +29,7 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
             stats.append((str(picture.path.resolve()), stat.st_size, stat.st_mtime_ns))
         except OSError:
             stats.append((str(picture.path), 0, 0))
-    key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
+    key = fingerprint([clip.identity, stats])
     path = Path(folder) / f"features-{on_rank0(lambda: key)}.safetensors"  # of another host's files the times may differ
     if (found := on_rank0(lambda: read_features(path, len(pictures), clip.dim))) is None:
         with locked(path.with_name(f".{path.name}.lock")):

@@ -122,6 +122,17 @@ def finish_cache(textfile, embfile):
                 os.replace(staging_path(path), path)
 
 
+def existing_caches(textfiles, embfiles):
+    """Pairs of paths (text, embeddings), after a look whether they are there. Raises InputError."""
+    if len(textfiles) != len(embfiles):
+        raise InputError(f"got {len(textfiles)} --textfile but {len(embfiles)} --embfile; they go in pairs")
+    pairs = []
+    for textfile, embfile in zip(textfiles, embfiles):
+        finish_cache(textfile, embfile)
+        pairs.append((existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings")))
+    return pairs
+
+
 def write_lines(path, lines):
     """One text a line; line breaks inside a text become spaces, so that line i stays text i."""
     with atomic(path) as file:
@@ -157,6 +168,12 @@ def existing_file(path, what):
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(settings):
+    """16 hexadecimal digits that name a run by everything that decides its results: two runs share their unfinished work only
+    if these are equal. settings: whatever JSON can hold."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def read_text(path, what):

@@ -4,7 +4,6 @@ Method: Jegou et al. 2011, https://inria.hal.science/inria-00514462. Of a shortl
 are true, and only the choice of candidates is approximate. Caches that have no index are searched exactly.
 """
 
-import hashlib
 import json
 import math
 import random
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from antarctic.cache import BLOCK, cache_description, read_one_cache, search
 from antarctic.distributed import rank_and_world
 from antarctic.errors import InputError
-from antarctic.files import atomic, existing_file, file_sha256, write_json
+from antarctic.files import atomic, existing_file, file_sha256, fingerprint, write_json
 
 LEAST = 256  # entries that are worth an index
 WIDTH = 256  # dimensions that are left before they are quantized
@@ -215,7 +214,7 @@ def build_index(path, textfile, embfile, features=None):
         raise InputError(f"{textfile} has {len(rows)} entries; below {LEAST} an index gains nothing")
     queries = image_queries(features, rows.dim) if features else made_queries(rows)
 
-    key = hashlib.sha256(json.dumps([cache, len(rows), rows.dim, WIDTH, faiss.__version__]).encode()).hexdigest()[:16]
+    key = fingerprint([cache, len(rows), rows.dim, WIDTH, faiss.__version__])
     part = path.with_name(f".{path.name}.{key}.part")
     index = faiss.read_index(str(part)) if part.is_file() else trained_index(rows)
     saved = 0 if not index.ntotal else time.monotonic()

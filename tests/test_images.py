@@ -1,6 +1,5 @@
 """CLIP's preprocessing beside torchvision's formulas, written out with Pillow and NumPy."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from transformers import (
 
 from antarctic.datasets import read_coco
 from antarctic.features import image_features, write_features
+from antarctic.files import fingerprint
 from antarctic.preprocessing import (
     OpenAIPreprocessor,
     center_box,
@@ -233,7 +233,7 @@ def test_features_of_earlier_runs_are_still_found(world, tmp_path, monkeypatch):
     clip, pictures = Clip(CLIP), read_coco(world, "val2017")
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
              for path in (picture.path for picture in pictures)]
-    key = hashlib.sha256(json.dumps([clip.identity, stats]).encode()).hexdigest()[:16]
+    key = fingerprint([clip.identity, stats])
     left = torch.eye(clip.dim)[:len(pictures)]
     write_features(tmp_path / f"features-{key}.safetensors", left, {})
     monkeypatch.setattr("antarctic.features.encode_files", None)  # nothing is encoded

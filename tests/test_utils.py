@@ -121,7 +121,7 @@ def test_a_cache_that_a_kill_left_half_moved_is_taken_whole(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("cache.txt", ".cache.npy.new", ".cache.npy.json.new"):
         (tmp_path / name).write_text("")
-    args = argparse.Namespace(textfile=None, embfile=None)
+    args = argparse.Namespace(textfile=None, embfile=None, index=None)
     utils.find_inputs(args)
     assert (args.textfile, args.embfile) == (["cache.txt"], ["cache.npy"])
     assert {path.name for path in tmp_path.iterdir()} == {*OURS, "cache.npy.json"}
