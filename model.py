@@ -1,9 +1,15 @@
-"""The models: CLIP (images and texts to unit vectors) and the captioner (table to caption), and the captioner's checkpoints."""
+"""The method as objects: Clip (images and texts to unit vectors), Captioner (BART: table to caption) and
+Model, which composes them: image, table, candidates, CLIP's choice."""
 
 import contextlib
+from dataclasses import replace
+from functools import partial
+from os.path import isfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL.Image import Image
 from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -16,11 +22,38 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from antarctic.cache import (
+    Embeddings,
+    cache_description,
+    read_cache,
+    restrict,
+    search,
+    to_bfloat16,
+    whole_words,
+)
+from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import draw, fork_cache
 from antarctic.errors import InputError
+from antarctic.files import existing_file, one_line
+from antarctic.images import read_image
+from antarctic.index import open_index
 from antarctic.openai_clip import ResNetClip, is_resnet, read_openai_clip
 from antarctic.preprocessing import OpenAIPreprocessor, openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
+from utils import (
+    MAXLEN_DEC,
+    MAXLEN_ENC,
+    TOPK,
+    Decoding,
+    choose_cache,
+    choose_checkpoint,
+    choose_device,
+    choose_dtype,
+    linearize,
+    seed_of,
+)
+
+MANY = 4096  # images for whose tables a bfloat16 copy of the embeddings pays
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -128,7 +161,7 @@ class Captioner:
     the weights are float32.
     """
 
-    def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=128, maxlen_dec=32):
+    def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=MAXLEN_ENC, maxlen_dec=MAXLEN_DEC):
         # On a CPU in bfloat16 a training step with the fused attention takes twice as long as with the plain one.
         attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
         fetch(name, "language model", ("weights", "tokenizer"))
@@ -156,6 +189,9 @@ class Captioner:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def computes_bfloat16_on_cpu(self):
+        return self.dtype == torch.bfloat16 and self.device.type == "cpu"
 
     def tokenize(self, texts, max_length):
         """Token ids, a list for each text, cut at max_length."""
@@ -295,11 +331,181 @@ def rescore(clip, features, candidates):
     return [(vectors[[place[t] for t in texts]] @ image).tolist() if texts else [] for image, texts in zip(features, candidates)]
 
 
-# --------------------------------------------------------------------------------------------- checkpoint
+# ------------------------------------------------------------------------------------ the method
+
+class Caption(NamedTuple):
+    """An image's caption with all that it came from. Cosines and likelihoods have 5 digits."""
+
+    caption: str  # "" where every candidate held a banned word
+    score: float  # CLIP's cosine of caption and image
+    table: list  # (entry, cosine) of the topk, best first
+    candidates: list  # (text, cosine, likelihood: mean log-probability a token), best first
 
 
+class Model:
+    """The method: a frozen CLIP, a cache of entries, and BART, of which the layernorms are trained.
 
+    An image becomes a caption in four steps, which caption() takes one after the other:
 
+        features = model.features(images)         float32 (n, dim): CLIP's unit vectors
+        tables = model.tables(features)           the topk entries nearest to each image, best first
+        candidates = model.candidates(tables)     BART writes captions from the linearized tables
+        captions = model.choose(features, tables, candidates)    CLIP rescores them: the best wins
 
+    The vocabulary is the cache: add_words() lays new entries over it, with no training.
+    Attributes: clip, a Clip; captioner, a Captioner; entries, a list of N texts; embeddings, their
+    unit vectors (N, dim), an Embeddings; topk; decoding, a utils.Decoding.
+    """
 
+    def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=Decoding(),
+                 banned=None, prefix="", search=search):
+        """banned: a pattern of texts that no caption may hold, or None. prefix: what stands before
+        an entry when CLIP encodes it. search: cache.search, or Index.search."""
+        self.clip, self.captioner = clip, captioner
+        self.entries, self.embeddings, self.search = entries, embeddings, search
+        self.topk, self.decoding, self.banned, self.prefix = topk, decoding, banned, prefix
 
+    @classmethod
+    def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,
+             embfile=None, index=None, only=None, ban=None, topk=None, maxlen_enc=None,
+             maxlen_dec=None, device="auto", dtype="auto", **decoding):
+        """A Model by the sampler's flags, which have the same names, meanings and defaults here.
+
+        textfile, embfile: lists of paths. ckpt: "none" for BART as pretrained. only, ban: lists of
+        words. topk, maxlen_enc, maxlen_dec: where they are None, the checkpoint's. decoding: the
+        fields of utils.Decoding. Raises InputError where a file is missing or does not fit.
+        """
+        decoding = Decoding(**decoding)
+        textfile, embfile = choose_cache(textfile, embfile, isfile)
+        ckpt = choose_checkpoint(ckpt, isfile)
+        device = choose_device(device)
+        settings = {"topk": TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
+        if ckpt:  # it knows the table and the lengths that it was trained with
+            settings = checkpoint_settings(existing_file(ckpt, "checkpoint"))
+        topk, maxlen_enc = topk or settings["topk"], maxlen_enc or settings["maxlen_enc"]
+        maxlen_dec = maxlen_dec or settings["maxlen_dec"]
+
+        clip = Clip(clip_model, device)
+        entries, embeddings = read_cache(textfile, embfile, clip.identity, clip.dim)
+        banned = whole_words(ban) if ban else None
+        if only or banned:
+            entries, embeddings = restrict(entries, embeddings, only, banned)
+        index_search = open_index(index, embeddings).search if index else search
+        captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
+        if ckpt:
+            load_checkpoint(ckpt, captioner)
+        prefix = (cache_description(embfile[0]) or {"prefix": ""})["prefix"]
+        return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix, index_search)
+
+    def add_words(self, words):
+        """Lays entries over the cache, in memory alone. Returns those that were not there before.
+
+        words: texts, such as ["Geoff Hinton"]. They are encoded by CLIP with the cache's prefix.
+        Raises InputError where a word is banned, or longer than an entry may be.
+        """
+        words = dict.fromkeys(one_line(word, "add_words") for word in words)
+        if banned := [word for word in words if self.banned and self.banned.search(word)]:
+            raise InputError(f'"{banned[0]}" is banned')
+        known = set(self.entries)
+        words = [word for word in words if word and word not in known]
+        if words:
+            vectors = self.clip.encode_texts([self.prefix + word for word in words])  # (words, dim)
+            self.entries = self.entries + words
+            self.embeddings = Embeddings([*self.embeddings.parts, vectors])
+        return words
+
+    def features(self, images):
+        """CLIP's unit vectors, float32 (n, dim). images: n paths or PIL images, read at once.
+
+        Raises InputError where a file is no image that can be read.
+        """
+        pictures = []
+        for image in images:
+            try:
+                pictures.append(image.convert("RGB") if isinstance(image, Image) else read_image(image))
+            except OSError as error:
+                raise InputError(f"cannot read the image {image} ({error.strerror or error})") from error
+        return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
+
+    def tables(self, features):
+        """The topk entries nearest to each image, best first: n lists of (entry, cosine).
+
+        features: (n, dim), unit vectors.
+        """
+        find = self.search
+        if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
+            find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, in half the time
+        tables = []
+        for rows in features.split(256):
+            scores, indices = find(rows, self.embeddings, self.topk)  # (256, k), (256, k)
+            tables += [[(self.entries[i], score) for i, score in zip(*row)]
+                       for row in zip(indices.tolist(), scores.tolist())]
+        return tables
+
+    def candidates(self, tables, ids=None, **changes):
+        """The captions that BART writes for each table: n dicts {text: likelihood}, which is the
+        mean log-probability a token.
+
+        tables: n lists of (entry, cosine). ids: what seeds each image's samples beside the seed, so
+        that they do not depend on its neighbours (default: its place). changes: of self.decoding.
+        """
+        decoding = replace(self.decoding, **changes)
+        seeds = [seed_of(decoding.seed, name) for name in (range(len(tables)) if ids is None else ids)]
+        texts = [linearize(entry for entry, _ in table) for table in tables]
+        tokens = self.captioner.tokenize(texts, self.captioner.maxlen_enc)
+        n = decoding.num_return_sequences
+        if decoding.do_sample:
+            dials = n, decoding.temperature, decoding.top_p
+            drafts = [self.captioner.sample(table, *dials, seed) for table, seed in zip(tokens, seeds)]
+        else:
+            drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
+        if self.banned:
+            drafts = [self.without_banned(*each) for each in zip(drafts, tokens, seeds)]
+        candidates = []
+        for draft in drafts:  # of a text that two token sequences spell, the likelier one counts
+            by_likelihood = sorted(draft, key=lambda candidate: candidate[1])
+            candidates.append({text: likelihood for text, likelihood, *_ in by_likelihood})
+        return candidates
+
+    def without_banned(self, candidates, table, seed, attempts=9):
+        """The candidates without a banned word; where none is left, samples without one."""
+        for attempt in range(attempts + 1):
+            if attempt:
+                candidates = self.captioner.sample(table, 100, seed=seed + attempt)
+            if clean := [each for each in candidates if not self.banned.search(each[0])]:
+                return clean
+        return []
+
+    def choose(self, features, tables, candidates, **changes):
+        """CLIP's choice among the candidates of each image: n Captions.
+
+        features: (n, dim). tables, candidates: as tables() and candidates() return them. changes:
+        of self.decoding, whose lm_weight lets BART's likelihood count, too.
+        """
+        weight = replace(self.decoding, **changes).lm_weight
+        captions = []
+        for table, texts, cosines in zip(tables, candidates, rescore(self.clip, features, candidates)):
+            ranked = [(text, round(cosine, 5), round(likelihood, 5))
+                      for (text, likelihood), cosine in zip(texts.items(), cosines)]
+            # CLIP cannot tell some apart: then the likelier one.
+            ranked.sort(key=lambda each: (-each[1] - weight * each[2], -each[2]))
+            text, score = ranked[0][:2] if ranked else ("", 0.0)
+            captions.append(Caption(text, score, [(e, round(c, 5)) for e, c in table], ranked))
+        return captions
+
+    def caption(self, images, ids=None, batch_size=16, **changes):
+        """A Caption of each image: the four steps. images: n paths or PIL images.
+
+        ids: see candidates(); by default paths are their own, as in the sampler. changes: of
+        self.decoding, such as do_sample=True, num_return_sequences=100.
+        """
+        images = list(images)
+        ids = ids or [place if isinstance(image, Image) else image for place, image in enumerate(images)]
+        captions = []
+        for start in range(0, len(images), batch_size):
+            batch = slice(start, start + batch_size)
+            features = self.features(images[batch])  # (B, dim)
+            tables = self.tables(features)
+            candidates = self.candidates(tables, ids[batch], **changes)
+            captions += self.choose(features, tables, candidates, **changes)
+        return captions

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from antarctic.distributed import rank_and_world
@@ -77,6 +78,29 @@ def check_sampling(args):
     if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], "
                          f"not {args.temperature} and {args.top_p}")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How candidates are written and chosen. Raises InputError for settings that cannot work."""
+
+    num_beams: int = 3  # width of beam search
+    num_return_sequences: int = 3  # candidates an image
+    do_sample: bool = False  # sample them in place of beam search
+    temperature: float = 1.0
+    top_p: float = 1.0  # probability mass of nucleus sampling
+    seed: int = 0
+    lm_weight: float = 0.0  # of BART's mean log-probability a token, beside CLIP's cosine
+
+    def __post_init__(self):
+        require_at_least(1, self, "num_beams", "num_return_sequences")
+        if not self.do_sample and self.num_return_sequences > self.num_beams:
+            raise InputError(f"beam search of width {self.num_beams} cannot return "
+                             f"{self.num_return_sequences} candidates; raise --num_beams, or give "
+                             f"--do_sample")
+        check_sampling(self)
+        if not math.isfinite(self.lm_weight):
+            raise InputError(f"--lm_weight must be a number, not {self.lm_weight}")
 
 
 # ------------------------------------------------------------------------------------ files that are there
@@ -187,8 +211,11 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """torch.float32 or torch.bfloat16; "auto" takes bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    """torch.float32 or torch.bfloat16; "auto" takes bfloat16 on a GPU that computes in it, float32 elsewhere.
+    name: also a torch.dtype, which is returned."""
     import torch
+    if isinstance(name, torch.dtype):
+        return name
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, name)

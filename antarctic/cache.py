@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from tokenize import TokenError  # numpy's, of a header cut in two
@@ -64,7 +65,7 @@ class Rows:
 
 
 class Embeddings:
-    """Rows one behind the other, which search reads as it reads a tensor."""
+    """Rows and float32 tensors (n, dim) one behind the other, which search reads as it reads a tensor."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -85,7 +86,8 @@ class Embeddings:
         """Some of these rows. rows: ascending numbers."""
         parts, begin = [], 0
         for part in self.parts:
-            parts.append(part.only(row - begin for row in rows if begin <= row < begin + len(part)))
+            wanted = [row - begin for row in rows if begin <= row < begin + len(part)]
+            parts.append(part[wanted] if torch.is_tensor(part) else part.only(wanted))
             begin += len(part)
         return Embeddings(parts)
 
@@ -162,6 +164,23 @@ def read_one_cache(textfile, embfile, clip_model):
     if not all(rows[start:start + BLOCK].isfinite().all() for start in range(0, len(rows), BLOCK)):
         raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
     return lines, rows
+
+
+def restrict(entries, embeddings, only, banned):
+    """The entries, and their Embeddings, that --only and --ban leave. only: a list or None; banned: a pattern or None."""
+    if only and (missing := set(only).difference(entries)):
+        raise InputError(f'{len(missing)} lines of --only, such as "{min(missing)}", are in no cache; compute_cache.py --add puts '
+                         f"them into one")
+    only = set(only or entries)
+    rows = [i for i, entry in enumerate(entries) if entry in only and not (banned and banned.search(entry))]
+    if not rows:
+        raise InputError("--ban leaves no entry")
+    return [entries[i] for i in rows], embeddings.only(rows)
+
+
+def whole_words(lines):
+    """A pattern that finds any of the lines as whole words, in any case."""
+    return re.compile(r"(?<!\w)(?:%s)(?!\w)" % "|".join(map(re.escape, lines)), re.IGNORECASE)
 
 
 def search(queries, embeddings, k, chunk=8192, half=None):
