@@ -397,6 +397,10 @@ class Model:
         prefix = (cache_description(embfile[0]) or {"prefix": ""})["prefix"]
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix, index_search)
 
+    def __str__(self):
+        dtype = str(self.captioner.dtype).removeprefix("torch.")
+        return f"{self.captioner.identity} on {self.captioner.device}, {dtype}"
+
     def add_words(self, words):
         """Lays entries over the cache, in memory alone. Returns those that were not there before.
 

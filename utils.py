@@ -51,6 +51,11 @@ def add_clip_flag(parser, default="ViT-B/16", remark=""):
                         f"folder of a CLIP or SigLIP{remark} (default %(default)s)")
 
 
+def add_lm_flag(parser):
+    parser.add_argument("--lm", default="facebook/bart-large", help="hub id or folder of a BART "
+                        "(default %(default)s)")
+
+
 def add_device_flags(parser, dtype="auto", what="arithmetic of the language model"):
     """--device and --dtype. dtype: the default. what: what is computed in it."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")

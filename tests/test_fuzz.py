@@ -22,7 +22,6 @@ from PIL import Image
 from test_hostile import DEEP, RECORD, bounded
 
 import model
-import sampler
 import scorer
 import stories
 import utils
@@ -31,6 +30,8 @@ from antarctic import checkpoints, datasets, features, files, images
 from antarctic.datasets import Picture
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
+from antarctic.results import write_results
+from antarctic.sealed import DIGITS, read_sealed, resume, seal
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -246,12 +247,11 @@ def read_captions(path):
 
 def read_records(path):
     pictures = [Picture(record["image_id"], Path(record["file"])) for record in RECORDS]
-    done = sampler.kept_records(path, pictures, 2)
-    kept = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    assert len(kept) == done and all(record["image_id"] == picture.id for record, picture in zip(kept, pictures))
-    args = type("", (), {"gallery": 9, "csv": True, "sidecar": False})
+    done = resume(path, 2)
+    kept = list(read_sealed(path))
+    assert kept == RECORDS[:done] and done % 2 == 0
     if kept:
-        sampler.write_results(path.parent, path, pictures[:done], args)
+        write_results(path.parent, path, pictures[:done], 9, as_csv=True)
 
 
 RECORDS = [RECORD | {"image_id": f"{name}.png", "file": f"{name}.png"} for name in "abcdef"]
@@ -259,12 +259,12 @@ COCO = {"info": {"year": 2017}, "images": [{"id": i, "file_name": f"{i}.png", "w
         "annotations": [{"id": i, "image_id": i % 5, "caption": f"a dog and {i} cats"} for i in range(12)]}
 RESULTS = [{"image_id": i, "caption": f"a dog and {i} cats"} for i in range(5)]
 TEXT = "a dog\nnaïve café\n\n two  cats \r\n".encode()
-DOCUMENTS = {  # name: (file, its values or None, a line of JSON each?, reader)
+DOCUMENTS = {  # name: (file, its values or None, a line each: True, or how it is written; reader)
     "annotations": ("annotations/captions_val2017.json", COCO, False, read_annotations),
     "results of the scorer": ("captions.json", RESULTS, False, read_results),
     "captions.json of stories": ("captions.json", RESULTS, False, read_captions),
     "details.jsonl of stories": ("details.jsonl", RECORDS, True, read_captions),
-    "details.jsonl.part": ("details-0.jsonl.part", RECORDS, True, read_records),
+    "details.jsonl.part": ("details-0.jsonl.part", RECORDS, seal, read_records),
     "captions.txt": ("captions.txt", None, True, read_captions),
     "preds.txt": ("preds.txt", None, True, lambda path: scorer.read_texts(path, "captions file")),
     "words.txt": ("words.txt", None, True, lambda path: [line.encode() for line in files.read_lines(path, "list of words")]),
@@ -274,6 +274,8 @@ DOCUMENTS = {  # name: (file, its values or None, a line of JSON each?, reader)
 def document(values, by_line):
     if values is None:
         return TEXT
+    if by_line is seal:
+        return b"".join(map(seal, values))
     return b"".join(json.dumps(record).encode() + b"\n" for record in values) if by_line else json.dumps(values).encode()
 
 
@@ -298,8 +300,10 @@ def test_a_document_of_mutated_values(tmp_path, name):
     @given(JSON_EDITS, st.integers(0, 5))
     def run(edits, line):
         if by_line:
-            lines = document(values, True).splitlines(keepends=True)
-            content = b"".join([*lines[:line], mutate_json(values[line], edits) + b"\n", *lines[line + 1:]])
+            lines = document(values, by_line).splitlines(keepends=True)
+            digits = lines[line][:DIGITS + 1] if by_line is seal else b""  # the seal of what was written
+            lines[line] = digits + mutate_json(values[line], edits) + b"\n"
+            content = b"".join(lines)
         else:
             content = mutate_json(values, edits)
         outcome(f"{name}, values", tmp_path / file, content, read)

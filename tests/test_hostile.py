@@ -23,16 +23,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import model
-import sampler
 import scorer
 import stories
 from antarctic import cache as cache_module
 from antarctic import checkpoints, errors, features, files, openai_clip, pickles
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.datasets import Picture, list_images, read_annotations, read_coco
+from antarctic.datasets import list_images, read_annotations, read_coco
 from antarctic.errors import InputError
 from antarctic.gallery import thumbnail, write_gallery
 from antarctic.images import read_image
+from antarctic.sealed import checksum, read_sealed, resume, seal
 from model import Captioner
 
 CLEAR = "/proc/self/clear_refs"  # a 5 written there sets the peak of this process's memory to what it has now
@@ -767,22 +767,22 @@ RECORD = {"image_id": "a.png", "file": "a.png", "caption": "a dog", "score": 0.3
     {"table": [["dog"]]}, {"table": [[0.3, "dog"]]}, {"table": {"dog": 0.3}}, {"table": [5]}, {"candidates": [["a dog", 0.3]]},
     {"candidates": [["a dog", "b", "c"]]}, {"candidates": 5}, {"candidates": [[["a"], 0.3, 0.3]]},
     {"table": []}, {"table": {}}, {"score": 10 ** 400}], ids=str)
-def test_a_stopped_runs_record_of_another_kind_is_written_again(tmp_path, change):
-    pictures, part = [Picture(f"{name}.png", Path(f"{name}.png")) for name in "ab"], tmp_path / "details-1.jsonl.part"
-    second = RECORD | {"image_id": "b.png", "file": "b.png"}
-    for first, kept in ((RECORD, 2), (RECORD | change, 0)):
-        part.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
-        assert sampler.kept_records(part, pictures, 1) == kept == len(part.read_text().splitlines())
+def test_a_stopped_runs_record_that_was_changed_is_written_again(tmp_path, change):
+    part, second = tmp_path / "details-1.jsonl.part", seal(RECORD | {"image_id": "b.png", "file": "b.png"})
+    changed = seal(RECORD)[:17] + seal(RECORD | change)[17:]  # the seal of what was written
+    for first, kept in ((seal(RECORD), 2), (changed, 0)):
+        part.write_bytes(first + second)
+        assert resume(part) == kept == len(part.read_bytes().splitlines()) == len(list(read_sealed(part)))
 
 
 @pytest.mark.parametrize("line", [
-    b"\0" * 100, b"", b"\xff\xfe", b"{}", b"[]", b"7", b"NaN", DEEP.encode(), json.dumps(RECORD).encode()[:-1],
-    json.dumps(RECORD | {"image_id": "b.png", "file": "b.png"}).encode("utf-8-sig")], ids=len)
+    b"\0" * 100, b"", b"\xff\xfe", b"{}", b"[]", b"7", b"NaN", DEEP.encode(), json.dumps(RECORD).encode(),
+    seal(RECORD)[:-2], seal(RECORD).decode().encode("utf-8-sig")[:-1],
+    checksum(DEEP.encode()) + b" " + DEEP.encode()], ids=len)
 def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
-    pictures, part = [Picture(f"{name}.png", Path(f"{name}.png")) for name in "ab"], tmp_path / "details-1.jsonl.part"
-    whole = json.dumps(RECORD).encode() + b"\n"
-    part.write_bytes(whole + line + b"\n")
-    assert sampler.kept_records(part, pictures, 1) == 1 and part.read_bytes() == whole
+    part = tmp_path / "details-1.jsonl.part"
+    part.write_bytes(seal(RECORD) + line + b"\n")
+    assert resume(part) == 1 and part.read_bytes() == seal(RECORD)
 
 
 @pytest.mark.parametrize("text", [

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import BART, CLIP
 
-from antarctic.datasets import Picture, read_coco
+from antarctic.datasets import read_coco
 from antarctic.images import read_image
 from model import Captioner, Clip, rescore
-from sampler import record_of
 from snowglobe import scenes
 
 
@@ -104,14 +103,6 @@ def test_only_and_ban_keep_words_out_of_tables_and_captions(script, world, cache
     (tmp_path / "only.txt").write_text("\n".join(entries))
     for record in sample(script, cache, tmp_path / "c", "--datadir", world, "--ckpt", checkpoint, "--only", tmp_path / "only.txt"):
         assert {entry for entry, _ in record["table"]} == set(entries)
-
-
-@pytest.mark.parametrize("lm_weight, order", [(0.0, "acdb"), (0.1, "cadb")])
-def test_candidates_are_ranked_by_clip_and_where_it_ties_by_likelihood(lm_weight, order):
-    candidates, cosines = {"d": -3.0, "c": -1.0, "b": -2.0, "a": -2.5}, [0.3, 0.3 + 1e-7, 0.1, 0.4]
-    picture = Picture(1, Path("1.png"))
-    record = record_of(picture, ["dog"], [0.2], candidates, cosines, lm_weight)
-    assert "".join(text for text, *_ in record["candidates"]) == order and record["caption"] == order[0]
 
 
 def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, cache, tmp_path, monkeypatch):
