@@ -1,6 +1,7 @@
 """model.Model: the steps against plain formulas, and the whole against the sampler and the caches on disk."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -145,3 +146,13 @@ def test_files_that_are_missing_are_named(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no cache here"):
         load(textfile=None, embfile=None)
+
+
+def test_both_models_run_on_the_device_that_is_chosen(load, monkeypatch):
+    gpu = torch.device("meta")  # stands for one
+    for name in ("Clip", "Captioner", "load_checkpoint", "read_cache"):
+        monkeypatch.setattr(models, name, mock.MagicMock())
+    monkeypatch.setattr(models, "choose_device", {"auto": gpu}.get)
+    models.read_cache.return_value = [], []
+    load(device="auto")
+    assert models.Clip.call_args.args[1] is models.Captioner.call_args.args[1] is gpu

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from unittest import mock
 
 import nbformat
 import pytest
@@ -17,9 +16,7 @@ from hub import serving as serving_hub
 from nbclient import NotebookClient
 from published import NAMES, lightning_file, serving
 
-import model
-from antarctic import cache as cache_module
-from antarctic.cache import read_cache, search
+from antarctic.cache import read_cache
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from model import Captioner, Clip
 from snowglobe.scenes import draw_scene, split_scene
@@ -109,34 +106,30 @@ def cell_of(code, text):
 
 def before_and_after(code):
     """The tables without and with the new word."""
-    scored = printed(cell_of(code, "def table_of")).splitlines()
-    joined = printed(cell_of(code, 'work / "mine.npy"]')).splitlines()[0]
-    return [line.split("  ", 1)[1] for line in scored], joined.removesuffix(" | ").split(" | ")
+    scored = printed(cell_of(code, "[table] = ")).splitlines()
+    joined = printed(cell_of(code, "add_words")).splitlines()[0]
+    return [line.split("  ", 1)[1] for line in scored], joined.split(" | ")
 
 
-def table_of_the_drawing(textfiles, embfiles, topk):
-    """The table by the library, of the picture that the notebook draws for an empty PATH."""
+def table_of_the_drawing(textfile, embfile, topk, words=()):
+    """The table by plain formulas, of the picture that the notebook draws for an empty PATH."""
     clip = Clip(CLIP)  # the hub's ViT-B/16 has the same weights
-    entries, embeddings = read_cache(textfiles, embfiles, "openai/clip-vit-base-patch16")
+    entries, embeddings = read_cache([textfile], [embfile], "openai/clip-vit-base-patch16")
     features = clip.encode_images([draw_scene(split_scene("out", 0, 4)[0], 480)])
-    return [entries[i] for i in search(features, embeddings, topk)[1][0].tolist()]
+    vectors = torch.cat((embeddings[:], clip.encode_texts(list(words))))
+    return [[*entries, *words][i] for i in (vectors @ features[0]).topk(topk).indices.tolist()]
 
 
 def check_real(clone, code, textfile, embfile, checkpoint):
-    """That the notebook captioned by these files and the hub's models, then with mine.txt, too."""
-    said = printed(cell_of(code, "load_checkpoint(checkpoint"))
+    """That the notebook captioned by these files and the hub's models, then with new words, too."""
+    said = printed(cell_of(code, "Model.load"))
     entries = len((clone / textfile).read_text().splitlines())
-    files = f"{textfile} with {entries:,} entries, {checkpoint}, facebook/bart-large on "
-    assert said.startswith(files)
-    textfiles, embfiles, mine = [clone / textfile], [clone / embfile], clone / "demo/notebook/mine"
-    topk = checkpoint_settings(clone / checkpoint)["topk"]
+    assert said.startswith(f"{textfile} with {entries:,} entries, {checkpoint}, facebook/bart-large on ")
+    files, topk = (clone / textfile, clone / embfile), checkpoint_settings(clone / checkpoint)["topk"]
     first, second = before_and_after(code)
-    assert first == table_of_the_drawing(textfiles, embfiles, topk) and "penguin" not in first
-    textfiles.append(mine.with_suffix(".txt"))
-    embfiles.append(mine.with_suffix(".npy"))
-    assert second == table_of_the_drawing(textfiles, embfiles, topk) and "penguin" in second
-    assert textfiles[1].read_text() == "penguin\npenguins\n"
-    assert len(printed(cell_of(code, "def candidates_of")).splitlines()) == 6
+    assert first == table_of_the_drawing(*files, topk) and "penguin" not in first
+    assert second == table_of_the_drawing(*files, topk, ("penguin", "penguins")) and "penguin" in second
+    assert len(printed(cell_of(code, "model.candidates")).splitlines()) == 6
     assert printed(code[-1]).count("Once upon a time there w") == 2
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
 
@@ -147,9 +140,9 @@ def test_the_notebook_runs_whole_and_names_the_new_thing(clone, tmp_path, monkey
     monkeypatch.setenv("DEMO", str(tmp_path / "demo"))
     there = files_of(clone)
     code = execute(clone / "notebooks")
-    before, after = (printed(cell) for cell in code if "candidates_of(features)[:6]" in cell.source)
-    assert "penguin |" not in before and "penguin" in after.split("|")[0] + after.split("|")[1]
-    assert "penguin" in after.splitlines()[1]  # the best candidate
+    before, after = before_and_after(code)
+    assert "penguin" not in before and "penguin" in after[:2]
+    assert "penguin" in printed(cell_of(code, "add_words")).splitlines()[1]  # the best candidate
     assert "Once upon a time there was" in printed(code[-1])
     assert files_of(clone) == there and not (clone / "demo").exists()
     assert not (tmp_path / "pip").exists()  # a clone has what it needs
@@ -194,18 +187,6 @@ def test_it_downloads_the_originals_files_and_captions_by_them(
     new = {f"original/{name}" for name in (*published, "SOURCE.txt")}
     assert {name: data for name, data in files_of(clone).items() if name not in new} == there
     assert not (tmp_path / "pip").exists()
-
-
-def test_both_models_run_on_the_device_that_is_chosen(monkeypatch):
-    gpu = torch.device("meta")  # stands for one
-    monkeypatch.setattr("utils.choose_device", {"auto": gpu}.get)
-    for name in ("antarctic.checkpoints.checkpoint_settings", "model.Clip", "model.Captioner",
-                 "antarctic.checkpoints.load_checkpoint", "antarctic.cache.read_cache"):
-        monkeypatch.setattr(name, mock.MagicMock())
-    cache_module.read_cache.return_value = [], []
-    cell = cell_of(code_of(nbformat.read(NOTEBOOK, 4)), "load_checkpoint(checkpoint")
-    exec(cell.source, dict.fromkeys(("textfile", "embfile", "checkpoint", "CLIP_MODEL", "LM")))
-    assert model.Clip.call_args.args[1] is model.Captioner.call_args.args[1] is gpu
 
 
 # ----------------------------------------------------------------------------------------- on Colab
