@@ -357,13 +357,13 @@ class Model:
     unit vectors (N, dim), an Embeddings; topk; decoding, a utils.Decoding.
     """
 
-    def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=Decoding(),
+    def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=None,
                  banned=None, prefix="", search=search):
         """banned: a pattern of texts that no caption may hold, or None. prefix: what stands before
         an entry when CLIP encodes it. search: cache.search, or Index.search."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
-        self.topk, self.decoding, self.banned, self.prefix = topk, decoding, banned, prefix
+        self.topk, self.decoding, self.banned, self.prefix = topk, decoding or Decoding(), banned, prefix
 
     @classmethod
     def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,

@@ -180,7 +180,7 @@ def restrict(entries, embeddings, only, banned):
 
 def whole_words(lines):
     """A pattern that finds any of the lines as whole words, in any case."""
-    return re.compile(r"(?<!\w)(?:%s)(?!\w)" % "|".join(map(re.escape, lines)), re.IGNORECASE)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, lines))})(?!\w)", re.IGNORECASE)
 
 
 def search(queries, embeddings, k, chunk=8192, half=None):

@@ -6,7 +6,8 @@ import gc
 import sys
 import time
 from statistics import median
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 

@@ -1,7 +1,8 @@
 """The things of the snowglobe: how each is drawn, what it is called, what can be said of it."""
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 COLOURS = {
     "red": (214, 48, 49), "orange": (243, 134, 36), "yellow": (249, 214, 60), "green": (58, 158, 80),
@@ -252,8 +253,9 @@ def draw_fish(pen, c):
 @kind("butterfly/butterflies", doing="flying", sky=True)
 def draw_butterfly(pen, c):
     for s in (1, -1):
-        def x(v):
+        def x(v, s=s):
             return 0.5 + s * v
+
         pen.poly(c, x(0.02), 0.46, x(0.3), 0.1, x(0.48), 0.14, x(0.46), 0.42, x(0.24), 0.54)
         pen.poly(shade(c, 0.75), x(0.02), 0.52, x(0.34), 0.56, x(0.38), 0.82, x(0.2), 0.9)
         pen.dot(x(0.34), 0.27, 0.06, shade(c, 2.5))

@@ -18,6 +18,7 @@ import os
 import random
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,61 +73,97 @@ class Scene(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------- drawing
 
+class Background(NamedTuple):
+    sky: tuple
+    ground: tuple
+    blades: int = 0  # short lines on the ground
+    blade: tuple | None = None  # their colour
+    behind: Callable | None = None  # draws what stands on the horizon: (pen, horizon, jitter, rng)
+    before: Callable | None = None  # draws what lies on the ground or hangs in the sky: (pen, horizon, rng)
+
+
+def draw_skyline(pen, horizon, jitter, rng):
+    x = 0.0
+    while x < 1:
+        w, h = rng.uniform(0.1, 0.18), rng.uniform(0.2, 0.46)
+        grey = shade((158, 166, 184), rng.uniform(0.8, 1.15))
+        pen.draw.rectangle(pen.corners(x, horizon - h, min(x + w, 1), horizon), grey)
+        for wy in range(int(h / 0.06)):
+            for wx in range(int(w / 0.05)):
+                if rng.random() < 0.7:
+                    pen.dot(x + 0.03 + wx * 0.05, horizon - h + 0.04 + wy * 0.06, 0.01, (228, 230, 200))
+        x += w
+
+
+def draw_trees(pen, horizon, jitter, rng):
+    for _ in range(14):
+        x, h = rng.random(), rng.uniform(0.24, 0.5)
+        green = shade((44, 92, 60), rng.uniform(0.8, 1.2))
+        corners = x - 0.07, horizon + 0.02, x, horizon - h, x + 0.07, horizon + 0.02
+        pen.draw.polygon(pen.points(corners), green)
+
+
+def draw_sea(pen, horizon, jitter, rng):
+    pen.draw.rectangle(pen.corners(0, horizon - 0.1, 1, horizon), shade((56, 140, 206), jitter))
+
+
+def draw_dunes(pen, horizon, jitter, rng):
+    for _ in range(3):
+        x, w = rng.random(), rng.uniform(0.3, 0.5)
+        sand = shade((232, 188, 122), rng.uniform(0.9, 1.1))
+        pen.draw.ellipse(pen.corners(x - w, horizon - 0.12, x + w, horizon + 0.3), sand)
+
+
+def draw_snowfall(pen, horizon, rng):
+    for _ in range(24):
+        pen.dot(rng.random(), rng.random() * horizon, 0.008, WHITE)
+
+
+def draw_road(pen, horizon, rng):
+    for i in range(4):
+        pen.line((236, 232, 214), 0.02, 0.05 + i * 0.27, 0.93, 0.19 + i * 0.27, 0.93)
+
+
+def draw_stars(pen, horizon, rng):
+    for _ in range(26):
+        place = rng.random(), rng.random() * (horizon - 0.04)
+        pen.dot(*place, rng.choice((0.006, 0.01)), (250, 246, 200))
+
+
+def draw_carpet_and_window(pen, horizon, rng):
+    carpet = pen.corners(0.08, horizon + 0.1, 0.92, horizon + 0.36)
+    pen.draw.ellipse(carpet, (150, 60, 70), (220, 190, 120), 4)
+    x = rng.uniform(0.08, 0.62)
+    pen.box(GLASS, x, 0.08, x + 0.28, 0.32)
+    pen.line(WHITE, 0.02, x + 0.14, 0.09, x + 0.14, 0.31)
+
+
+BACKGROUNDS = {
+    "beach": Background((150, 208, 244), (240, 218, 160), 18, (216, 190, 130), behind=draw_sea),
+    "snow": Background((196, 214, 232), (244, 248, 252), 26, (214, 226, 240), before=draw_snowfall),
+    "forest": Background((166, 206, 190), (96, 128, 70), 20, (70, 104, 54), behind=draw_trees),
+    "city": Background((188, 200, 216), (128, 130, 136), behind=draw_skyline, before=draw_road),
+    "desert": Background((252, 214, 160), (226, 178, 110), 16, (204, 154, 90), behind=draw_dunes),
+    "meadow": Background((160, 214, 248), (132, 192, 90), 30, (98, 164, 66)),
+    "night": Background((26, 30, 66), (44, 56, 60), before=draw_stars),
+    "room": Background((236, 220, 196), (176, 130, 92), before=draw_carpet_and_window),
+}
+
+
 def draw_setting(draw, setting, side, rng):
     """The background of a setting: sky, ground and a few details."""
-    sky, ground = {
-        "beach": ((150, 208, 244), (240, 218, 160)), "snow": ((196, 214, 232), (244, 248, 252)),
-        "forest": ((166, 206, 190), (96, 128, 70)), "city": ((188, 200, 216), (128, 130, 136)),
-        "desert": ((252, 214, 160), (226, 178, 110)), "meadow": ((160, 214, 248), (132, 192, 90)),
-        "night": ((26, 30, 66), (44, 56, 60)), "room": ((236, 220, 196), (176, 130, 92)),
-    }[setting]
-    jitter = rng.uniform(0.93, 1.0)
-    horizon = rng.uniform(0.54, 0.64)
-    full = Pen(draw, 0, 0, side)
-    draw.rectangle((0, 0, side, side), shade(sky, jitter))
-    if setting == "city":
-        x = 0.0
-        while x < 1:
-            w, h = rng.uniform(0.1, 0.18), rng.uniform(0.2, 0.46)
-            grey = shade((158, 166, 184), rng.uniform(0.8, 1.15))
-            draw.rectangle(full.corners(x, horizon - h, min(x + w, 1), horizon), grey)
-            for wy in range(int(h / 0.06)):
-                for wx in range(int(w / 0.05)):
-                    if rng.random() < 0.7:
-                        full.dot(x + 0.03 + wx * 0.05, horizon - h + 0.04 + wy * 0.06, 0.01, (228, 230, 200))
-            x += w
-    if setting == "forest":
-        for _ in range(14):
-            x, h = rng.random(), rng.uniform(0.24, 0.5)
-            green = shade((44, 92, 60), rng.uniform(0.8, 1.2))
-            draw.polygon(full.points((x - 0.07, horizon + 0.02, x, horizon - h, x + 0.07, horizon + 0.02)), green)
-    if setting == "beach":
-        draw.rectangle(full.corners(0, horizon - 0.1, 1, horizon), shade((56, 140, 206), jitter))
-    if setting == "desert":
-        for _ in range(3):
-            x, w = rng.random(), rng.uniform(0.3, 0.5)
-            draw.ellipse(full.corners(x - w, horizon - 0.12, x + w, horizon + 0.3), shade((232, 188, 122), rng.uniform(0.9, 1.1)))
-    draw.rectangle(full.corners(0, horizon, 1, 1), shade(ground, jitter))
-    details = {"beach": (18, (216, 190, 130)), "snow": (26, (214, 226, 240)), "forest": (20, (70, 104, 54)),
-               "city": (0, None), "desert": (16, (204, 154, 90)), "meadow": (30, (98, 164, 66)), "night": (0, None),
-               "room": (0, None)}[setting]
-    for _ in range(details[0]):
+    background = BACKGROUNDS[setting]
+    jitter, horizon = rng.uniform(0.93, 1.0), rng.uniform(0.54, 0.64)
+    pen = Pen(draw, 0, 0, side)
+    draw.rectangle((0, 0, side, side), shade(background.sky, jitter))
+    if background.behind:
+        background.behind(pen, horizon, jitter, rng)
+    draw.rectangle(pen.corners(0, horizon, 1, 1), shade(background.ground, jitter))
+    for _ in range(background.blades):
         x, y = rng.random(), rng.uniform(horizon + 0.02, 1)
-        full.line(details[1], 0.012, x, y, x + rng.uniform(0.0, 0.03), y - 0.02)
-    if setting == "snow":
-        for _ in range(24):
-            full.dot(rng.random(), rng.random() * horizon, 0.008, WHITE)
-    if setting == "city":
-        for i in range(4):
-            full.line((236, 232, 214), 0.02, 0.05 + i * 0.27, 0.93, 0.19 + i * 0.27, 0.93)
-    if setting == "night":
-        for _ in range(26):
-            full.dot(rng.random(), rng.random() * (horizon - 0.04), rng.choice((0.006, 0.01)), (250, 246, 200))
-    if setting == "room":
-        draw.ellipse(full.corners(0.08, horizon + 0.1, 0.92, horizon + 0.36), (150, 60, 70), (220, 190, 120), 4)
-        x = rng.uniform(0.08, 0.62)
-        full.box(GLASS, x, 0.08, x + 0.28, 0.32)
-        full.line(WHITE, 0.02, x + 0.14, 0.09, x + 0.14, 0.31)
+        pen.line(background.blade, 0.012, x, y, x + rng.uniform(0.0, 0.03), y - 0.02)
+    if background.before:
+        background.before(pen, horizon, rng)
 
 
 def draw_scene(scene, size=SIZE):
@@ -289,7 +326,7 @@ def captions(scene, rng, n=5):
 FUNCTION_WORDS = set("a an the of in on at by and with is are there we see you can picture photo image view".split())
 NOUN_WORDS = {word: (name, i == 1 and noun[0] != noun[1] and word not in noun[0].split())
               for name, k in KINDS.items() for noun in k.nouns for i in (0, 1) for word in noun[i].split()}
-NOUN_PATTERNS = {name: re.compile(r"\b(%s)\b" % "|".join(noun for pair in k.nouns for noun in pair)) for name, k in KINDS.items()}
+NOUN_PATTERNS = {name: re.compile(rf"\b({'|'.join(noun for pair in k.nouns for noun in pair)})\b") for name, k in KINDS.items()}
 COUNT_WORDS = {"one": (1,), "two": (2,), "pair": (2,), "three": (3,), "four": (4,), "group": (3, 4)}
 
 

@@ -33,14 +33,14 @@ def child(name, arguments, log, patches, environment):
     runtime.run(importlib.import_module(name).main, **({"alone": True} if name == "scorer" else {}))
 
 
-def start(log, name, *arguments, patches={}, **environment):
+def start(log, name, *arguments, patches=None, **environment):
     """Begins a run of a script whose out and err go to the file log. patches: {"script.NAME": value}. Returns a Process."""
-    process = context.Process(target=child, args=(name, [str(a) for a in arguments], str(log), patches, environment))
+    process = context.Process(target=child, args=(name, [str(a) for a in arguments], str(log), patches or {}, environment))
     process.start()
     return process
 
 
-def start_two(folder, name, *arguments, patches={}):
+def start_two(folder, name, *arguments, patches=None):
     """As torchrun starts two processes; their logs are folder/0 and folder/1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

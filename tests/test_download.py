@@ -381,7 +381,7 @@ def test_a_server_without_head_serves_as_well(original, server, tmp_path, monkey
 
 
 def big_header(rows):
-    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s, 512), }" % rows
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, 512), }}"
     return b"\x93NUMPY\1\0" + (118).to_bytes(2, "little") + header.ljust(117).encode() + b"\n"
 
 

@@ -695,7 +695,7 @@ EVIL = [
 
 def page_of(path, texts):
     cards, told = [], []
-    for i, text in enumerate(texts):
+    for text in texts:
         cards.append({"image_id": text, "file": str(path), "caption": text, "score": 0.3,
                       "table": [[text, 0.3], [text[::-1], 0.2]], "candidates": [[text, 0.3, -1.0]]})
         told.append((text,))

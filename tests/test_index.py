@@ -211,7 +211,10 @@ def test_an_added_entry_makes_an_index_old(script, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(f"word {i}" for i in range(256)))
     files = ("--textfile", tmp_path / "c.txt", "--embfile", tmp_path / "c.npy", "--clip_model", CLIP)
     assert script("compute_cache", *files, "--entries", tmp_path / "list.txt", "--index", tmp_path / "i").code == 0
-    opened = lambda: index.open_index(tmp_path / "i", index_caches(tmp_path))
+
+    def opened():
+        return index.open_index(tmp_path / "i", index_caches(tmp_path))
+
     assert len(opened().rows) == 256
     assert script("compute_cache", *files, "--add", "Geoff Hinton").code == 0
     with pytest.raises(InputError, match="before that was changed"):

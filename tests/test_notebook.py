@@ -204,7 +204,7 @@ def test_without_a_clone_it_makes_one_and_leaves_torch_alone(clone, tmp_path):
     pinned, kept = ((made / name).read_text().splitlines()
                     for name in ("requirements.txt", "colab.txt"))
     names = {line.partition("==")[0] for line in kept}
-    for_tests = {"pytest", "hypothesis", "nbclient", "ipykernel"}
+    for_tests = {"pytest", "hypothesis", "nbclient", "ipykernel", "ruff"}
     assert not names & {"torch", "torchvision", "torchaudio", *for_tests}
     assert names >= {"transformers", "safetensors", "numpy", "nltk"} and set(kept) < set(pinned)
 
