@@ -1,6 +1,7 @@
 """Captions from an encoder-decoder language model: beam search, and samples that share prefixes.
 
-Shapes: B tables of T tokens, V tokens in the vocabulary, R rows of the decoder.
+Shapes: B tables of T tokens, V tokens in the vocabulary, R rows of the decoder, D distinct
+continuations of these rows.
 """
 
 import copy
@@ -180,16 +181,18 @@ class Prefixes:
 @torch.inference_mode()
 def sample_tree(bart, inputs, n, temperature, top_p, maxlen, seed, chunk):
     """n independent samples of one table's caption, each distinct sequence of tokens once. Returns
-    a list of (tokens, int64 (R, length); likelihoods, float32 (R,); counts, int64 (R,)).
+    a list of (tokens, int64 (D, length); likelihoods, float32 (D,); counts, int64 (D,)), a step of
+    the decoder each.
 
     inputs: input_ids and attention_mask, int64 (1, T). maxlen, likelihoods: as of beam_search; the
     likelihood is before temperature and nucleus. counts: how many of the n samples a sequence is.
 
     Samples that begin alike share their beginning. A row is a distinct prefix with its count, and
-    for each row it is drawn how many samples go on with which token: a multinomial, as it is when
-    they are drawn one after the other. Barrett, Malyshev and Lvovsky sample quantum states like
-    this (2021, https://arxiv.org/abs/2109.12606). The encoder runs once and all rows read its
-    states. At most `chunk` rows run at a time and the others wait, which bounds the memory.
+    for each row it is drawn how many samples go on with which token. These counts are multinomial,
+    as they are when samples are drawn one after the other. Barrett, Malyshev and Lvovsky sample
+    quantum states like this (2021, https://arxiv.org/abs/2109.12606). The encoder runs once and all
+    rows read its states. At most `chunk` rows run at a time and the others wait, which bounds the
+    memory.
     """
     device, eos = bart.device, bart.config.eos_token_id
     # Draws need doubles, which mps does not have.
