@@ -17,8 +17,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     CLIPConfig,
     CLIPModel,
-    DynamicCache,
-    EncoderDecoderCache,
 )
 from transformers.utils import logging
 
@@ -32,7 +30,7 @@ from antarctic.cache import (
     whole_words,
 )
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.decoding import draw, fork_cache
+from antarctic.decoding import beam_search, sample_tree
 from antarctic.errors import InputError
 from antarctic.files import existing_file, one_line
 from antarctic.images import read_image
@@ -221,56 +219,13 @@ class Captioner:
         is done leaves the batch, where generate() computes on until all of them are.
         Raises InputError where the vocabulary is smaller than two tokens a beam.
         """
-        config, inputs, width = self.model.config, self.pad(tables), 2 * num_beams  # so many that num_beams go on if as many end
-        if width > config.vocab_size:
-            raise InputError(f"--num_beams {num_beams} is too wide for a language model of {config.vocab_size} tokens")
-        open_tables, found, mask = list(range(len(tables))), [[] for _ in tables], inputs["attention_mask"]
+        if 2 * num_beams > self.model.config.vocab_size:
+            raise InputError(f"--num_beams {num_beams} is too wide for a language model of "
+                             f"{self.model.config.vocab_size} tokens")
         with self.autocast():
-            encoded = self.model.get_encoder()(**inputs).last_hidden_state  # (rows, T, dim); a row is a beam of an open table
-            tokens = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]] * len(tables), device=self.device)
-            total = torch.zeros(len(tables), 1, device=self.device)  # (open tables, beams), log-probabilities
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            for length in range(2, self.maxlen_dec - 1):
-                logits = self.next_logits(tokens, encoded, cache, mask)  # (rows, vocabulary)
-                best, token = logits.topk(width)  # (rows, width)
-                best = (best - logits.logsumexp(-1, keepdim=True)).view(*total.shape, width) + total[..., None]
-                best, place = best.flatten(1).topk(width)  # (open tables, width), among all continuations of a table's beams
-                row = place // width + torch.arange(len(total), device=self.device)[:, None] * total.shape[1]
-                token = token.view(len(total), -1).gather(1, place)
-                ended = token == config.eos_token_id
-                for i, k in ended[:, :num_beams].nonzero().tolist():
-                    captions = found[open_tables[i]]
-                    captions.append((best[i, k].item() / length, tokens[row[i, k]]))
-                    captions.sort(key=lambda caption: -caption[0])
-                    del captions[num_beams:]
-                total, going = best.masked_fill(ended, -torch.inf).topk(num_beams)  # (open tables, beams)
-                still = [i for i, (table, likely) in enumerate(zip(open_tables, (total[:, 0] / length).tolist()))
-                         if len(found[table]) < num_beams or num_beams > 1 and likely > found[table][-1][0]]
-                if not still:
-                    break
-                rows = row.gather(1, going)[still].flatten()
-                tokens = torch.cat((tokens[rows], token.gather(1, going)[still].view(-1, 1)), 1)
-                total, open_tables = total[still], [open_tables[i] for i in still]
-                layers = list(cache.self_attention_cache.layers)
-                if len(rows) != len(mask):  # else each row stays in its table, so what it has of the table stays
-                    encoded, mask = encoded[rows], mask[rows]
-                    layers += cache.cross_attention_cache.layers
-                for layer in layers:
-                    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-            else:
-                for table, totals, rows in zip(open_tables, total.tolist(), tokens.split(total.shape[1])):
-                    found[table] += [(likely / (self.maxlen_dec - 1), row) for likely, row in zip(totals, rows)]
-                    found[table].sort(key=lambda caption: -caption[0])
-        return [[(self.decode(ids[None])[0], likelihood) for likelihood, ids in captions[:num_return_sequences]] for captions in found]
-
-    def next_logits(self, tokens, encoded, cache, mask=None):
-        """Logits of the token that follows each prefix, float32 (R, vocabulary); the cache takes in what it lacks of them.
-
-        tokens: (R, length). encoded: the encoder's states, (R, T, dim). mask: (R, T), or None where no place is padding.
-        """
-        hidden = self.model.get_decoder()(input_ids=tokens[:, cache.get_seq_length():], encoder_hidden_states=encoded,
-                                          encoder_attention_mask=mask, past_key_values=cache).last_hidden_state[:, -1]
-        return torch.nn.functional.linear(hidden, self.model.lm_head.weight, self.model.final_logits_bias[0]).float()
+            finished = beam_search(self.model, self.pad(tables), num_beams, self.maxlen_dec)
+        return [[(self.decode(ids[None])[0], likelihood)
+                 for likelihood, ids in captions[:num_return_sequences]] for captions in finished]
 
     @torch.inference_mode()
     def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
@@ -286,34 +241,11 @@ class Captioner:
         independent samples. The encoder runs once and its keys and values are shared; at most chunk rows run at a time, the
         others wait, which bounds the memory.
         """
-        generator = torch.Generator("cpu" if self.device.type == "mps" else self.device).manual_seed(seed)  # no doubles on mps
-        config, found = self.model.config, []
         with self.autocast():
-            encoded = self.model.get_encoder()(**self.pad([table])).last_hidden_state  # (1, T, dim)
-            start = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=self.device)
-            # The prefixes (R, length), their log-probabilities (R,), how many samples each is (R,), keys and values of all but
-            # the last token (at the start: of none).
-            waiting = [(start, torch.zeros(1, device=self.device), torch.tensor([n], device=self.device),
-                        EncoderDecoderCache(DynamicCache(), DynamicCache()))]
-            while waiting:
-                tokens, total, counts, cache = waiting.pop()
-                rows, length = tokens.shape
-                if rows > chunk:
-                    for part in torch.arange(rows, device=self.device).tensor_split(2):
-                        waiting.append((tokens[part], total[part], counts[part], fork_cache(cache, part)))
-                    continue
-                log_p = self.next_logits(tokens, encoded.expand(rows, -1, -1), cache).log_softmax(-1)  # (R, vocabulary)
-                if length >= self.maxlen_dec - 1:
-                    parent, token = torch.arange(rows, device=self.device), torch.full_like(counts, config.eos_token_id)
-                else:
-                    parent, token, counts = draw(log_p / temperature, top_p, counts, generator)
-                tokens, total = torch.cat((tokens[parent], token[:, None]), 1), total[parent] + log_p[parent, token]
-                ended = token == config.eos_token_id
-                found += zip(self.decode(tokens[ended]), (total[ended] / length).tolist(), counts[ended].tolist())
-                if not ended.all():
-                    tokens, total, counts, parent = tokens[~ended], total[~ended], counts[~ended], parent[~ended]
-                    waiting.append((tokens, total, counts, fork_cache(cache, parent)))
-        return found
+            finished = sample_tree(self.model, self.pad([table]), n, temperature, top_p,
+                                   self.maxlen_dec, seed, chunk)
+        return [sample for tokens, likelihoods, counts in finished
+                for sample in zip(self.decode(tokens), likelihoods.tolist(), counts.tolist())]
 
     def decode(self, sequences):
         """Texts of token ids (B, length), without special tokens."""
