@@ -11,13 +11,7 @@ from typing import NamedTuple
 import torch
 from PIL.Image import Image
 from tqdm import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForSeq2SeqLM,
-    CLIPConfig,
-    CLIPModel,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from antarctic.cache import (
@@ -35,8 +29,8 @@ from antarctic.errors import InputError
 from antarctic.files import existing_file, one_line
 from antarctic.images import read_image
 from antarctic.index import open_index
-from antarctic.openai_clip import ResNetClip, is_resnet, read_openai_clip
-from antarctic.preprocessing import OpenAIPreprocessor, openai_preprocessor
+from antarctic.openai_clip import load_openai_clip
+from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
 from utils import (
     MAXLEN_DEC,
@@ -70,7 +64,7 @@ class Clip:
         name = CLIP_NAMES.get(name, name)
         what = "CLIP model"
         if Path(name).is_file():
-            model, self.tokenizer, self.processor = openai_clip(name)
+            model, self.tokenizer, self.processor = load_openai_clip(name)
         else:
             fetch(name, what, ("weights", "tokenizer", "processor"))  # all at once, so that its size is told once
             model = load(AutoModel, name, what, dtype=torch.float32)
@@ -113,33 +107,6 @@ class Clip:
             batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, return_tensors="pt", **self.padding)
             vectors[rows] = unit(self.model.get_text_features(**batch.to(self.device)))
         return vectors
-
-
-def openai_clip(path):
-    """A .pt file of OpenAI's as (model, tokenizer, image processor). Raises InputError.
-
-    A tokenizer is not in the file: it is taken from the folder that the file lies in, else from the hub.
-    """
-    sizes, weights = read_openai_clip(path)
-    config = CLIPConfig(**sizes)
-    folder, hub = Path(path).parent, CLIP_NAMES["ViT-B/32"]
-    try:
-        tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else hub, "tokenizer")
-    except InputError as error:
-        raise InputError(f"{path} needs OpenAI's tokenizer, which cannot be had from here: save tokenizer.json and "
-                         f"tokenizer_config.json of {hub} in the folder of the file") from error
-    if len(tokenizer) > config.text_config.vocab_size:
-        raise InputError(f"{path} knows {config.text_config.vocab_size} tokens, but the tokenizer has {len(tokenizer)}")
-    if is_resnet(weights):
-        model = ResNetClip(weights, path)
-        model.config = config
-    else:
-        model, report = CLIPModel.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
-                                                  ignore_mismatched_sizes=True, output_loading_info=True)
-        if wrong := [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]:
-            raise InputError(f"{path} is not quite a CLIP of OpenAI's (at {min(wrong)})")
-    side = config.vision_config.image_size
-    return model, tokenizer, OpenAIPreprocessor(side, (side, side))
 
 
 def unit(output):
@@ -233,13 +200,8 @@ class Captioner:
         of tokens once.
 
         table: token ids. The likelihood is the model's own, as beam gives it, before temperature and nucleus. The same seed
-        gives the same samples.
-
-        Samples that begin alike share their beginning. A row is a distinct prefix with the number of samples that it stands
-        for; of each it is drawn how many go on with which token, a multinomial, which is what drawing for one after the other
-        amounts to. So the first tokens cost one row, a caption drawn forty times costs once, and the distribution is that of
-        independent samples. The encoder runs once and its keys and values are shared; at most chunk rows run at a time, the
-        others wait, which bounds the memory.
+        gives the same samples. Samples that begin alike share
+        their beginning; chunk: rows of the decoder at a time, which bounds the memory, see sample_tree.
         """
         with self.autocast():
             finished = sample_tree(self.model, self.pad([table]), n, temperature, top_p,

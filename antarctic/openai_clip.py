@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 
 import torch
+from transformers import CLIPConfig, CLIPModel
 
 from antarctic.errors import InputError
 from antarctic.pickles import named_entries, torch_file
+from antarctic.preprocessing import OpenAIPreprocessor
+from antarctic.pretrained import CLIP_NAMES, load_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[1]  # beside which OpenAI's repository can lie
 
@@ -159,3 +162,30 @@ class ResNetClip(torch.nn.Module):
     def get_text_features(self, input_ids, attention_mask):
         full = torch.nn.functional.pad(input_ids, (0, self.length - input_ids.shape[1]))  # the package takes no shorter texts
         return self.clip.encode_text(full)
+
+
+def load_openai_clip(path):
+    """A .pt file of OpenAI's as (model, tokenizer, image processor). Raises InputError.
+
+    A tokenizer is not in the file: it is taken from the folder that the file lies in, else from the hub.
+    """
+    sizes, weights = read_openai_clip(path)
+    config = CLIPConfig(**sizes)
+    folder, hub = Path(path).parent, CLIP_NAMES["ViT-B/32"]
+    try:
+        tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else hub, "tokenizer")
+    except InputError as error:
+        raise InputError(f"{path} needs OpenAI's tokenizer, which cannot be had from here: save tokenizer.json and "
+                         f"tokenizer_config.json of {hub} in the folder of the file") from error
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise InputError(f"{path} knows {config.text_config.vocab_size} tokens, but the tokenizer has {len(tokenizer)}")
+    if is_resnet(weights):
+        model = ResNetClip(weights, path)
+        model.config = config
+    else:
+        model, report = CLIPModel.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
+                                                  ignore_mismatched_sizes=True, output_loading_info=True)
+        if wrong := [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]:
+            raise InputError(f"{path} is not quite a CLIP of OpenAI's (at {min(wrong)})")
+    side = config.vision_config.image_size
+    return model, tokenizer, OpenAIPreprocessor(side, (side, side))

@@ -5,9 +5,9 @@ import functools
 import gc
 import sys
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
-from collections.abc import Callable
 
 import torch
 

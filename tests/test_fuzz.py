@@ -30,6 +30,7 @@ from antarctic import checkpoints, datasets, features, files, images
 from antarctic.datasets import Picture
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
+from antarctic.openai_clip import load_openai_clip
 from antarctic.results import write_results
 from antarctic.sealed import DIGITS, read_sealed, resume, seal
 
@@ -378,7 +379,7 @@ def torch_files(captioner, checkpoint, tmp_path_factory):
     def read_openai(path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "load_tokenizer", lambda *_: tokenizer)
-            model.openai_clip(path)
+            load_openai_clip(path)
 
     def read_state(path):
         trained, optimizer, _ = state_of()
