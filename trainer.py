@@ -33,6 +33,9 @@ from utils import (
     start_run,
 )
 
+# torch, transformers and the modules that import them are imported in functions, once the
+# arguments are checked: --help and a refusal do not wait seconds for them.
+
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -65,8 +68,7 @@ def parse():
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=int, default=16,
         help="images a step, of all processes together (default %(default)s)")
-    add("--lrate", type=float, default=3e-4,
-        help="highest learning rate of AdamW (default %(default)s)")
+    add("--lrate", type=float, default=3e-4, help="peak learning rate (default %(default)s)")
     add("--warmup", type=int, default=100, help="steps in which the rate rises from 0, at most a "
         "quarter of all steps (default %(default)s)")
     add("--epochs", type=int, default=6,
@@ -176,7 +178,7 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
     """
     import torch
 
-    from antarctic.checkpoints import load_state, save_state
+    from antarctic.checkpoints import load_state, save_checkpoint, save_state
 
     rank, _ = rank_and_world()
     tables, captions = data
@@ -197,7 +199,7 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
               initial=step // epoch_steps * images + step % epoch_steps * args.batch_size,
               disable=rank > 0) as bar:
         for epoch in range(validated, math.ceil(steps / epoch_steps)):
-            earlier = epoch * epoch_steps
+            earlier = epoch * epoch_steps  # steps of the epochs before
             schedule = batches(captions, args.batch_size, args.seed, epoch)
             for rows, chosen in islice(schedule, step - earlier, steps - earlier):
                 group["lr"] = args.lrate * cosine_rate(step, steps, warmup)
@@ -220,23 +222,17 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
             val_loss = validate(captioner, *val_data, args.batch_size)
             require_finite("validation loss", val_loss, step, args)
             history.append((step, sum(recent) / len(recent), val_loss, group["lr"]))
-            is_best, best = val_loss < best, min(val_loss, best)
             if rank == 0:
-                notes = {"step": step, "epoch": epoch + 1, "val_loss": round(val_loss, 6)}
-                write_epoch(savedir, trained, settings | notes, is_best, history)
+                settings |= {"step": step, "epoch": epoch + 1, "val_loss": round(val_loss, 6)}
+                save_checkpoint(savedir / "last.safetensors", trained, settings)
+                if val_loss < best:
+                    best = val_loss
+                    save_checkpoint(savedir / "best.safetensors", trained, settings)
+                write_curve(savedir, history)
                 save_state(state, trained, optimizer, (best, step, recent, history))
                 bar.write(f"epoch {epoch + 1}: step {step}, validation loss {val_loss:.4f}, "
                           f"best {best:.4f}")
     return best
-
-
-def write_epoch(savedir, trained, settings, is_best, history):
-    """Writes the checkpoints and the loss curve at the end of an epoch."""
-    from antarctic.checkpoints import save_checkpoint
-    save_checkpoint(savedir / "last.safetensors", trained, settings)
-    if is_best:
-        save_checkpoint(savedir / "best.safetensors", trained, settings)
-    write_curve(savedir, history)
 
 
 def main():
@@ -251,7 +247,6 @@ def main():
     savedir, device, dtype = start_run(args)
     rank, _ = rank_and_world()
 
-    # torch, transformers and what imports them load here, so that --help and a refusal are quick.
     from antarctic.checkpoints import is_layernorm
     from antarctic.features import image_features
     from antarctic.images import report_bad_images
@@ -261,23 +256,22 @@ def main():
                        topk=args.topk, maxlen_enc=args.maxlen_enc, maxlen_dec=args.maxlen_dec,
                        device=device, dtype=dtype)
     captioner = model.captioner
-    trained = captioner.train_only(is_layernorm if args.trained == "layernorms"
-                                   else lambda name: True)
+    chosen = is_layernorm if args.trained == "layernorms" else lambda name: True
+    trained = captioner.train_only(chosen)
     if rank == 0:
         count = sum(parameter.numel() for parameter in trained.values())
         total = sum(parameter.numel() for parameter in captioner.model.parameters())
         print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: "
               f"training {count:,} of {total:,} parameters")
 
-    # CLIP encodes each image once and keeps the vectors in a file.
+    # CLIP encodes each image once; later runs read the vectors from --savedir.
     features, pictures, bad = image_features(model.clip, pictures, savedir)
     val_features, val_pictures, val_bad = image_features(model.clip, val_pictures, savedir)
     report_bad_images(bad + val_bad)
-    for split, readable in ((args.split, pictures), (args.val_split, val_pictures)):
-        if not readable:
-            raise InputError(f"none of the images of {split} can be read")
+    if not pictures or not val_pictures:
+        split = args.val_split if pictures else args.split
+        raise InputError(f"none of the images of {split} can be read")
 
-    # Tables and captions become tokens once.
     data = tokenize(model, features, pictures)
     val_data = tokenize(model, val_features, val_pictures)
     settings = {"lm": captioner.identity, "clip_model": model.clip.identity, "topk": args.topk,
