@@ -340,6 +340,15 @@ class Model:
                        for row in zip(indices.tolist(), scores.tolist())]
         return tables
 
+    def tokenize(self, tables):
+        """Token ids of each linearized table, cut at maxlen_enc: n lists. tables: as tables()
+        returns them."""
+        texts = [linearize(entry for entry, _ in table) for table in tables]
+        tokens = []
+        for start in range(0, len(texts), 256):  # all at once, a tokenizer takes 10 kB for each
+            tokens += self.captioner.tokenize(texts[start:start + 256], self.captioner.maxlen_enc)
+        return tokens
+
     def candidates(self, tables, ids=None, **changes):
         """The captions that BART writes for each table: n dicts {text: likelihood}, which is the
         mean log-probability a token.
@@ -349,8 +358,7 @@ class Model:
         """
         decoding = replace(self.decoding, **changes)
         seeds = [seed_of(decoding.seed, name) for name in (range(len(tables)) if ids is None else ids)]
-        texts = [linearize(entry for entry, _ in table) for table in tables]
-        tokens = self.captioner.tokenize(texts, self.captioner.maxlen_enc)
+        tokens = self.tokenize(tables)
         n = decoding.num_return_sequences
         if decoding.do_sample:
             dials = n, decoding.temperature, decoding.top_p

@@ -16,16 +16,13 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModelForSeq2SeqLM
 
-from antarctic.cache import read_cache
-from antarctic.checkpoints import load_checkpoint
 from antarctic.datasets import read_coco
 from antarctic.features import image_features
 from benchmarks import made
 from benchmarks.entries import encode_padded, encoding_work
 from benchmarks.measure import Part, bart_weights, least
-from model import Captioner, Clip, rescore
+from model import Captioner, Clip, Model, rescore
 from snowglobe import scenes
-from trainer import tokenized_tables
 
 SNOWGLOBE = Path(__file__).resolve().parents[1] / "snowglobe" / "weights"
 
@@ -132,14 +129,13 @@ def sample_random(small, device, size, n, rescored=False):
 
 def sample_tree(small, device, temperature):
     """1,000 samples for each of 4 images by the snowglobe's BART with its layernorms tuned, at top-p 0.9."""
-    captioner, clip = Captioner(SNOWGLOBE / "bart", device), Clip(SNOWGLOBE / "clip", device)
     files = tuned(*(16, 1, 1) if small else (1000, 4, 4))
-    load_checkpoint(files / "best.safetensors", captioner)
-    captioner.model.save_pretrained(files / "bart")
-    entries, embeddings = read_cache([files / "cache.txt"], [files / "cache.npy"], clip.identity)
-    features, _, _ = image_features(clip, read_coco(files, "val2017"), files)
-    tables = tokenized_tables(captioner, features, entries, embeddings, 16)
-    return sample(captioner, files / "bart", tables, 100 if small else 1000, temperature=temperature, top_p=0.9)
+    method = Model.load(SNOWGLOBE / "clip", SNOWGLOBE / "bart", files / "best.safetensors",
+                        [files / "cache.txt"], [files / "cache.npy"], device=device, dtype="float32")
+    method.captioner.model.save_pretrained(files / "bart")
+    features, _, _ = image_features(method.clip, read_coco(files, "val2017"), files)
+    tables = method.tokenize(method.tables(features))
+    return sample(method.captioner, files / "bart", tables, 100 if small else 1000, temperature=temperature, top_p=0.9)
 
 
 @functools.cache

@@ -10,8 +10,7 @@ from antarctic.checkpoints import is_layernorm
 from antarctic.images import read_image
 from benchmarks import made
 from benchmarks.measure import Part, bart_weights, least
-from model import Captioner, Clip
-from trainer import tokenized_tables
+from model import Captioner, Clip, Model
 from utils import linearize
 
 
@@ -27,7 +26,8 @@ def train_step(small, device, dtype=torch.float32):
     embeddings = normalize(torch.randn(len(entries), clip.dim, generator=torch.Generator().manual_seed(0)), dim=-1)
     captioner = Captioner(made.bart_folder(size), device, dtype)
     tokenizer, model = captioner.tokenizer, AutoModelForSeq2SeqLM.from_pretrained(made.bart_folder(size)).to(device).eval()
-    tables = tokenized_tables(captioner, clip.encode_images(list(map(read_image, files))), entries, embeddings, 10)
+    method = Model(clip, captioner, entries, embeddings, topk=10)
+    tables = method.tokenize(method.tables(method.features(files)))
     tokens = captioner.tokenize(captions, 32)
     near = embeddings.to(device)
 

@@ -83,11 +83,11 @@ def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("library", ["torch", "transformers"])
-def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(world, tmp_path, library, sent):
-    """torch is imported with the script, transformers in its main(); here the one that is looked at only takes its time."""
+@pytest.mark.parametrize("name", ["compute_cache", "trainer"])
+def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(world, cache, checkpoint, tmp_path, name, library, sent):
+    """Libraries load in the middle of a run; here the one that is looked at only takes its time."""
     (tmp_path / f"{library}.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
-    command = [sys.executable, ROOT / "compute_cache.py", "--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile",
-               tmp_path / "c.npy"]
+    command = [sys.executable, ROOT / f"{name}.py", *map(str, commands(world, cache, checkpoint)[name](tmp_path))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": str(tmp_path)},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which background jobs ignore

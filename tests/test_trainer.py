@@ -2,15 +2,20 @@
 
 import csv
 import math
+import os
+import subprocess
+import sys
+from itertools import islice
 
 import pytest
 import torch
-from conftest import BART, CLIP
+from conftest import BART, CLIP, ROOT
 from safetensors.torch import load_file
 
+import trainer
 from antarctic.checkpoints import checkpoint_settings
 from model import Captioner
-from trainer import cosine_rate
+from trainer import batches, cosine_rate
 
 
 def train(script, world, cache, savedir, *more):
@@ -32,6 +37,28 @@ def test_the_rate_rises_then_falls_as_a_cosine_at_every_step():
         optimizer.step()
         cosine.step()
     assert rates[10:] == pytest.approx(torch_rates, abs=1e-9)
+
+
+def test_an_epoch_takes_each_image_once_with_a_caption_of_its_own_and_can_be_resumed():
+    captions = [[f"{image} {number}" for number in range(1 + image % 3)] for image in range(23)]
+    epoch = list(batches(captions, 5, 0, 0))
+    assert [len(rows) for rows, _ in epoch] == [5, 5, 5, 5, 3]
+    assert sorted(row for rows, _ in epoch for row in rows) == list(range(23))
+    assert all(caption in captions[row] for rows, chosen in epoch for row, caption in zip(rows, chosen, strict=True))
+    assert list(islice(batches(captions, 5, 0, 0), 2, None)) == epoch[2:]
+    for seed, number in ((0, 1), (1, 0)):
+        assert list(batches(captions, 5, seed, number)) != epoch
+
+
+def test_help_and_a_refusal_load_no_library(tmp_path):
+    """torch alone takes a second."""
+    for name in ("torch", "transformers", "matplotlib", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} is loaded')\n")
+    for arguments, code in (["--help"], 0), (["--topk", "0"], 2), ([], 2):
+        run = subprocess.run([sys.executable, ROOT / "trainer.py", "--datadir", tmp_path, *arguments], capture_output=True,
+                             text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        assert run.returncode == code, run.stderr
+        assert code == 0 or run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
 
 
 def test_training_says_what_it_trains_and_leaves_all_files(script, world, cache, tmp_path):
@@ -100,6 +127,28 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, c
     for name in ("best.safetensors", "last.safetensors", "loss.csv", "loss.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
     assert not list((tmp_path / "cut").glob("state-*.pt"))
+
+
+@pytest.mark.parametrize("tmax", [100, 5])
+def test_a_run_that_was_stopped_as_it_validated_validates_and_trains_no_step_twice(script, world, cache, tmp_path, monkeypatch, tmax):
+    """In its last validation, at the end of an epoch or inside one: the state is that of the last step."""
+    how = "--tmax", tmax, "--save_seconds", 0
+    train(script, world, cache, tmp_path / "whole", *how)
+    calls = []
+
+    def stops(*arguments, plain=trainer.validate):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr("trainer.validate", stops)
+    with pytest.raises(AssertionError, match="stopped;"):
+        train(script, world, cache, tmp_path / "cut", *how)
+    monkeypatch.setattr("trainer.share_step", lambda *_: pytest.fail("a step was trained twice"))
+    train(script, world, cache, tmp_path / "cut", *how)
+    for name in ("best.safetensors", "last.safetensors", "loss.csv", "loss.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
 
 
 def test_a_damaged_state_is_named_and_other_settings_start_anew(script, world, cache, tmp_path, monkeypatch):
