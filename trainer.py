@@ -261,7 +261,7 @@ def main():
     if rank == 0:
         count = sum(parameter.numel() for parameter in trained.values())
         total = sum(parameter.numel() for parameter in captioner.model.parameters())
-        print(f"{captioner.identity} on {device}, {str(dtype).removeprefix('torch.')}: "
+        print(f"{model}: "
               f"training {count:,} of {total:,} parameters")
 
     # CLIP encodes each image once; later runs read the vectors from --savedir.
