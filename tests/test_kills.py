@@ -19,7 +19,7 @@ from conftest import BART, CLIP, ROOT
 from forks import files, finish, start
 
 KILLS = int(os.environ.get("KILLS", "2"))
-SMALL = {"compute_cache.CHUNK": 32}  # so that what is kept as a run goes on is more than one piece
+SMALL = {"antarctic.features.CHUNK": 32}  # so that what is kept as a run goes on is more than one piece
 
 
 def commands(world, cache, checkpoint):
@@ -84,7 +84,7 @@ def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("library", ["torch", "transformers"])
 def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(world, tmp_path, library, sent):
-    """torch is imported with the script, transformers in its main(); here the one that is looked at only takes its time."""
+    """A script imports both once its arguments are checked; here one of them takes a minute."""
     (tmp_path / f"{library}.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
     command = [sys.executable, ROOT / "compute_cache.py", "--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile",
                tmp_path / "c.npy"]

@@ -38,7 +38,8 @@ def test_no_changed_byte_goes_unnoticed():
         changed = bytearray(line)
         changed[place] ^= rng.randrange(1, 256)
         assert unseal(bytes(changed)) is None
-    assert unseal(line + b"x") is None and unseal(b" " + line) is None and unseal(line + b"\n") is None
+    for altered in (line + b"x", line + b"\n", b" " + line):
+        assert unseal(altered) is None
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
@@ -46,12 +47,13 @@ def test_what_is_sealed_but_no_json_is_refused(text):
     assert unseal(hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n") is None
 
 
-@pytest.mark.parametrize("line", [b"", b"\n", b" \n", b"\0" * 100, b'["a"]\n', b"0" * 16 + b' ["a"]\n'])
+@pytest.mark.parametrize("line", [
+    b"", b"\n", b" \n", b"\0" * 100, b'["a"]\n', b"0" * 16 + b' ["a"]\n'])
 def test_what_was_never_sealed_is_refused(line):
     assert unseal(line) is None
 
 
-# ------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 def always(number, record):
     return True
@@ -70,8 +72,8 @@ def test_a_run_without_a_part_file_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize("behind", [
-    b"", b"half a line", seal("d")[:-1], seal("d")[:-2] + b"\n", seal("d").replace(b"d", b"e") + seal("e"), bytes(500),
-    b"\xff\xfe\n", b"[" * 100_000, b'"d"\n'], ids=len)
+    b"", b"half a line", seal("d")[:-1], seal("d")[:-2] + b"\n", bytes(500), b"\xff\xfe\n",
+    seal("d").replace(b"d", b"e") + seal("e"), b"[" * 100_000, b'"d"\n'], ids=len)
 def test_records_are_kept_up_to_the_first_line_that_is_not_whole(part, behind):
     whole = part.read_bytes()
     part.write_bytes(whole + behind)
@@ -83,8 +85,9 @@ def test_records_are_kept_up_to_the_first_line_that_is_not_whole(part, behind):
 @pytest.mark.parametrize("length", range(0, len(seal("a")) * 3 + 1, 5))
 def test_a_file_that_was_cut_anywhere_keeps_its_whole_lines(part, length):
     os.truncate(part, length)
-    whole = length // len(seal("a"))
-    assert resume(part, always) == list("abc")[:whole] and part.stat().st_size == whole * len(seal("a"))
+    size = len(seal("a"))
+    assert resume(part, always) == list("abc")[:length // size]
+    assert part.stat().st_size == length // size * size
 
 
 def test_a_record_that_does_not_fit_ends_what_is_kept(part):
