@@ -23,8 +23,6 @@ from test_hostile import DEEP, RECORD, bounded
 
 import model
 import sampler
-import scorer
-import stories
 import utils
 from antarctic import cache as cache_module
 from antarctic import checkpoints, datasets, features, files, images
@@ -235,11 +233,11 @@ def read_annotations(path):
 
 
 def read_results(path):
-    assert all(isinstance(caption, str) for caption in scorer.read_results(path).values())
+    assert all(isinstance(caption, str) for caption in datasets.read_results(path).values())
 
 
 def read_captions(path):
-    for image, caption in stories.read_captions(path):
+    for image, caption in datasets.read_captions(path):
         caption.encode()
         json.dumps(image)
 
@@ -266,7 +264,7 @@ DOCUMENTS = {  # name: (file, its values or None, a line of JSON each?, reader)
     "details.jsonl of stories": ("details.jsonl", RECORDS, True, read_captions),
     "details.jsonl.part": ("details-0.jsonl.part", RECORDS, True, read_records),
     "captions.txt": ("captions.txt", None, True, read_captions),
-    "preds.txt": ("preds.txt", None, True, lambda path: scorer.read_texts(path, "captions file")),
+    "preds.txt": ("preds.txt", None, True, lambda path: datasets.read_texts(path, "captions file")),
     "words.txt": ("words.txt", None, True, lambda path: [line.encode() for line in files.read_lines(path, "list of words")]),
 }
 
