@@ -7,8 +7,7 @@ It also changes a cache that exists, and encodes only what is new:
 
     python compute_cache.py --textfile mine.txt --embfile mine.npy --add "Geoff Hinton" --remove dog
 
---index builds an approximate index, for caches of millions: over a cache that exists, or beside
-either of these commands over its result.
+--index builds an approximate index over the cache, alone or beside these commands.
 """
 
 import argparse
@@ -43,8 +42,7 @@ from utils import (
     warn_renamed,
 )
 
-# torch, transformers and NLTK take seconds to load: functions import them, so that --help, and who
-# mistypes an argument, need not wait.
+# torch, transformers and NLTK take seconds to load, so the functions that need them import them.
 
 
 def parse():
@@ -55,7 +53,7 @@ def parse():
                         "are mined, its images are not opened")
     source.add_argument("--corpus", nargs="+", metavar="FILE",
                         help="text files, one sentence a line, that are mined instead")
-    source.add_argument("--entries", metavar="FILE", help="list of entries, one a line; none mined")
+    source.add_argument("--entries", metavar="FILE", help="list of entries, one a line, instead")
 
     change = parser.add_argument_group("changes to a cache that exists")
     change.add_argument("--add", nargs="+", default=[], metavar="TEXT", help="entries to add")
@@ -67,7 +65,8 @@ def parse():
                         help="split of --datadir (default %(default)s)")
     mining.add_argument("--ncaptions", type=int, default=0,
                         help="captions to mine, drawn by --seed; 0: all (default %(default)s)")
-    mining.add_argument("--seed", type=int, default=0, help="of --ncaptions (default %(default)s)")
+    mining.add_argument("--seed", type=int, default=0,
+                        help="seed of --ncaptions (default %(default)s)")
     mining.add_argument("--topk", type=int, default=25000, help="unigrams, and as many bigrams, "
                         "kept at most (default %(default)s)")
     mining.add_argument("--min_count", type=int, default=3,
@@ -184,13 +183,18 @@ def mine(captions, topk, min_count):
     return by_count + [" ".join(pair) for pair in by_pmi]
 
 
-def make_cache(args, device, dtype):
+def load_clip(args):
+    device = choose_device(args.device)
+    from model import Clip
+    return Clip(args.clip_model, device, choose_dtype(args.dtype, device))
+
+
+def make_cache(args):
     """Writes a new cache: reads captions, mines n-grams, encodes them. Raises InputError."""
     lines, source = read_source(args)
     from antarctic.cache import write_cache
     from antarctic.features import text_features
-    from model import Clip
-    clip = Clip(args.clip_model, device, dtype)  # before mining, so a wrong name is reported early
+    clip = load_clip(args)  # before mining, so a wrong name is reported early
     if args.entries is not None:
         entries = list(dict.fromkeys(lines))
     else:
@@ -199,9 +203,8 @@ def make_cache(args, device, dtype):
         entries = mine(lines, args.topk, args.min_count)
     if not entries:
         raise InputError(f"there is no word in {source}, so there is nothing to make a cache of")
-
     prefix, embfile = args.prefix or "", Path(args.embfile)
-    key = fingerprint([clip.identity, entries, prefix, args.batch_size, str(dtype)])
+    key = fingerprint([clip.identity, entries, prefix, args.batch_size, str(clip.dtype)])
     part = embfile.with_name(f".{embfile.name}.{key}.part")
     vectors = text_features(clip, [prefix + entry for entry in entries], part, args.batch_size)
     if rank_and_world()[0] > 0:
@@ -210,10 +213,10 @@ def make_cache(args, device, dtype):
     for part in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):  # also abandoned ones
         part.unlink()
     print(f"wrote {len(entries):,} entries to {args.textfile} and {args.embfile} "
-          f"(CLIP {clip.identity}, {device})")
+          f"(CLIP {clip.identity}, {clip.device})")
 
 
-def update_cache(args, device, dtype):
+def update_cache(args):
     """Adds entries to a cache and takes others out. Raises InputError."""
     add = [" ".join(entry.split()) for entry in args.add]
     if args.add_from:
@@ -222,8 +225,7 @@ def update_cache(args, device, dtype):
     if remove.intersection(add):
         raise InputError(f'"{min(remove.intersection(add))}" is to be added and removed')
     from antarctic.cache import change_cache
-    from model import Clip
-    clip = Clip(args.clip_model, device, dtype)
+    clip = load_clip(args)
     change_cache(args.textfile, args.embfile, clip, add, remove, args.prefix, args.batch_size)
 
 
@@ -234,12 +236,11 @@ def main():
     check_outputs(args)
     embfile = Path(args.embfile)
     cleanup.enter_context(locked(embfile.with_name(f".{embfile.name}.lock")))
-    device, rank = choose_device(args.device), rank_and_world()[0]
-    dtype = choose_dtype(args.dtype, device)
+    rank = rank_and_world()[0]
     if sources(args):
-        make_cache(args, device, dtype)
+        make_cache(args)
     elif (args.add or args.add_from or args.remove) and rank == 0:  # too few entries to share
-        update_cache(args, device, dtype)
+        update_cache(args)
     if args.index and rank == 0:
         from antarctic.index import build_index
         build_index(args.index, args.textfile, args.embfile, args.queries)
