@@ -187,7 +187,8 @@ def write_results(savedir, captions, prompts, stories):
             record = {} if image_id is None else {"image_id": image_id}
             record |= {"caption": caption, "prompt": prompt, "stories": texts}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    for part in savedir.glob("stories-*.jsonl.part"):  # this run's, and those of other settings
+    # Last, since until here a stopped run can resume. Others are of runs with other settings.
+    for part in savedir.glob("stories-*.jsonl.part"):
         part.unlink()
 
 

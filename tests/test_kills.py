@@ -82,12 +82,24 @@ def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("library", ["torch", "transformers"])
-def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(world, tmp_path, library, sent):
-    """A script imports both once its arguments are checked; here one of them takes a minute."""
-    (tmp_path / f"{library}.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
-    command = [sys.executable, ROOT / "compute_cache.py", "--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile",
-               tmp_path / "c.npy"]
+@pytest.mark.parametrize("name, library", [
+    ("compute_cache", "torch"), ("compute_cache", "transformers"), ("stories", "torch"),
+    ("stories", "transformers"), ("scorer", "nltk")])
+def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(
+        world, tmp_path, name, library, sent):
+    """A script imports a library once its arguments are checked; here that takes a minute."""
+    (tmp_path / f"{library}.py").write_text("print('loading', flush=True)\n"
+                                            "import time\ntime.sleep(60)\n")
+    (tmp_path / "a.txt").write_text("a red dog\n")
+    arguments = {
+        "compute_cache": ("--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile",
+                          tmp_path / "c.npy"),
+        "stories": ("--captions", tmp_path / "a.txt", "--savedir", tmp_path, "--lm",
+                    ROOT / "snowglobe" / "weights" / "gpt"),
+        "scorer": ("--preds", tmp_path / "a.txt", "--refs", tmp_path / "a.txt", "--tokenizer",
+                   "treebank"),
+    }[name]
+    command = [sys.executable, ROOT / f"{name}.py", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": str(tmp_path)},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which background jobs ignore
