@@ -23,6 +23,12 @@ DTYPES = "auto", "float32", "bfloat16"
 
 # ------------------------------------------------------------------------------------ flags
 
+def warn_renamed(old, new):
+    """Prints that a spelling of a flag is an old one. Rank 0 alone does."""
+    if rank_and_world()[0] == 0:
+        print(f"warning: {old} is an old spelling and will go; use {new}", file=sys.stderr)
+
+
 class Renamed(argparse.Action):
     """An old spelling of a flag, which works for one more release and prints a warning. new: how it is written now."""
 
@@ -31,8 +37,7 @@ class Renamed(argparse.Action):
         super().__init__(*how, help=argparse.SUPPRESS, **named)
 
     def __call__(self, parser, namespace, value, option=None):
-        if rank_and_world()[0] == 0:
-            print(f"warning: {option} is an old spelling and will go; use {self.new}", file=sys.stderr)
+        warn_renamed(option, self.new)
         setattr(namespace, self.dest, self.const if self.nargs == 0 else value)
 
 
@@ -56,10 +61,16 @@ def add_lm_flag(parser):
                         "(default %(default)s)")
 
 
-def add_device_flags(parser, dtype="auto", what="arithmetic of the language model"):
-    """--device and --dtype. dtype: the default. what: what is computed in it."""
+def add_device_flag(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
-    parser.add_argument("--dtype", default=dtype, choices=DTYPES, help=f"{what}; auto: bfloat16 on "
+
+
+def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=()):
+    """--device and --dtype. dtype: the default. what: what is computed in it. old: values that the
+    script still takes, but does not show."""
+    add_device_flag(parser)
+    parser.add_argument("--dtype", default=dtype, choices=(*DTYPES, *old),
+                        metavar=f"{{{','.join(DTYPES)}}}", help=f"{what}; auto: bfloat16 on "
                         "a GPU that has it, else float32 (default %(default)s)")
 
 
@@ -186,6 +197,31 @@ def find_inputs(args):
     if args.index:
         from antarctic.index import index_description
         index_description(args.index)
+
+
+def find_outputs(args, new):
+    """Fills in --textfile and --embfile of a cache to write. A new one replaces no file that was
+    not named, and the original's is not changed unless it is named. Raises InputError.
+
+    new: whether the cache is made, and not changed.
+    """
+    named = args.textfile, args.embfile
+    if named == (None, None):
+        args.textfile, args.embfile = OWN_CACHE
+    args.textfile = args.textfile or str(Path(args.embfile).with_suffix(".txt"))
+    args.embfile = args.embfile or str(Path(args.textfile).with_suffix(".npy"))
+    finish_cache(args.textfile, args.embfile)
+    unnamed = [path for path in (args.textfile, args.embfile) if path not in named]
+    existing = [path for path in unnamed if Path(path).exists()]
+    if new:
+        if existing:
+            raise InputError(f"{existing[0]} is there, and is replaced only where --textfile and "
+                             f"--embfile name it; other names make another cache, and --add and "
+                             f"--remove change this one")
+    elif named == (None, None) and not existing and Path(ORIGINAL_CACHE[0]).exists():
+        raise InputError(f"{ORIGINAL_CACHE[0]} stays as it was downloaded; make a small cache of "
+                         f"your own, as by --entries words.txt --textfile mine.txt, and give both "
+                         f"to sampler.py: --textfile {ORIGINAL_CACHE[0]} mine.txt")
 
 
 # ------------------------------------------------------------------------------------ the start of a run

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -107,6 +108,52 @@ def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtyp
     write_json(staging_path(f"{embfile}.json"), {"clip_model": clip_model, "dim": int(embeddings.shape[1]), "entries": len(entries),
                                            "prefix": prefix, "text_sha256": file_sha256(staging_path(textfile))}, indent=1)
     finish_cache(textfile, embfile)
+
+
+def change_cache(textfile, embfile, clip, add=(), remove=(), prefix=None, batch_size=128):
+    """Adds entries at the end of a cache and takes others out: all three files change, or none.
+
+    clip: the Clip that the cache was made with; it encodes what is new. add, remove: texts without
+    line breaks. prefix: as in the cache; None: whatever that is. Prints what was done.
+    Raises InputError: the cache is not this CLIP's, has another prefix, or would be empty.
+    """
+    entries, rows = read_one_cache(textfile, embfile, clip.identity)
+    if rows.dim != clip.dim:
+        raise InputError(f"{embfile} has {rows.dim} dimensions, but the CLIP model {clip.identity} "
+                         f"has {clip.dim}")
+    prefix = prefix_of(embfile, entries, rows, clip, prefix)
+    present, kept = set(entries), [i for i, entry in enumerate(entries) if entry not in remove]
+    new = [entry for entry in dict.fromkeys(add) if entry and entry not in present]
+    if not kept and not new:
+        raise InputError(f"this would leave {textfile} empty")
+    texts = [prefix + entry for entry in new]
+    vectors = clip.encode_texts(texts, batch_size, "encoding entries")  # (new, dim)
+    if new or len(kept) < len(entries):
+        write_cache(textfile, embfile, [entries[i] for i in kept] + new,
+                    torch.cat((rows.only(kept)[:], vectors)).numpy(), clip.identity, prefix,
+                    rows.dtype)
+    missing = ", ".join(sorted(set(remove) - present))
+    print(f"added {len(new):,} entries to {textfile} ({len(present.intersection(add)):,} were "
+          f"there before), removed {len(entries) - len(kept):,}"
+          f"{missing and f'; not there to be removed: {missing}'}; it has {len(kept) + len(new):,}")
+
+
+def prefix_of(embfile, entries, rows, clip, prefix=None):
+    """The prefix that a cache was made with: by its description, else the given one, where a sample
+    of its rows are the vectors of this CLIP with it. Raises InputError where they are not."""
+    description = cache_description(embfile)
+    if description is None:
+        prefix = prefix or ""
+        sample = sorted(random.Random(0).sample(range(len(entries)), min(8, len(entries))))
+        vectors = clip.encode_texts([prefix + entries[i] for i in sample])  # (8, dim)
+        if ((vectors * rows.only(sample)[:]).sum(1) < 0.99).any():
+            raise InputError(f"{embfile} was not made with the CLIP model {clip.identity} and the "
+                             f'prefix "{prefix}"')
+        return prefix
+    if prefix not in (None, description["prefix"]):
+        raise InputError(f'{embfile} was made with the prefix "{description["prefix"]}", not '
+                         f'"{prefix}"')
+    return description["prefix"]
 
 
 def read_cache(textfiles, embfiles, clip_model, dim=None):

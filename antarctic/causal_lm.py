@@ -57,13 +57,13 @@ def check_size(name, config):
     from transformers import AutoModelForCausalLM
     size = Path(name).stat().st_size
     with reading_gguf(name), torch.device("meta"):
-        told = f"{config.num_hidden_layers:,} layers"
+        size_named = f"{config.num_hidden_layers:,} layers"
         if config.num_hidden_layers < size:
             weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
             if weights < 8 * size:
                 return
-            told = f"{weights:,} weights"
-    raise InputError(f"the GGUF file {name} is damaged: it tells of {told}, which its {size:,} bytes "
+            size_named = f"{weights:,} weights"
+    raise InputError(f"the GGUF file {name} is damaged: it tells of {size_named}, which its {size:,} bytes "
                      f"cannot hold")
 
 
@@ -165,13 +165,14 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
         drawn = order.gather(1, drawn).to(logits.device)  # (B, 1)
         return torch.full_like(logits, -math.inf).scatter_(1, drawn, 0)
 
-    found = model.generate(ids, attention_mask=mask, logits_processor=[draw], do_sample=False, max_new_tokens=n)
-    rows = found[:, width:].tolist()
+    output = model.generate(ids, attention_mask=mask, logits_processor=[draw], do_sample=False,
+                            max_new_tokens=n)
+    rows = output[:, width:].tolist()
     new = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
     return [(ids, len(ids) < len(row)) for ids, row in zip(new, rows)]
 
 
-def tell(tokenizer, prompt, ids, new, ended):
+def to_text(tokenizer, prompt, ids, new, ended):
     """The text of a story, which begins with the prompt, or where that is empty, as in a chat, with
     the model's first word. One that was broken off ends at its last full sentence, if it has one."""
     # Some tokenizers lose the space before new where it stands alone.

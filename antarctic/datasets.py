@@ -91,6 +91,32 @@ def read_captions(path):
         raise InputError(f"{path} does not hold captions as sampler.py writes them in {path.suffix} files") from error
 
 
+def read_results(path):
+    """{image id: caption} of a file in COCO's results format. Raises InputError: it is none, or an
+    image comes twice."""
+    captions = {}
+    for image, caption in read_captions(path):
+        if not isinstance(image, (int, float, str)):
+            raise InputError(f"{path} is not in COCO's results format: no image_id belongs to the "
+                             f"caption {caption[:60]!r}")
+        if image in captions:
+            raise InputError(f"{path} has more than one caption of the image {image!r}")
+        captions[image] = caption
+    if not any(captions.values()):
+        raise InputError(f"there is no text in the results file {path}")
+    return captions
+
+
+def read_texts(path, what):
+    """A list of texts, one a line; a blank line is an empty text. Raises InputError: missing, empty
+    or not UTF-8."""
+    text = read_text(path, what).removesuffix("\n")
+    lines = [one_line(line, path) for line in text.split("\n")]
+    if not any(lines):
+        raise InputError(f"there is no text in the {what} {path}")
+    return lines
+
+
 def read_coco(datadir, split, need_images=True):
     """The images of a COCO split with their captions, in the order of their ids: a list of Picture.
 

@@ -1,17 +1,19 @@
-"""Images as CLIP's vectors: encoded once, kept in a file, found again by later runs."""
+"""Images and texts as CLIP's vectors: encoded once, kept in a file, found again by later runs."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
-from antarctic.files import atomic, fingerprint, locked
+from antarctic.files import append, atomic, fingerprint, locked, writing
 from antarctic.images import read_image
 
+CHUNK = 2048  # texts that a process encodes between two writes
 BATCH_PIXELS = 1 << 25  # read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
 
 
@@ -94,3 +96,31 @@ def encode_files(clip, paths, batch_size, bar):
             batch = []
         bar.update()
     return torch.cat(vectors), bad
+
+
+def text_features(clip, texts, part, batch_size):
+    """CLIP's vectors of texts, on rank 0 an array (len(texts), dim) mapped from the file part; all
+    processes call this and share the work.
+
+    The file grows by float32 rows. A run that was killed resumes at its end, so part must be named
+    by all that decides the vectors. batch_size: texts at a time, per process.
+    """
+    rank, world = rank_and_world()
+    row_bytes = clip.dim * np.dtype(np.float32).itemsize
+
+    def count_done():
+        with writing(part), open(part, "ab") as file:
+            done = file.tell() // (CHUNK * row_bytes) * CHUNK
+            file.truncate(done * row_bytes)
+        return done
+
+    done = on_rank0(count_done)
+    with tqdm(total=len(texts), initial=done, desc="encoding entries", unit="entry",
+              disable=rank > 0) as bar:
+        for start in range(done, len(texts), CHUNK * world):
+            chunk = texts[start + rank * CHUNK:start + (rank + 1) * CHUNK]
+            rows = gather_lists([clip.encode_texts(chunk, batch_size).numpy()])  # (CHUNK, dim) each
+            if rank == 0:
+                append(part, b"".join(block.tobytes() for block in rows))
+            bar.update(sum(map(len, rows)))
+    return np.memmap(part, np.float32, "r", shape=(len(texts), clip.dim)) if rank == 0 else None

@@ -6,6 +6,7 @@ What a kill, a full disk or another program left of a line is never taken for a 
 
 import hashlib
 import json
+from pathlib import Path
 
 from antarctic.files import TEXT, writing
 
@@ -17,7 +18,7 @@ def checksum(text):
 
 
 def seal(record):
-    """A JSON-able record as a sealed line, bytes."""
+    """A record as a sealed line, bytes. record: whatever JSON can hold, but not None."""
     # TEXT["errors"]: half a character, as a file name of no encoding has it, becomes a JSON escape.
     text = json.dumps(record, ensure_ascii=False).encode(errors=TEXT["errors"])
     return b"%s %s\n" % (checksum(text), text)
@@ -29,7 +30,7 @@ def unseal(line):
     if not text.endswith(b"\n") or digits != checksum(text[:-1]):
         return None
     try:
-        return json.loads(text)
+        return json.loads(text.decode())
     except (ValueError, RecursionError):  # sealed by somebody else
         return None
 
@@ -38,11 +39,12 @@ def resume(path, multiple=1, total=None):
     """Cuts a file down to the whole lines that it begins with. Returns how many are left.
 
     multiple: so many lines belong together, as a batch; only whole batches stay, unless all of total
-    lines are there. A file that is missing is made. Raises InputError where it cannot be written.
+    lines are there. A file that is missing has none. Raises InputError where it cannot be written.
     """
     ends = [0]  # of lines, in bytes
-    with writing(path), open(path, "ab+") as file:
-        file.seek(0)
+    if not Path(path).exists():
+        return 0
+    with writing(path), open(path, "rb+") as file:
         for line in file:
             if unseal(line) is None:
                 break

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +25,7 @@ from antarctic.errors import InputError
 from antarctic.index import build_index, made_queries, open_index
 from antarctic.runtime import run
 from benchmarks.measure import seconds, timed
+from utils import Renamed
 
 CPU, DIM, WORDS = torch.device("cpu"), 512, 20000
 
@@ -32,7 +34,10 @@ def parse():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1000000, help="entries, of 512 numbers each (default %(default)s)")
-    parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="on the disk (default %(default)s)")
+    parser.add_argument("--emb_dtype", default="float16", choices=("float16", "float32"),
+                        help="numbers on the disk (default %(default)s)")
+    parser.add_argument("--dtype", action=Renamed, new="--emb_dtype", dest="emb_dtype",
+                        choices=("float16", "float32"), default=argparse.SUPPRESS)
     parser.add_argument("--folder", help="where 1.1 kB a row are free for a while (default: the system's temporary folder)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     return parser.parse_args()
@@ -70,7 +75,7 @@ def main():
     if args.rows < 1000 or args.threads < 1:
         raise InputError(f"--rows must be at least 1000 and --threads 1, not {args.rows} and {args.threads}")
     torch.set_num_threads(args.threads)
-    figures = {"rows": args.rows, "threads": args.threads, "dtype": args.dtype}
+    figures = {"rows": args.rows, "threads": args.threads, "emb_dtype": args.emb_dtype}
 
     def note(name, value):
         figures[name] = round(value, 4)
@@ -78,7 +83,7 @@ def main():
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         files, index = (Path(folder, "cache.txt"), Path(folder, "cache.npy")), Path(folder, "cache.faiss")
-        write_cache(*files, [f"entry {i}" for i in range(args.rows)], Made(args.rows), "made", "", args.dtype)
+        write_cache(*files, [f"entry {i}" for i in range(args.rows)], Made(args.rows), "made", "", args.emb_dtype)
         note("embeddings, GB", files[1].stat().st_size / 1e9)
         begun = time.process_time()
         took, peak = timed(lambda: note("recall at 10", build_index(index, *files)), CPU)
@@ -93,13 +98,15 @@ def main():
         note("opening the index, s", took)
         note("opening the index, peak GB", peak / 1e3)
         for name, find in (("index", opened[0].search), ("exact", search)):
-            for some in (queries[:1], queries):
+            for batch in (queries[:1], queries):
+                search_batch = partial(find, batch, embeddings, 10)
                 drop(files[1])
-                took, peak = timed(lambda: find(some, embeddings, 10), CPU)
-                note(f"{name}, {len(some)} from disk, s", took)
+                took, peak = timed(search_batch, CPU)
+                note(f"{name}, {len(batch)} from disk, s", took)
                 begun = time.process_time()
-                note(f"{name}, {len(some)} again, s", median(seconds(lambda: find(some, embeddings, 10), CPU) for _ in range(3)))
-                note(f"{name}, {len(some)} again, CPU s", (time.process_time() - begun) / 3)
+                again = median(seconds(search_batch, CPU) for _ in range(3))
+                note(f"{name}, {len(batch)} again, s", again)
+                note(f"{name}, {len(batch)} again, CPU s", (time.process_time() - begun) / 3)
             note(f"{name}, peak GB", peak / 1e3)
     print(json.dumps(figures))
 

@@ -14,7 +14,9 @@ from conftest import ROOT
 
 SCRIPTS = ("compute_cache", "trainer", "sampler", "stories", "scorer")
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([*SCRIPTS, "antarctic.features", "antarctic.gallery", "model", "matplotlib.pyplot", "torch._dynamo"])
+context.set_forkserver_preload([
+    *SCRIPTS, "antarctic.cache", "antarctic.causal_lm", "antarctic.features", "antarctic.gallery",
+    "model", "nltk", "matplotlib.pyplot", "torch._dynamo"])
 os.environ["OMP_NUM_THREADS"] = "1"  # of the one they are forked from, and of what torchrun starts
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 

@@ -196,7 +196,7 @@ def test_damaged_gguf_files_are_read_or_refused(llama, tmp_path):
             config, tokenizer, tokens, _ = causal_lm.encode(tmp_path / "b.gguf", ["Once upon a time"])
             model = causal_lm.load_lm(tmp_path / "b.gguf", causal_lm.end_tokens(tokenizer, False), "cpu", torch.float32, config)
             [(new, ended)] = causal_lm.sample(model, tokens, [0], 3)
-            assert isinstance(causal_lm.tell(tokenizer, "Once", tokens[0], new, ended), str)
+            assert isinstance(causal_lm.to_text(tokenizer, "Once", tokens[0], new, ended), str)
             outcomes.add("read")
         except InputError:
             outcomes.add("refused")

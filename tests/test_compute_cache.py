@@ -162,7 +162,7 @@ def test_there_must_be_a_cache_to_change(script, tmp_path):
 
 
 def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(script, world, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("compute_cache.CHUNK", 50)
+    monkeypatch.setattr("antarctic.features.CHUNK", 50)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     compute(script, tmp_path / "whole", "--datadir", world)
@@ -184,3 +184,46 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(scrip
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(list((tmp_path / "cut").iterdir())) == 3
     entries = (tmp_path / "cut" / "c.txt").read_text().splitlines()
     assert encoded == [*entries[:100], "the stop", *entries[100:]]
+
+
+# -------------------------------------------------------------------------------------- old spellings
+
+@pytest.mark.parametrize("old, new", [
+    (["--bf16"], ["--dtype", "bfloat16"]),
+    (["--dtype", "float16"], ["--emb_dtype", "float16"]),
+])
+def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
+    (tmp_path / "list.txt").write_text("a dog\nred\nGeoff Hinton\n")
+    results = []
+    for folder, flags in ((tmp_path / "old", old), (tmp_path / "new", new), (tmp_path / "none", [])):
+        folder.mkdir()
+        run = compute(script, folder, "--entries", tmp_path / "list.txt", *flags)
+        assert run.code == 0, run.err
+        warnings = [line for line in run.err.splitlines() if line.startswith("warning")]
+        expected = f"{' '.join(old)} is an old spelling and will go; use {' '.join(new)}"
+        assert warnings == [f"warning: {expected}"] * (flags == old)
+        results.append(contents(folder))
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("old", [["--bf16", "--dtype", "float16"], ["--dtype", "float16", "--bf16"]])
+def test_both_old_spellings_go_together(script, tmp_path, old):
+    for folder, flags in ((tmp_path / "old", old),
+                          (tmp_path / "new", ["--dtype", "bfloat16", "--emb_dtype", "float16"])):
+        folder.mkdir()
+        entries_cache(script, folder, "a dog", "red", more=flags)
+    assert contents(tmp_path / "old") == contents(tmp_path / "new")
+
+
+def test_numbers_on_disk_and_arithmetic_are_two_things(script, tmp_path):
+    rows = {}
+    for flags in ((), ("--emb_dtype", "float16"), ("--dtype", "bfloat16"), ("--dtype", "auto")):
+        folder = tmp_path / "-".join(("c", *flags))
+        folder.mkdir()
+        entries_cache(script, folder, "a dog", "Geoff Hinton", more=(*flags, "--device", "cpu"))
+        rows[flags[1:]] = np.load(folder / "c.npy")
+    exact = rows[()]
+    assert [r.dtype for r in rows.values()] == [np.float32, np.float16, np.float32, np.float32]
+    assert np.abs(rows["float16",] - exact).max() < 1e-3
+    assert (rows["auto",] == exact).all() and (rows["bfloat16",] != exact).any()
+    assert ((rows["bfloat16",] * exact).sum(1) > 0.99).all()

@@ -22,8 +22,6 @@ from PIL import Image
 from test_hostile import DEEP, RECORD, bounded
 
 import model
-import scorer
-import stories
 import utils
 from antarctic import cache as cache_module
 from antarctic import checkpoints, datasets, features, files, images
@@ -237,11 +235,11 @@ def read_annotations(path):
 
 
 def read_results(path):
-    assert all(isinstance(caption, str) for caption in scorer.read_results(path).values())
+    assert all(isinstance(caption, str) for caption in datasets.read_results(path).values())
 
 
 def read_captions(path):
-    for image, caption in stories.read_captions(path):
+    for image, caption in datasets.read_captions(path):
         caption.encode()
         json.dumps(image)
 
@@ -267,7 +265,7 @@ DOCUMENTS = {  # name: (file, its values or None, a line each: True, or how it i
     "details.jsonl of stories": ("details.jsonl", RECORDS, True, read_captions),
     "details.jsonl.part": ("details-0.jsonl.part", RECORDS, seal, read_records),
     "captions.txt": ("captions.txt", None, True, read_captions),
-    "preds.txt": ("preds.txt", None, True, lambda path: scorer.read_texts(path, "captions file")),
+    "preds.txt": ("preds.txt", None, True, lambda path: datasets.read_texts(path, "captions file")),
     "words.txt": ("words.txt", None, True, lambda path: [line.encode() for line in files.read_lines(path, "list of words")]),
 }
 

@@ -23,12 +23,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import model
-import scorer
-import stories
 from antarctic import cache as cache_module
 from antarctic import checkpoints, errors, features, files, openai_clip, pickles
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.datasets import list_images, read_annotations, read_coco
+from antarctic.datasets import (
+    list_images,
+    read_annotations,
+    read_captions,
+    read_coco,
+    read_results,
+    read_texts,
+)
 from antarctic.errors import InputError
 from antarctic.gallery import thumbnail, write_gallery
 from antarctic.images import read_image
@@ -300,7 +305,7 @@ def test_what_is_no_file_is_skipped_and_keeps_nobody_waiting(photos, special, mo
             read_image(path)
         if special != "folder":
             assert names([path]) == ["special.png"]
-            assert "there is no captions file" in refusal(stories.read_captions, path)
+            assert "there is no captions file" in refusal(read_captions, path)
 
 
 def test_a_file_that_says_it_has_a_terabyte_is_not_read(tmp_path):
@@ -361,7 +366,7 @@ def test_what_nobody_asks_for_may_be_anything(tmp_path):
 
 DEEP = "[" * 100_000 + "]" * 100_000
 JSON_READERS = {
-    "annotations": read_annotations, "results": scorer.read_results, "stories": stories.read_captions,
+    "annotations": read_annotations, "results": read_results, "stories": read_captions,
     "description": lambda path: cache_module.cache_description(path.with_suffix("")),
 }
 
@@ -376,7 +381,7 @@ JSON_READERS = {
 def test_json_that_is_something_else_is_refused(tmp_path, read, text):
     path = tmp_path / "a.npy.json"
     path.write_text(text, encoding="utf-8")
-    if read is stories.read_captions and "image_id" in text:
+    if read is read_captions and "image_id" in text:
         assert read(path) == [([], "a")]  # an id of any kind goes into stories.jsonl as it is
     else:
         assert str(path) in refusal(read, path)
@@ -387,8 +392,8 @@ def test_json_that_is_something_else_is_refused(tmp_path, read, text):
 LONG = "a" * 10_000_000
 TEXT_READERS = {
     "list of words": lambda path: files.read_lines(path, "list of words"),
-    "predictions": lambda path: scorer.read_texts(path, "captions file"),
-    "captions": stories.read_captions,
+    "predictions": lambda path: read_texts(path, "captions file"),
+    "captions": read_captions,
     "cache": lambda path: cache_module.read_one_cache(path, path, "clip"),
 }
 
@@ -406,7 +411,7 @@ def test_a_caption_of_ten_megabytes_is_refused(tmp_path):
     path = annotations(tmp_path, told=[{"image_id": 1, "caption": LONG}])
     assert "10,000,000 characters" in refusal(read_annotations, path)
     path.write_text(json.dumps([{"image_id": 1, "caption": LONG}]))
-    for read in (scorer.read_results, stories.read_captions):
+    for read in (read_results, read_captions):
         assert "10,000,000 characters" in refusal(read, path)
 
 
@@ -790,6 +795,6 @@ def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
 def test_results_of_wrong_types_are_refused(tmp_path, text):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(text)
-    for read, name in ((scorer.read_results, "a.json"), (stories.read_captions, "a.json"), (stories.read_captions, "a.jsonl")):
+    for read, name in ((read_results, "a.json"), (read_captions, "a.json"), (read_captions, "a.jsonl")):
         if text != '[["a", "b"]]' or name == "a.json":
             assert name in refusal(read, tmp_path / name)

@@ -19,7 +19,7 @@ from conftest import BART, CLIP, ROOT
 from forks import files, finish, start
 
 KILLS = int(os.environ.get("KILLS", "2"))
-SMALL = {"compute_cache.CHUNK": 32}  # so that what is kept as a run goes on is more than one piece
+SMALL = {"antarctic.features.CHUNK": 32}  # so that what is kept as a run goes on is more than one piece
 
 
 def commands(world, cache, checkpoint):
@@ -82,12 +82,26 @@ def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("library", ["torch", "transformers"])
-@pytest.mark.parametrize("name", ["compute_cache", "trainer"])
-def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(world, cache, checkpoint, tmp_path, name, library, sent):
-    """Libraries load in the middle of a run; here the one that is looked at only takes its time."""
-    (tmp_path / f"{library}.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
-    command = [sys.executable, ROOT / f"{name}.py", *map(str, commands(world, cache, checkpoint)[name](tmp_path))]
+@pytest.mark.parametrize("name, library", [
+    ("compute_cache", "torch"), ("compute_cache", "transformers"), ("trainer", "torch"),
+    ("trainer", "transformers"), ("sampler", "torch"), ("sampler", "transformers"), ("stories", "torch"),
+    ("stories", "transformers"), ("scorer", "nltk")])
+def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sentence(
+        world, cache, checkpoint, tmp_path, name, library, sent):
+    """A script imports a library once its arguments are checked; here that takes a minute."""
+    (tmp_path / f"{library}.py").write_text("print('loading', flush=True)\n"
+                                            "import time\ntime.sleep(60)\n")
+    (tmp_path / "a.txt").write_text("a red dog\n")
+    arguments = commands(world, cache, checkpoint) | {
+        "compute_cache": ("--datadir", world, "--textfile", tmp_path / "c.txt", "--embfile",
+                          tmp_path / "c.npy"),
+        "stories": ("--captions", tmp_path / "a.txt", "--savedir", tmp_path, "--lm",
+                    ROOT / "snowglobe" / "weights" / "gpt"),
+        "scorer": ("--preds", tmp_path / "a.txt", "--refs", tmp_path / "a.txt", "--tokenizer",
+                   "treebank"),
+    }
+    arguments = arguments[name](tmp_path) if callable(arguments[name]) else arguments[name]
+    command = [sys.executable, ROOT / f"{name}.py", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": str(tmp_path)},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which background jobs ignore

@@ -102,7 +102,8 @@ def slow_save_state(*state):
     time.sleep(0.5)
 
 
-SLOW = {"compute_cache.CHUNK": 64, "compute_cache.append": slow_append, "sampler.append": slow_append, "stories.append": slow_append,
+SLOW = {"antarctic.features.CHUNK": 64, "antarctic.features.append": slow_append,
+        "sampler.append": slow_append, "stories.append": slow_append,
         "antarctic.checkpoints.save_state": slow_save_state}
 
 

@@ -8,8 +8,12 @@ import subprocess
 import pytest
 import torch
 from conftest import BART, CLIP, VAL
+from pycocoevalcap.spice import get_stanford_models
+from pycocoevalcap.spice.spice import Spice
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 import scorer
+from antarctic import metrics
 from antarctic.datasets import read_coco
 from antarctic.files import write_lines
 from antarctic.images import read_image
@@ -60,7 +64,7 @@ def coco(folder, captions, references):
 
 def score(script, folder, *arguments):
     """The JSON of a run that must succeed, and what it printed."""
-    result = script("scorer", *arguments, "--json", folder / "scores.json")
+    result = script("scorer", *arguments, "--savedir", folder)
     assert result.code == 0, result.err
     return json.loads((folder / "scores.json").read_text()), result.out
 
@@ -99,7 +103,7 @@ def test_texts_are_tokenized_as_cocos_evaluation_does(no_java):
 def test_javas_tokens_are_those_of_pycocoevalcaps_wrapper():
     assert scorer.tokenize(list(TEXTS), "ptb") == list(TEXTS.values())
     texts = list(TEXTS) + [text for told in REFERENCES for text in told]
-    wrapped = scorer.ptbtokenizer.PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
+    wrapped = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
     assert scorer.tokenize(texts, "ptb") == [wrapped[i][0] for i in range(len(texts))]
 
 
@@ -229,22 +233,22 @@ def test_spice_is_named_where_its_parts_are_missing_and_nothing_is_fetched(scrip
     def fail(*_):
         raise AssertionError("a download was begun")
     monkeypatch.setattr("urllib.request.urlopen", fail)
-    monkeypatch.setattr(scorer.get_stanford_models, "urlretrieve", fail)
-    monkeypatch.setattr(scorer.get_stanford_models, "SPICELIB", str(tmp_path))
+    monkeypatch.setattr(get_stanford_models, "urlretrieve", fail)
+    monkeypatch.setattr(get_stanford_models, "SPICELIB", str(tmp_path))
     monkeypatch.setattr(scorer, "has_java", lambda: True)
-    monkeypatch.setattr(scorer, "meteor", lambda *_: 0.25)
+    monkeypatch.setitem(metrics.SCORERS, ("METEOR",), lambda *_: [0.25])
     arguments = (*lines(tmp_path, GOOD, REFERENCES), "--tokenizer", "treebank")
     report, _ = score(script, tmp_path, *arguments)
     assert "CoreNLP" in report["left_out"]["SPICE"] and report["scores"]["METEOR"] == 0.25
 
     for part in ("", "-models"):
-        (tmp_path / f"{scorer.get_stanford_models.JAR}{part}.jar").touch()
-    monkeypatch.setattr(scorer.Spice, "compute_score", lambda *_: (0.4, []))
+        (tmp_path / f"{get_stanford_models.JAR}{part}.jar").touch()
+    monkeypatch.setattr(Spice, "compute_score", lambda *_: (0.4, []))
     assert score(script, tmp_path, *arguments)[0]["scores"]["SPICE"] == 0.4
 
     def stop(*_):
         raise subprocess.CalledProcessError(1, ["java"])
-    monkeypatch.setattr(scorer.Spice, "compute_score", stop)
+    monkeypatch.setattr(Spice, "compute_score", stop)
     report, _ = score(script, tmp_path, *arguments)
     assert "CalledProcessError" in report["left_out"]["SPICE"] and report["scores"]["CIDEr-D"] == pytest.approx(0.5637, abs=5e-5)
 
@@ -276,7 +280,7 @@ def test_a_blank_line_is_no_reference_and_an_empty_caption_scores_nothing(script
 # ------------------------------------------------------------------------------------- what cannot be used
 
 def refused(script, folder, arguments, *named):
-    result = script("scorer", *arguments, "--json", folder / "out" / "scores.json")
+    result = script("scorer", *arguments, "--savedir", folder / "out")
     assert result.code == 2, result.out
     assert len(result.err.splitlines()) == 1 and result.err.startswith("error: "), result.err
     assert all(str(text) in result.err for text in named), result.err
@@ -359,3 +363,45 @@ def test_what_cannot_be_done_is_refused(script, no_java, tmp_path):
     (tmp_path / "scores.json").mkdir()
     result = script("scorer", *arguments)
     assert result.code == 2 and f"{tmp_path / 'scores.json'} is a folder" in result.err
+
+
+# -------------------------------------------------------------------------------------- old spellings
+
+def test_json_still_writes_exactly_that_file_and_warns_once(script, no_java, tmp_path):
+    arguments = lines(tmp_path, GOOD, REFERENCES)
+    report, out = score(script, tmp_path / "new", *arguments)
+    old = script("scorer", *arguments, "--json", tmp_path / "old" / "numbers.txt")
+    assert old.code == 0 and old.out == out.replace("new/scores.json", "old/numbers.txt")
+    warnings = [line for line in old.err.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: --json is an old spelling and will go; use --savedir DIR"]
+    [path] = (tmp_path / "old").iterdir()
+    assert path.read_bytes() == (tmp_path / "new" / "scores.json").read_bytes()
+    both = script("scorer", *arguments, "--json", tmp_path / "a.json", "--savedir", tmp_path / "b")
+    assert both.code == 2 and "one of the two" in both.err.splitlines()[-1]
+
+
+def test_image_features_go_into_savedir(script, world, no_java, tmp_path):
+    (tmp_path / "preds").mkdir()
+    write_lines(tmp_path / "preds" / "preds.txt", ["a dog"] * VAL)
+    score(script, tmp_path / "out", "--preds", tmp_path / "preds" / "preds.txt", "--images",
+          world / "val2017", "--clip_model", CLIP)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names[0].startswith("features-") and names[1:] == ["scores.json"]
+    assert [path.name for path in (tmp_path / "preds").iterdir()] == ["preds.txt"]
+
+
+def test_a_caption_without_an_image_is_refused(script, tmp_path):
+    arguments = coco(tmp_path, GOOD, REFERENCES)
+    (tmp_path / "captions.json").write_text('[{"caption": "a dog"}]')
+    refused(script, tmp_path, arguments, "captions.json", "no image_id", "'a dog'")
+    (tmp_path / "captions.json").write_text('[{"image_id": 0, "caption": " "}]')
+    refused(script, tmp_path, arguments, "captions.json", "no text")
+
+
+def test_results_may_be_the_samplers_details(script, no_java, tmp_path):
+    _, results, *annotations = coco(tmp_path, GOOD, REFERENCES)
+    report, _ = score(script, tmp_path, "--results", results, *annotations)
+    records = json.loads(results.read_text())
+    (tmp_path / "details.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    again, _ = score(script, tmp_path, "--results", tmp_path / "details.jsonl", *annotations)
+    assert again == report

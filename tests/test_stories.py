@@ -15,8 +15,9 @@ from forks import files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stories
-from antarctic import runtime
+from antarctic import causal_lm, runtime
 from antarctic.decoding import invert, nucleus
+from antarctic.sealed import seal
 
 GPT = str(ROOT / "snowglobe" / "weights" / "gpt")
 CAPTIONS = ["a red dog", "A whale by a lighthouse.", "two sheep and an umbrella in a quiet wood", "Geoff Hinton on a bus",
@@ -53,8 +54,8 @@ def test_a_story_is_drawn_as_by_the_plain_loop(lm):
     """Against the definition: the whole text through the model for each token, no padding, no cache."""
     model, tokenizer = lm
     prompts = tokenizer([f"Once upon a time there was {caption}" for caption in CAPTIONS])["input_ids"]
-    ours = stories.load_lm(GPT, [tokenizer.eos_token_id], "cpu", torch.float32)
-    found = stories.sample(ours, prompts, range(len(prompts)), 60, temperature=1.3, top_p=0.95)
+    ours = causal_lm.load_lm(GPT, [tokenizer.eos_token_id], "cpu", torch.float32)
+    found = causal_lm.sample(ours, prompts, range(len(prompts)), 60, temperature=1.3, top_p=0.95)
     assert any(ended for _, ended in found)
     for seed, (prompt, (new, ended)) in enumerate(zip(prompts, found)):
         generator, ids = torch.Generator().manual_seed(seed), list(prompt)
@@ -205,7 +206,7 @@ def test_a_story_broken_off_ends_with_its_last_full_sentence(tell):
 def test_only_what_is_broken_off_is_cut(lm, new, ended, more):
     prompt = "Mr. Hinton"
     ids, new = (lm[1](text)["input_ids"] for text in (prompt, new))
-    assert stories.tell(lm[1], prompt, ids, new, ended) == prompt + more
+    assert causal_lm.to_text(lm[1], prompt, ids, new, ended) == prompt + more
 
 
 def test_positions_bound_a_story_and_no_neighbour_does(tell, lm):
@@ -308,7 +309,7 @@ def test_a_failure_leaves_the_old_files_whole(script, tell, tmp_path, monkeypatc
 
     def interrupted(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(stories, "tell", interrupted)
+    monkeypatch.setattr(causal_lm, "to_text", interrupted)
     result = script("stories", "--caption", "a whale", "--savedir", tmp_path / "out", "--lm", GPT)
     assert result.code == 130 and result.err.splitlines()[-1].startswith("stopped")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -363,6 +364,8 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(stopped, go_on, tell
     (lambda data: data[:-1], 2), (lambda data: data[:-20], 2), (lambda data: data + bytes(500), 3), (lambda data: data + b"[]\n", 3),
     (lambda data: data + b'["a", "b", "c", 4]\n', 3), (lambda data: data + b"[" * 100_000, 3), (lambda data: bytes(len(data)), 0),
     (lambda data: data + b"\xff\xfe\n", 3), (lambda data: b"", 0),
+    (lambda data: data + seal("abcd")[:-1], 3), (lambda data: data.replace(b"red", b"rod", 1), 0),
+    (lambda data: b"".join(line.split(b" ", 1)[1] for line in data.splitlines(True)), 0),
 ])
 def test_what_a_crash_left_of_a_batch_is_cut_off_and_written_again(stopped, go_on, tell, tmp_path, damage, kept):
     tell(*MANY)

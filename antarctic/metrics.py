@@ -1,0 +1,155 @@
+"""Scores by words: BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE by pycocoevalcap, the tokenizers that
+COCO's evaluation and NLTK have for them, and counts of words.
+
+pycocoevalcap and NLTK take half a second to load, so the functions that need them import them.
+"""
+
+import subprocess
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from antarctic.errors import InputError
+
+BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
+BY_WORDS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr-D", "SPICE")
+TOKENIZERS = {"ptb": "Java's PTBTokenizer, as COCO's evaluation",
+              "treebank": "NLTK's TreebankWordTokenizer, without Java"}
+
+
+# -------------------------------------------------------------------------------- what is available
+
+def has_java():
+    """Whether Java runs; on some systems there is a `java` that only says where to get it."""
+    try:
+        return subprocess.run(["java", "-version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def missing_corenlp():
+    """Why SPICE has no parser, a text; empty where it has one. pycocoevalcap would download it."""
+    from pycocoevalcap.spice import get_stanford_models
+    folder = Path(get_stanford_models.__file__).parent / get_stanford_models.SPICELIB
+    names = [f"{get_stanford_models.JAR}{end}.jar" for end in ("", "-models")]
+    if all((folder / name).is_file() for name in names):
+        return ""
+    return f"Stanford CoreNLP ({' and '.join(names)}) is not in {folder}"
+
+
+# --------------------------------------------------------------------------------------- tokenizers
+
+def tokenize(texts, tokenizer):
+    """Texts as COCO's evaluation takes them: lower-cased tokens with a space between, punctuation
+    left out. texts: N texts without line breaks. tokenizer: one of TOKENIZERS. Returns N texts."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
+    lines = ptb_tokens(texts) if tokenizer == "ptb" else treebank_tokens(texts)
+    return [" ".join(token for token in line.split(" ") if token not in PUNCTUATIONS)
+            for line in lines]
+
+
+def ptb_tokens(texts):
+    """Texts with their tokens separated by Java. Raises InputError where that fails.
+
+    The program is pycocoevalcap's, without its wrapper, which writes into the package's folder and
+    hides failures.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer
+    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    command = ["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
+               "-lowerCase"]
+    text = "".join(text + "\n" for text in texts).encode(errors="replace")
+    output = subprocess.run(command, input=text, capture_output=True).stdout
+    lines = output.decode().split("\n")[:-1]
+    if len(lines) != len(texts):
+        raise InputError(f"Java's tokenizer gave {len(lines)} lines for {len(texts)} texts; try "
+                         f"--tokenizer treebank")
+    return lines
+
+
+def treebank_tokens(texts):
+    """Texts with their tokens separated by NLTK, in the form that Java gives them."""
+    from nltk.tokenize import TreebankWordTokenizer
+    split, lines = TreebankWordTokenizer().tokenize, []
+    for text in tqdm(texts, "tokenizing", unit="text"):
+        tokens = split(text.replace("|", " | "), convert_parentheses=True)  # ||| is METEOR's own
+        lines.append(" ".join(tokens).lower())
+    return lines
+
+
+# ------------------------------------------------------------------------------------------ metrics
+# Each takes {i: references of caption i} and {i: [caption i]} and returns a list of numbers.
+
+def bleu(references, captions):
+    from pycocoevalcap.bleu.bleu import Bleu
+    return Bleu(4).compute_score(references, captions, verbose=0)[0]
+
+
+def meteor(references, captions):
+    from pycocoevalcap.meteor.meteor import Meteor
+    scorer = Meteor()
+    try:
+        return [scorer.compute_score(references, captions)[0]]
+    except (OSError, ValueError):  # Java stopped; deleted as it is, the scorer would wait for ever
+        scorer.lock.release()
+        with suppress(OSError):
+            scorer.meteor_p.stdin.close()
+        raise
+
+
+def rouge_l(references, captions):
+    from pycocoevalcap.rouge.rouge import Rouge
+    return [Rouge().compute_score(references, captions)[0]]
+
+
+def cider_d(references, captions):
+    """CIDEr-D (https://arxiv.org/abs/1411.5726), 0 to 10, which pycocoevalcap calls Cider: n-grams
+    weigh by their rarity in these references."""
+    from pycocoevalcap.cider.cider import Cider
+    return [Cider().compute_score(references, captions)[0]]
+
+
+def spice(references, captions):
+    from pycocoevalcap.spice.spice import Spice
+    return [Spice().compute_score(references, captions)[0]]
+
+
+SCORERS = {BLEU: bleu, ("METEOR",): meteor, ("ROUGE-L",): rouge_l, ("CIDEr-D",): cider_d,
+           ("SPICE",): spice}
+
+
+def word_scores(captions, references, left_out):
+    """({metric: score}, {metric: reason} of those that failed): one metric at a time, since
+    COCOEvalCap.evaluate would first have SPICE download its parts.
+
+    captions: N tokenized texts. references: N lists of them. left_out: metrics to leave out.
+    """
+    captions = {i: [text] for i, text in enumerate(captions)}
+    references = dict(enumerate(references))
+    scores, failed = {}, {}
+    wanted = [names for names in SCORERS if names[0] not in left_out]
+    for names in tqdm(wanted, "scoring", unit="metric"):
+        try:
+            scores |= zip(names, map(float, SCORERS[names](references, captions)))
+        except (OSError, ValueError, subprocess.SubprocessError) as error:  # of Java, mostly
+            reason = f"its scorer failed ({type(error).__name__}: {error})"
+            failed |= dict.fromkeys(names, reason)
+    return scores, failed
+
+
+def word_statistics(captions, train):
+    """({metric: number} of distinct captions, novel words and mean length; {novel word: count}).
+
+    captions, train: lists of tokenized texts. The share of novel words is of all words written,
+    each time they are, so it does not grow with the number of captions.
+    """
+    words = Counter(word for caption in captions for word in caption.split())
+    scores = {"distinct captions": len(set(captions)) / len(captions),
+              "mean length": words.total() / len(captions)}
+    known = {word for caption in train for word in caption.split()}
+    novel = {word: n for word, n in words.most_common() if word not in known}
+    if train:
+        scores["novel words"] = sum(novel.values()) / max(1, words.total())
+    return scores, novel
