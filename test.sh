@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 . ./venv.sh
 export HF_HUB_OFFLINE=1
 
-# OpenAI's own package, in a folder apart, for tests/test_foreign.py to compare with; without it those tests are skipped.
+# OpenAI's own package, in a folder apart, for tests/test_pickles.py to compare with; without it those tests are skipped.
 export OPENAI_CLIP="$PWD/.venv/openai-clip"
 if [ ! -d "$OPENAI_CLIP" ]; then
     rm -rf "$OPENAI_CLIP.new"

@@ -18,7 +18,7 @@ from conftest import BART, CLIP, ROOT, VAL
 from forks import context
 from hub import Hub, bart_of_2020, repositories, serving, siglip2_of_2025
 from huggingface_hub import constants
-from test_foreign import gemma_tokenizer
+from test_pickles import gemma_tokenizer
 from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from antarctic import pretrained

@@ -1,7 +1,7 @@
 """A stop at a random moment costs nothing but time: after SIGKILLs the files are in the end those of an uninterrupted run, byte
 for byte, and SIGINT and SIGTERM end a run within five seconds, with a sentence.
 
-KILLS=20 ./test.sh tests/test_kills.py stops each script that often; by itself the suite does it a few times.
+KILLS=20 ./test.sh tests/robustness/test_kills.py stops each script that often; by itself the suite does it a few times.
 """
 
 import ctypes
