@@ -1,5 +1,5 @@
-"""The method as objects: Clip (images and texts to unit vectors), Captioner (BART: table to caption) and
-Model, which composes them: image, table, candidates, CLIP's choice."""
+"""The method as objects: Clip (images and texts to unit vectors), Captioner (BART: table to
+caption) and Model, which composes them: image, table, candidates, CLIP's choice."""
 
 import contextlib
 from dataclasses import replace
@@ -50,14 +50,14 @@ MANY = 4096  # images for whose tables a bfloat16 copy of the embeddings pays
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
-# --------------------------------------------------------------------------------------------------- CLIP
+# --------------------------------------------------------------------------------------------- CLIP
 
 class Clip:
     """A frozen CLIP, SigLIP or SigLIP 2 with its preprocessing.
 
-    name: one of CLIP_NAMES, a hub id, a folder, or a .pt file of OpenAI's. identity: the stamp of caches made with it.
-    dim: of its vectors. dtype: of weights and arithmetic; in torch.bfloat16 the vectors have cosines above .999 with float32's.
-    Raises InputError where it cannot be loaded.
+    name: one of CLIP_NAMES, a hub id, a folder, or a .pt file of OpenAI's. identity: the stamp of
+    caches made with it. dim: of its vectors. dtype: of weights and arithmetic; in torch.bfloat16
+    the vectors have cosines above .999 with float32's. Raises InputError where it cannot be loaded.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
@@ -66,10 +66,13 @@ class Clip:
         if Path(name).is_file():
             model, self.tokenizer, self.processor = load_openai_clip(name)
         else:
-            fetch(name, what, ("weights", "tokenizer", "processor"))  # all at once, so that its size is told once
+            fetch(
+                name, what,
+                ("weights", "tokenizer", "processor"))  # all at once, so that its size is told once
             model = load(AutoModel, name, what, dtype=torch.float32)
             if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-                raise InputError(f"the CLIP model {name} has no image and text features: it is no CLIP")
+                raise InputError(
+                    f"the CLIP model {name} has no image and text features: it is no CLIP")
             self.tokenizer = load_tokenizer(name, what)
             # Where torchvision is installed, transformers would resize with it, to other pixels.
             processor = load(AutoImageProcessor, name, what, backend="pil")
@@ -78,23 +81,28 @@ class Clip:
         self.identity, self.device, self.dtype = identity(name), device, dtype
         config = self.model.config
         self.max_length = config.text_config.max_position_embeddings
-        # SigLIP was trained on lower-cased texts, padded to full length without a mask, and is read at the last place.
+        # SigLIP was trained on lower-cased texts, padded to full length without a mask, and is read
+        # at the last place.
         self.siglip = config.model_type.startswith("siglip")
-        self.padding = dict(padding="max_length", max_length=self.max_length, return_attention_mask=False) if self.siglip else {}
+        self.padding = dict(padding="max_length", max_length=self.max_length,
+                            return_attention_mask=False) if self.siglip else {}
         self.dim = config.text_config.projection_size if self.siglip else config.projection_dim
 
     @torch.inference_mode()
     def encode_images(self, images):
-        """images: PIL images (RGB). Returns unit vectors, float32 (len(images), dim), on the CPU."""
-        batch = self.processor(images=images, return_tensors="pt")  # pixel_values (B, 3, H, W); NaFlex: more
+        """images: PIL images (RGB). Returns unit vectors, float32 (len(images), dim), on the
+        CPU."""
+        batch = self.processor(images=images,
+                               return_tensors="pt")  # pixel_values (B, 3, H, W); NaFlex: more
         return unit(self.model.get_image_features(**batch.to(self.device, self.dtype)))
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=128, progress=None):
         """Returns unit vectors, float32 (len(texts), dim), on the CPU, in the order of texts.
 
-        Texts are sorted by length and each batch is trimmed to its longest. That is exact: the text tower is causal
-        and is read at the end token, so padding behind it changes nothing. Not so SigLIP's, which gets its full length.
+        Texts are sorted by length and each batch is trimmed to its longest. That is exact: the text
+        tower is causal and is read at the end token, so padding behind it changes nothing. Not so
+        SigLIP's, which gets its full length.
         """
         texts = [text.lower() if self.siglip else text for text in texts]
         if not texts:
@@ -102,47 +110,58 @@ class Clip:
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         vectors = torch.empty(len(tokens), self.dim)
-        for start in tqdm(range(0, len(order), batch_size), progress, disable=progress is None, unit="batch"):
+        for start in tqdm(range(0, len(order), batch_size), progress, disable=progress is None,
+                          unit="batch"):
             rows = order[start:start + batch_size]
-            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in rows]}, return_tensors="pt", **self.padding)
+            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in rows]},
+                                       return_tensors="pt", **self.padding)
             vectors[rows] = unit(self.model.get_text_features(**batch.to(self.device)))
         return vectors
 
 
 def unit(output):
-    """Features of transformers 4 (a tensor) or 5 (an object) as float32 unit vectors (B, dim) on the CPU."""
+    """Features of transformers 4 (a tensor) or 5 (an object) as float32 unit vectors (B, dim) on
+    the CPU."""
     features = output if torch.is_tensor(output) else output.pooler_output
     return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
 
 
-# ---------------------------------------------------------------------------------------------- captioner
+# ---------------------------------------------------------------------------------------- captioner
 
 
 
 class Captioner:
     """A sequence-to-sequence language model that writes captions from tables.
 
-    name: a hub id or folder of a BART. dtype: of the arithmetic (torch.float32, or torch.bfloat16 by autocast);
-    the weights are float32.
+    name: a hub id or folder of a BART. dtype: of the arithmetic (torch.float32, or torch.bfloat16
+    by autocast); the weights are float32.
     """
 
-    def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=MAXLEN_ENC, maxlen_dec=MAXLEN_DEC):
-        # On a CPU in bfloat16 a training step with the fused attention takes twice as long as with the plain one.
+    def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=MAXLEN_ENC,
+                 maxlen_dec=MAXLEN_DEC):
+        # On a CPU in bfloat16 a training step with the fused attention takes twice as long as with
+        # the plain one.
         attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
         fetch(name, "language model", ("weights", "tokenizer"))
-        self.model = load(AutoModelForSeq2SeqLM, name, "language model", dtype=torch.float32, **attention).to(device).eval()
+        self.model = load(AutoModelForSeq2SeqLM, name, "language model", dtype=torch.float32,
+                          **attention).to(device).eval()
         self.tokenizer = load_tokenizer(name, "language model")
         self.identity, self.device, self.dtype = identity(name), torch.device(device), dtype
         self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
         longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)
         if min(maxlen_enc, maxlen_dec) < 3:
-            raise InputError(f"--maxlen_enc {maxlen_enc} and --maxlen_dec {maxlen_dec} must be at least 3: two tokens are no text")
+            raise InputError(
+                f"--maxlen_enc {maxlen_enc} and --maxlen_dec {maxlen_dec} must be at least 3: two "
+                "tokens are no text"
+            )
         if max(maxlen_enc, maxlen_dec) > longest:
-            raise InputError(f"the language model {name} reads and writes {longest} tokens at most; "
-                             f"--maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for more")
+            raise InputError(
+                f"the language model {name} reads and writes {longest} tokens at most; "
+                f"--maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for more")
 
     def train_only(self, wanted):
-        """Freezes all parameters but those whose name wanted(name) picks. Returns {name: parameter} of the trained."""
+        """Freezes all parameters but those whose name wanted(name) picks. Returns {name: parameter}
+        of the trained."""
         trained = {}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(wanted(name))
@@ -167,23 +186,28 @@ class Captioner:
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
 
     def loss(self, tables, captions):
-        """Mean cross-entropy a caption token. tables, captions: lists of token ids, one pair an image.
+        """Mean cross-entropy a caption token. tables, captions: lists of token ids, one pair an
+        image.
 
-        The decoder's input is the model's own shift of the labels, so that training and generation start alike.
+        The decoder's input is the model's own shift of the labels, so that training and generation
+        start alike.
         """
         labels = self.pad(captions)
-        labels = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)  # (B, caption)
+        labels = labels["input_ids"].masked_fill(labels["attention_mask"] == 0,
+                                                 -100)  # (B, caption)
         with self.autocast():
             return self.model(**self.pad(tables), labels=labels).loss
 
     @torch.inference_mode()
     def beam(self, tables, num_beams=3, num_return_sequences=3):
-        """Beam search. tables: lists of token ids. Returns for each table a list of (text, likelihood), best first.
+        """Beam search. tables: lists of token ids. Returns for each table a list of (text,
+        likelihood), best first.
 
-        likelihood: mean log-probability a token; <s>, and </s> at the greatest length, are forced and cost nothing. The
-        captions are those of transformers' generate() with early_stopping=False: a table is done when it has num_beams captions
-        and no open beam is more likely a token than the worst of them; a single beam is done at its first caption. A table that
-        is done leaves the batch, where generate() computes on until all of them are.
+        likelihood: mean log-probability a token; <s>, and </s> at the greatest length, are forced
+        and cost nothing. The captions are those of transformers' generate() with
+        early_stopping=False: a table is done when it has num_beams captions and no open beam is
+        more likely a token than the worst of them; a single beam is done at its first caption. A
+        table that is done leaves the batch, where generate() computes on until all of them are.
         Raises InputError where the vocabulary is smaller than two tokens a beam.
         """
         if 2 * num_beams > self.model.config.vocab_size:
@@ -196,12 +220,12 @@ class Captioner:
 
     @torch.inference_mode()
     def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
-        """n independent samples of one image's caption: a list of (text, likelihood, how many of the n it is), each sequence
-        of tokens once.
+        """n independent samples of one image's caption: a list of (text, likelihood, how many of
+        the n it is), each sequence of tokens once.
 
-        table: token ids. The likelihood is the model's own, as beam gives it, before temperature and nucleus. The same seed
-        gives the same samples. Samples that begin alike share
-        their beginning; chunk: rows of the decoder at a time, which bounds the memory, see sample_tree.
+        table: token ids. The likelihood is the model's own, as beam gives it, before temperature
+        and nucleus. The same seed gives the same samples. Samples that begin alike share their
+        beginning; chunk: rows of the decoder at a time, which bounds the memory, see sample_tree.
         """
         with self.autocast():
             finished = sample_tree(self.model, self.pad([table]), n, temperature, top_p,
@@ -211,18 +235,23 @@ class Captioner:
 
     def decode(self, sequences):
         """Texts of token ids (B, length), without special tokens."""
-        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        return [
+            " ".join(text.split())
+            for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        ]
 
 
 def rescore(clip, features, candidates):
-    """CLIP's cosine of each candidate with its image; a text that comes several times is encoded once.
+    """CLIP's cosine of each candidate with its image; a text that comes several times is encoded
+    once.
 
     features: (B, dim) unit vectors. candidates: B lists of texts. Returns B lists of floats.
     """
     distinct = list(dict.fromkeys(text for texts in candidates for text in texts))
     vectors = clip.encode_texts(distinct)
     place = {text: row for row, text in enumerate(distinct)}
-    return [(vectors[[place[t] for t in texts]] @ image).tolist() if texts else [] for image, texts in zip(features, candidates)]
+    return [(vectors[[place[t] for t in texts]] @ image).tolist() if texts else []
+            for image, texts in zip(features, candidates)]
 
 
 # ------------------------------------------------------------------------------------ the method
@@ -257,7 +286,8 @@ class Model:
         an entry when CLIP encodes it. search: cache.search, or Index.search."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
-        self.topk, self.decoding, self.banned, self.prefix = topk, decoding or Decoding(), banned, prefix
+        self.topk, self.decoding, self.banned, self.prefix = topk, decoding or Decoding(
+        ), banned, prefix
 
     @classmethod
     def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,
@@ -289,7 +319,8 @@ class Model:
         if ckpt:
             load_checkpoint(ckpt, captioner)
         prefix = (cache_description(embfile[0]) or {"prefix": ""})["prefix"]
-        return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix, index_search)
+        return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,
+                   index_search)
 
     def __str__(self):
         dtype = str(self.captioner.dtype).removeprefix("torch.")
@@ -320,9 +351,11 @@ class Model:
         pictures = []
         for image in images:
             try:
-                pictures.append(image.convert("RGB") if isinstance(image, Image) else read_image(image))
+                pictures.append(
+                    image.convert("RGB") if isinstance(image, Image) else read_image(image))
             except OSError as error:
-                raise InputError(f"cannot read the image {image} ({error.strerror or error})") from error
+                raise InputError(
+                    f"cannot read the image {image} ({error.strerror or error})") from error
         return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
 
     def tables(self, features):
@@ -332,7 +365,8 @@ class Model:
         """
         find = self.search
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
-            find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, in half the time
+            find = partial(search, half=to_bfloat16(
+                self.embeddings))  # the same tables, in half the time
         tables = []
         for rows in features.split(256):
             scores, indices = find(rows, self.embeddings, self.topk)  # (256, k), (256, k)
@@ -357,12 +391,16 @@ class Model:
         that they do not depend on its neighbours (default: its place). changes: of self.decoding.
         """
         decoding = replace(self.decoding, **changes)
-        seeds = [seed_of(decoding.seed, name) for name in (range(len(tables)) if ids is None else ids)]
+        seeds = [
+            seed_of(decoding.seed, name) for name in (range(len(tables)) if ids is None else ids)
+        ]
         tokens = self.tokenize(tables)
         n = decoding.num_return_sequences
         if decoding.do_sample:
             dials = n, decoding.temperature, decoding.top_p
-            drafts = [self.captioner.sample(table, *dials, seed) for table, seed in zip(tokens, seeds)]
+            drafts = [
+                self.captioner.sample(table, *dials, seed) for table, seed in zip(tokens, seeds)
+            ]
         else:
             drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
         if self.banned:
@@ -390,7 +428,8 @@ class Model:
         """
         weight = replace(self.decoding, **changes).lm_weight
         captions = []
-        for table, texts, cosines in zip(tables, candidates, rescore(self.clip, features, candidates)):
+        for table, texts, cosines in zip(tables, candidates, rescore(self.clip, features,
+                                                                     candidates)):
             ranked = [(text, round(cosine, 5), round(likelihood, 5))
                       for (text, likelihood), cosine in zip(texts.items(), cosines)]
             # CLIP cannot tell some apart: then the likelier one.
@@ -406,7 +445,9 @@ class Model:
         self.decoding, such as do_sample=True, num_return_sequences=100.
         """
         images = list(images)
-        ids = ids or [place if isinstance(image, Image) else image for place, image in enumerate(images)]
+        ids = ids or [
+            place if isinstance(image, Image) else image for place, image in enumerate(images)
+        ]
         captions = []
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)

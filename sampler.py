@@ -1,4 +1,5 @@
-"""Captions a COCO split, or any images: table, candidates from the language model, CLIP picks the best one.
+"""Captions a COCO split, or any images: table, candidates from the language model, CLIP picks the
+best one.
 
     python sampler.py --images photo.jpg
     python sampler.py --datadir coco --textfile cache.txt --embfile cache.npy --savedir results \\
@@ -6,8 +7,9 @@
     python sampler.py --images photos/ --textfile cache.txt mine.txt --embfile cache.npy mine.npy \\
         --do_sample --num_return_sequences 100 --top_p 0.9 --sidecar
 
-Without --textfile and --ckpt it takes cache.txt, cache.npy and checkpoints/best.safetensors, or what
-./download.sh --original puts into original/. Rerun the same command to resume a run that was stopped.
+Without --textfile and --ckpt it takes cache.txt, cache.npy and checkpoints/best.safetensors, or
+what ./download.sh --original puts into original/. Rerun the same command to resume a run that was
+stopped.
 """
 
 import argparse
@@ -41,54 +43,70 @@ ON_SCREEN = 20  # captions
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("images: one of two")
     group.add_argument("--datadir", help="folder in COCO's layout (annotations/, val2017/)")
-    group.add_argument("--split", default="val2017", help="split of --datadir (default %(default)s)")
+    group.add_argument("--split", default="val2017",
+                       help="split of --datadir (default %(default)s)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
                        "subfolders) and patterns instead")
     group = parser.add_argument_group("vocabulary")
     add_cache_flags(group)
-    group.add_argument("--only", metavar="FILE", help="use only the entries that are lines of this file")
-    group.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a line of "
-                       "this file, as whole words in any case")
+    group.add_argument("--only", metavar="FILE",
+                       help="use only the entries that are lines of this file")
+    group.add_argument(
+        "--ban", metavar="FILE", help="leave out entries and captions that hold a line of "
+        "this file, as whole words in any case")
     group = parser.add_argument_group("models")
     add_clip_flag(group)
     add_lm_flag(group)
-    group.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; none: the "
-                       "language model as pretrained (default: checkpoints/best.safetensors, else the "
-                       "original's)")
-    group.add_argument("--topk", type=int, help="entries in a table (default: as in training, 10 with "
+    group.add_argument(
+        "--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; none: the "
+        "language model as pretrained (default: checkpoints/best.safetensors, else the "
+        "original's)")
+    group.add_argument("--topk", type=int,
+                       help="entries in a table (default: as in training, 10 with "
                        "--ckpt none)")
     group = parser.add_argument_group("candidates")
-    group.add_argument("--num_beams", type=int, default=3, help="width of beam search (default %(default)s)")
-    group.add_argument("--num_return_sequences", type=int, default=3, help="candidates an image (default "
+    group.add_argument("--num_beams", type=int, default=3,
+                       help="width of beam search (default %(default)s)")
+    group.add_argument("--num_return_sequences", type=int, default=3,
+                       help="candidates an image (default "
                        "%(default)s)")
-    group.add_argument("--do_sample", action="store_true", help="sample the candidates in place of beam search")
+    group.add_argument("--do_sample", action="store_true",
+                       help="sample the candidates in place of beam search")
     add_sampling_flags(group)
-    group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language model's mean "
-                       "log-probability a token beside CLIP's cosine in the choice of the best (default "
-                       "%(default)s: CLIP alone)")
+    group.add_argument(
+        "--lm_weight", type=float, default=0.0, help="weight of the language model's mean "
+        "log-probability a token beside CLIP's cosine in the choice of the best (default "
+        "%(default)s: CLIP alone)")
     group = parser.add_argument_group("results")
     group.add_argument("--savedir", default="results", help="folder for preds.txt, ref0.txt ..., "
                        "captions.json, details.jsonl, gallery.html (default %(default)s)")
     group.add_argument("--csv", action="store_true", help="write captions.csv, too")
-    group.add_argument("--sidecar", action="store_true", help="write each caption beside its image, too: "
+    group.add_argument("--sidecar", action="store_true",
+                       help="write each caption beside its image, too: "
                        "dog.jpg gets dog.txt")
-    group.add_argument("--overwrite", action="store_true", help="let --sidecar replace .txt files that exist")
-    group.add_argument("--features", help="folder where image features are kept for later runs (default: "
-                       "--savedir)")
-    group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most (default "
+    group.add_argument("--overwrite", action="store_true",
+                       help="let --sidecar replace .txt files that exist")
+    group.add_argument(
+        "--features", help="folder where image features are kept for later runs (default: "
+        "--savedir)")
+    group.add_argument("--gallery", type=int, default=200,
+                       help="images on gallery.html at most (default "
                        "%(default)s)")
     group = parser.add_argument_group("computation")
-    group.add_argument("--batch_size", type=int, default=16, help="images a batch, per process (default "
+    group.add_argument("--batch_size", type=int, default=16,
+                       help="images a batch, per process (default "
                        "%(default)s)")
     add_device_flags(group)
     return parser.parse_args()
 
 
 def check(args):
-    """Raises InputError for settings that cannot work, before anything is loaded. Returns the Decoding."""
+    """Raises InputError for settings that cannot work, before anything is loaded. Returns the
+    Decoding."""
     if (args.datadir is None) == (args.images is None):
         raise InputError("exactly one of --datadir and --images says what is captioned")
     require_at_least(1, args, "topk", "batch_size")
@@ -99,7 +117,8 @@ def check(args):
 
 
 def read_words(path):
-    """The lines of --only or --ban, or None without the flag. Raises InputError where there are none."""
+    """The lines of --only or --ban, or None without the flag. Raises InputError where there are
+    none."""
     words = read_lines(path, "list of words") if path else None
     if words == []:
         raise InputError(f"there is no word in {path}")
@@ -107,16 +126,19 @@ def read_words(path):
 
 
 def name_of_run(args, model, features, pictures):
-    """The fingerprint of all that decides the results: runs that share it resume from one another."""
+    """The fingerprint of all that decides the results: runs that share it resume from one
+    another."""
     from antarctic.checkpoints import trained_sha256
     captioner = model.captioner
     return fingerprint([
-        captioner.identity, args.ckpt and trained_sha256(args.ckpt, captioner), str(captioner.dtype),
-        captioner.maxlen_enc, captioner.maxlen_dec, model.topk, model.entries,
-        [Path(path).stat().st_mtime_ns for path in args.embfile], args.index and file_sha256(args.index),
-        model.banned and model.banned.pattern, asdict(model.decoding), args.batch_size,
+        captioner.identity, args.ckpt and trained_sha256(args.ckpt, captioner),
+        str(captioner.dtype), captioner.maxlen_enc, captioner.maxlen_dec, model.topk, model.entries,
+        [Path(path).stat().st_mtime_ns for path in args.embfile], args.index
+        and file_sha256(args.index), model.banned and model.banned.pattern,
+        asdict(model.decoding), args.batch_size,
         hashlib.sha256(features.numpy().tobytes()).hexdigest(),
-        [(picture.id, str(picture.path)) for picture in pictures]])
+        [(picture.id, str(picture.path)) for picture in pictures]
+    ])
 
 
 def record_of(picture, result):
@@ -140,8 +162,9 @@ def report(records, empty, bad, seconds, args):
         if len(records) > ON_SCREEN:
             path = escape_control(Path(args.savedir) / "preds.txt")
             print_safely(f"... and {len(records) - ON_SCREEN:,} more in {path}")
-    print_safely(f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
-                 f"captions.json, details.jsonl and {escape_control(Path(args.savedir) / 'gallery.html')}")
+    print_safely(
+        f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
+        f"captions.json, details.jsonl and {escape_control(Path(args.savedir) / 'gallery.html')}")
 
 
 def main():
@@ -156,13 +179,15 @@ def main():
     from model import Model
 
     model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
-                       args.index, only, ban, args.topk, device=device, dtype=dtype, **asdict(decoding))
+                       args.index, only, ban, args.topk, device=device, dtype=dtype,
+                       **asdict(decoding))
     rank, world = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
     if args.sidecar:  # those that a stopped run has written are its own
         check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
-    features, pictures, bad = image_features(model.clip, pictures, output_folder(args.features or savedir))
+    features, pictures, bad = image_features(model.clip, pictures,
+                                             output_folder(args.features or savedir))
     if not pictures:
         report_bad_images(bad)
         raise InputError("none of the images can be read")
@@ -172,7 +197,8 @@ def main():
     done = on_rank0(lambda: resume(part, args.batch_size, len(pictures)))
 
     start_time = time.perf_counter()
-    with tqdm(total=len(pictures), initial=done, desc="captioning", unit="image", disable=rank > 0) as bar:
+    with tqdm(total=len(pictures), initial=done, desc="captioning", unit="image", disable=rank
+              > 0) as bar:
         for start in range(done, len(pictures), args.batch_size * world):
             first = start + rank * args.batch_size
             batch = pictures[first:first + args.batch_size]

@@ -1,4 +1,5 @@
-"""What the scripts share: the files that they find by default, common flags, the start of a run, device, dtype, seeds."""
+"""What the scripts share: the files that they find by default, common flags, the start of a run,
+device, dtype, seeds."""
 
 import argparse
 import hashlib
@@ -14,7 +15,8 @@ from antarctic.files import existing_caches, existing_file, finish_cache, locked
 from antarctic.runtime import cleanup
 
 SEPARATOR = " | "
-TOPK, MAXLEN_ENC, MAXLEN_DEC = 10, 128, 32  # the original's: entries of a table, tokens of a table and of a caption
+# the original's: entries of a table, tokens of a table and of a caption
+TOPK, MAXLEN_ENC, MAXLEN_DEC = 10, 128, 32
 OWN_CACHE = "cache.txt", "cache.npy"
 ORIGINAL_CACHE = "original/cache.txt", "original/cache.npy"
 CHECKPOINTS = "checkpoints/best.safetensors", "original/checkpoint.ckpt"
@@ -30,7 +32,8 @@ def warn_renamed(old, new):
 
 
 class Renamed(argparse.Action):
-    """An old spelling of a flag, which works for one more release and prints a warning. new: how it is written now."""
+    """An old spelling of a flag, which works for one more release and prints a warning. new: how it
+    is written now."""
 
     def __init__(self, *how, new, **named):
         self.new = new
@@ -47,13 +50,15 @@ def add_cache_flags(parser):
                         "(.txt; default: cache.txt, else the original's)")
     parser.add_argument("--embfile", nargs="+", help="their embeddings (.npy), in the same order "
                         "(default: the .npy beside --textfile)")
-    parser.add_argument("--index", metavar="FILE", help="index of compute_cache.py through which its "
-                        "cache is searched, approximately (default: every cache exactly)")
+    parser.add_argument(
+        "--index", metavar="FILE", help="index of compute_cache.py through which its "
+        "cache is searched, approximately (default: every cache exactly)")
 
 
 def add_clip_flag(parser, default="ViT-B/16", remark=""):
-    parser.add_argument("--clip_model", default=default, help="OpenAI's name or .pt file, hub id or "
-                        f"folder of a CLIP or SigLIP{remark} (default %(default)s)")
+    parser.add_argument(
+        "--clip_model", default=default, help="OpenAI's name or .pt file, hub id or "
+        f"folder of a CLIP or SigLIP{remark} (default %(default)s)")
 
 
 def add_lm_flag(parser):
@@ -62,7 +67,8 @@ def add_lm_flag(parser):
 
 
 def add_device_flag(parser):
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
 
 
 def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=()):
@@ -75,14 +81,17 @@ def add_device_flags(parser, dtype="auto", what="arithmetic of the language mode
 
 
 def add_sampling_flags(parser, top_p=1.0):
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0,
+                        help="of sampling (default %(default)s)")
     parser.add_argument("--top_p", type=float, default=top_p, help="probability mass of nucleus "
                         "sampling (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of sampling (default %(default)s)")
 
 
 def require_at_least(least, args, *names):
-    """Raises InputError where one of these flags is below least. None, a flag that was not given, passes."""
+    """Raises InputError where one of these flags is below least. None, a flag that was not given,
+    passes."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not value >= least:  # nan is not
@@ -119,7 +128,7 @@ class Decoding:
             raise InputError(f"--lm_weight must be a number, not {self.lm_weight}")
 
 
-# ------------------------------------------------------------------------------------ files that are there
+# ----------------------------------------------------------------------------- files that are there
 
 def choose_cache(textfile, embfile, exists):
     """The caches to read, as two lists: those that --textfile and --embfile name, else the cache in
@@ -224,12 +233,14 @@ def find_outputs(args, new):
                          f"to sampler.py: --textfile {ORIGINAL_CACHE[0]} mine.txt")
 
 
-# ------------------------------------------------------------------------------------ the start of a run
+# ------------------------------------------------------------------------------- the start of a run
 
 def start_run(args):
-    """Makes the output folder and locks it until run() ends: (Path, or None without --savedir; torch.device; torch.dtype).
+    """Makes the output folder and locks it until run() ends: (Path, or None without --savedir;
+    torch.device; torch.dtype).
 
-    Raises InputError where the folder cannot be written to, another run is writing to it, or the device is not there.
+    Raises InputError where the folder cannot be written to, another run is writing to it, or the
+    device is not there.
     """
     savedir = output_folder(args.savedir) if args.savedir else None
     if savedir:
@@ -239,12 +250,15 @@ def start_run(args):
 
 
 def choose_device(name):
-    """torch.device for "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is one."""
+    """torch.device for "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is
+    one."""
     import torch
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available(
+        ) else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each of torchrun's processes has a GPU of its own
+        # each of torchrun's processes has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -252,8 +266,8 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """torch.float32 or torch.bfloat16; "auto" takes bfloat16 on a GPU that computes in it, float32 elsewhere.
-    name: also a torch.dtype, which is returned."""
+    """torch.float32 or torch.bfloat16; "auto" takes bfloat16 on a GPU that computes in it, float32
+    elsewhere. name: also a torch.dtype, which is returned."""
     import torch
     if isinstance(name, torch.dtype):
         return name
@@ -263,8 +277,11 @@ def choose_dtype(name, device):
 
 
 def seed_of(*parts):
-    """A seed that depends on these things alone, such as --seed and an image's id, so that neighbours in a batch change nothing."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode(errors="surrogateescape")).digest()[:7], "big")
+    """A seed that depends on these things alone, such as --seed and an image's id, so that
+    neighbours in a batch change nothing."""
+    return int.from_bytes(
+        hashlib.sha256("/".join(map(str, parts)).encode(errors="surrogateescape")).digest()[:7],
+        "big")
 
 
 def linearize(entries):

@@ -1,1 +1,2 @@
-"""The machinery under the method: files, caches, processes, decoding. Nothing here knows a script."""
+"""The machinery under the method: files, caches, processes, decoding. Nothing here knows a
+script."""

@@ -1,4 +1,5 @@
-"""Checkpoints: the trained tensors alone, as safetensors, and the state that a stopped training resumes from."""
+"""Checkpoints: the trained tensors alone, as safetensors, and the state that a stopped training
+resumes from."""
 
 import hashlib
 import io
@@ -15,26 +16,31 @@ from antarctic.pickles import is_torch_zip, lightning_settings, lightning_tensor
 
 
 def is_layernorm(name):
-    """Whether a parameter is trained: the layernorms of BART's encoder, and the decoder's that follow its attention to
-    the encoder (`encoder_attn_layer_norm`). 73,728 numbers of bart-large."""
+    """Whether a parameter is trained: the layernorms of BART's encoder, and the decoder's that
+    follow its attention to the encoder (`encoder_attn_layer_norm`). 73,728 numbers of
+    bart-large."""
     return "layer_norm" in name and "encoder" in name
 
 
 def save_checkpoint(path, trained, settings):
-    """Writes the trained tensors alone. trained: {name: parameter}. settings: a JSON-able dict, kept as metadata."""
+    """Writes the trained tensors alone. trained: {name: parameter}. settings: a JSON-able dict,
+    kept as metadata."""
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
     with atomic(path, "wb") as file:
         file.write(save(tensors, {"antarctic_captions": json.dumps(settings)}))
 
 
 def checkpoint_settings(path):
-    """The settings that a checkpoint of ours, or of the original's, was trained with. Raises InputError where it is neither."""
+    """The settings that a checkpoint of ours, or of the original's, was trained with. Raises
+    InputError where it is neither."""
     try:
         if is_torch_zip(path):
             return lightning_settings(path)
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["antarctic_captions"])
-        if not all(type(settings[name]) is int and 0 < settings[name] < 1 << 16 for name in ("topk", "maxlen_enc", "maxlen_dec")):
+        if not all(
+                type(settings[name]) is int and 0 < settings[name] < 1 << 16
+                for name in ("topk", "maxlen_enc", "maxlen_dec")):
             raise ValueError("the settings are no sizes of tables and texts")
         return settings | {"lm": settings["lm"] + ""}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
@@ -57,18 +63,26 @@ def trained_sha256(path, captioner):
 
 
 def load_checkpoint(path, captioner):
-    """Puts a checkpoint's tensors into the captioner. Returns its settings. Raises InputError where it is of another language model."""
+    """Puts a checkpoint's tensors into the captioner. Returns its settings. Raises InputError where
+    it is of another language model."""
     settings = checkpoint_settings(path)
     if settings["lm"] not in (captioner.identity, None):
-        raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, not to {captioner.identity}")
+        raise InputError(
+            f"the checkpoint {path} belongs to the language model {settings['lm']}, not to "
+            f"{captioner.identity}"
+        )
     parameters = dict(captioner.model.named_parameters())
     if settings["lm"] is None:  # the original's, which holds all weights
         tensors = lightning_tensors(path, [name for name in parameters if is_layernorm(name)])
     else:
         tensors = load_file(path)
     for name in sorted(tensors.keys() | filter(is_layernorm, parameters)):
-        if name not in tensors or name not in parameters or parameters[name].shape != tensors[name].shape:
-            raise InputError(f"the checkpoint {path} does not fit the language model {captioner.identity} (at {name})")
+        if name not in tensors or name not in parameters or parameters[name].shape != tensors[
+                name].shape:
+            raise InputError(
+                f"the checkpoint {path} does not fit the language model {captioner.identity} (at "
+                f"{name})"
+            )
         if not tensors[name].float().isfinite().all():
             raise InputError(f"the checkpoint {path} holds values that are not finite (in {name})")
     with torch.no_grad():
@@ -78,20 +92,23 @@ def load_checkpoint(path, captioner):
 
 
 def save_state(path, trained, optimizer, progress):
-    """Saves what a stopped run needs to go on. trained: {name: parameter}. progress: plain numbers, lists and tuples."""
+    """Saves what a stopped run needs to go on. trained: {name: parameter}. progress: plain numbers,
+    lists and tuples."""
     if not all(parameter.isfinite().all() for parameter in trained.values()):
         return  # a run that went on from there could not recover; the next loss tells
     buffer = io.BytesIO()  # torch.save hides the error of a full disk
-    torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
+    torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress},
+               buffer)
     with atomic(path, "wb") as file:
         file.write(buffer.getbuffer())
 
 
 def load_state(path, trained, optimizer):
-    """Puts the saved numbers into the trained parameters and the optimizer. Returns the progress, or None where nothing was
-    saved. Raises InputError."""
+    """Puts the saved numbers into the trained parameters and the optimizer. Returns the progress,
+    or None where nothing was saved. Raises InputError."""
     try:
-        state = on_rank0(lambda: torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None)
+        state = on_rank0(lambda: torch.load(path, map_location="cpu", weights_only=True)
+                         if path.is_file() else None)
         if state is None:
             return None
         with torch.no_grad():
@@ -100,4 +117,5 @@ def load_state(path, trained, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         return state["progress"]
     except Exception as error:  # a damaged pickle can fail in every way there is
-        raise InputError(f"the state {path} of a stopped run cannot be read; delete it to start anew") from error
+        raise InputError(
+            f"the state {path} of a stopped run cannot be read; delete it to start anew") from error

@@ -1,4 +1,5 @@
-"""The processes that torchrun starts: their ranks, what they exchange, and how each notices that another has died.
+"""The processes that torchrun starts: their ranks, what they exchange, and how each notices that
+another has died.
 
 One process is not a special case: rank 0 of a world of 1. torch is imported only where several
 processes run, so that `--help` and everything else that is light does not wait for it.
@@ -14,8 +15,10 @@ from datetime import timedelta
 
 from antarctic.errors import InputError
 
-JOIN_TIMEOUT = timedelta(minutes=5)  # torchrun starts all together, but some hosts load libraries slowly
-NO_TIMEOUT = timedelta(days=7)  # rank 0 may work for hours while the others wait; peer_sockets tell who is gone
+JOIN_TIMEOUT = timedelta(
+    minutes=5)  # torchrun starts all together, but some hosts load libraries slowly
+NO_TIMEOUT = timedelta(
+    days=7)  # rank 0 may work for hours while the others wait; peer_sockets tell who is gone
 
 peer_sockets = []  # connections to rank 0; on rank 0, to all others
 main_done = threading.Event()  # a peer that leaves now has not died
@@ -28,7 +31,8 @@ def is_joined():
 
 
 def rank_and_world():
-    """(rank, number of processes). It is (0, 1) unless torchrun started several; then this one joins the others."""
+    """(rank, number of processes). It is (0, 1) unless torchrun started several; then this one
+    joins the others."""
     if not is_joined():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 0, 1
@@ -38,14 +42,16 @@ def rank_and_world():
 
 
 def join():
-    """Joins the processes that torchrun started. Raises InputError where one of them does not come."""
+    """Joins the processes that torchrun started. Raises InputError where one of them does not
+    come."""
     import torch
     from torch import distributed
     with collective_errors():
         store, rank, world = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
         watch_peers(store, rank, world)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=NO_TIMEOUT)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                       timeout=NO_TIMEOUT)
 
 
 def watch_peers(store, rank, world):
@@ -55,13 +61,15 @@ def watch_peers(store, rank, world):
     stops as by Ctrl-C, whatever it is doing; so all processes end within a minute.
     """
     if rank == 0:
-        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        both = {"family": socket.AF_INET6, "dualstack_ipv6": True
+                } if socket.has_dualstack_ipv6() else {}
         with socket.create_server(("", 0), **both) as server:
             store.set("peer_port", str(server.getsockname()[1]))
             server.settimeout(JOIN_TIMEOUT.total_seconds())
             peer_sockets.extend(server.accept()[0] for _ in range(world - 1))
     else:
-        peer_sockets.append(socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("peer_port")))))
+        peer_sockets.append(
+            socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("peer_port")))))
 
     def listen(peer):
         try:
@@ -70,13 +78,16 @@ def watch_peers(store, rank, world):
             goodbye = b""
         if not goodbye and not main_done.is_set():
             other = "another one" if rank == 0 else "the first one"
-            print(f"process {rank} of {world} stops, as {other} has ended", file=sys.stderr, flush=True)
+            print(f"process {rank} of {world} stops, as {other} has ended", file=sys.stderr,
+                  flush=True)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     for peer in peer_sockets:
         peer.settimeout(None)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # the system asks, however busy the processes are
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 5)):  # no answer for 40 s: gone
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE,
+                        1)  # the system asks, however busy the processes are
+        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5),
+                            ("TCP_KEEPCNT", 5)):  # no answer for 40 s: gone
             if hasattr(socket, name):
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         threading.Thread(target=listen, args=(peer,), daemon=True).start()
@@ -91,7 +102,8 @@ def leave():
 
 
 def leave_together():
-    """Waits for all processes, so that none ends before rank 0 has written everything; then leaves."""
+    """Waits for all processes, so that none ends before rank 0 has written everything; then
+    leaves."""
     if gather_lists([0])[1:]:
         leave()
         from torch import distributed
@@ -100,7 +112,8 @@ def leave_together():
 
 @contextmanager
 def collective_errors():
-    """Around what all processes do at once. Raises InputError where one of them is not there any more."""
+    """Around what all processes do at once. Raises InputError where one of them is not there any
+    more."""
     try:
         yield
     except (RuntimeError, OSError) as error:  # RuntimeError: gloo's and NCCL's
@@ -122,7 +135,8 @@ def gather_lists(items):
 
 
 def all_reduce_sum(tensors):
-    """Replaces each tensor by its sum over all processes, in one collective. All have one device and are float32."""
+    """Replaces each tensor by its sum over all processes, in one collective. All have one device
+    and are float32."""
     if rank_and_world()[1] == 1:
         return
     import torch
@@ -135,7 +149,8 @@ def all_reduce_sum(tensors):
 
 
 def on_rank0(make):
-    """The result of make(), which rank 0 alone calls, on all processes. What looks at files or writes them goes through here.
+    """The result of make(), which rank 0 alone calls, on all processes. What looks at files or
+    writes them goes through here.
 
     An InputError of make() is raised on rank 0 and ends the others with exit code 2.
     """

@@ -138,7 +138,8 @@ def head_of(words):
 
 def with_article(words, known=False):
     """The words as they stand in a sentence: an article before a bare noun in the singular, and no
-    capital that is not a name's. known: whether "the" stood before them, so that they are no name."""
+    capital that is not a name's. known: whether "the" stood before them, so that they are no
+    name."""
     first, head = words[0].lower(), head_of(words)
     if first in SINGULAR | PLURAL | EITHER | DEFINITE:
         return [first, *words[1:]]

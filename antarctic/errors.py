@@ -6,15 +6,16 @@ from contextlib import suppress
 
 
 class InputError(Exception):
-    """What a user gave cannot be used. The message is one sentence that says what was tried and what to do."""
+    """What a user gave cannot be used. The message is one sentence that says what was tried and
+    what to do."""
 
     def __init__(self, message):
         super().__init__(escape_control(message))
 
 
 def escape_control(text):
-    """A text of a user's as a terminal may get it: control characters, and marks that turn the reading direction, as escapes; the
-    beginning of a very long one."""
+    """A text of a user's as a terminal may get it: control characters, and marks that turn the
+    reading direction, as escapes; the beginning of a very long one."""
     text = str(text)
     if len(text) > 2000:
         text = text[:2000] + "..."

@@ -14,15 +14,18 @@ from antarctic.files import append, atomic, fingerprint, locked, writing
 from antarctic.images import read_image
 
 CHUNK = 2048  # texts that a process encodes between two writes
-BATCH_PIXELS = 1 << 25  # read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
+# read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
+BATCH_PIXELS = 1 << 25
 
 
 def image_features(clip, pictures, folder, batch_size=64, shard=512):
-    """CLIP vectors of all images that can be read, from a file in folder where an earlier run left one.
+    """CLIP vectors of all images that can be read, from a file in folder where an earlier run left
+    one.
 
-    The file is keyed by the CLIP model and by each image's path, size and time of change. Until it is whole, each shard of
-    so many images is a file of its own, so that a run that is killed loses no more than one.
-    Returns (features, float32 (n, dim); the n Pictures that they belong to; bad, a list of (path, reason)).
+    The file is keyed by the CLIP model and by each image's path, size and time of change. Until it
+    is whole, each shard of so many images is a file of its own, so that a run that is killed loses
+    no more than one. Returns (features, float32 (n, dim); the n Pictures that they belong to; bad,
+    a list of (path, reason)).
     """
     stats = []
     for picture in pictures:
@@ -32,13 +35,17 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
         except OSError:
             stats.append((str(picture.path), 0, 0))
     key = fingerprint([clip.identity, stats])
-    path = Path(folder) / f"features-{on_rank0(lambda: key)}.safetensors"  # of another host's files the times may differ
+    path = Path(
+        folder
+    # of another host's files the times may differ
+    ) / f"features-{on_rank0(lambda: key)}.safetensors"
     if (found := on_rank0(lambda: read_features(path, len(pictures), clip.dim))) is None:
         with locked(path.with_name(f".{path.name}.lock")):
             encode_shards(clip, pictures, path, batch_size, shard)
         found = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
     if rank_and_world()[0] == 0:
-        for part in path.parent.glob(f"{path.stem}.*.part"):  # also of a run that was killed between the file and this
+        for part in path.parent.glob(
+                f"{path.stem}.*.part"):  # also of a run that was killed between the file and this
             part.unlink(missing_ok=True)  # another run may be about it, too
     features, bad = found
     good = [picture for row, picture in enumerate(pictures) if row not in bad]
@@ -46,31 +53,46 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
 
 
 def encode_shards(clip, pictures, path, batch_size, shard):
-    """Writes the features file of image_features by way of its shards, of which each process encodes every world-th."""
+    """Writes the features file of image_features by way of its shards, of which each process
+    encodes every world-th."""
     rank, world = rank_and_world()
-    shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard] for start in range(0, len(pictures), shard)}
-    missing = on_rank0(lambda: [part for part in shards if read_features(part, len(shards[part]), clip.dim) is None])
+    shards = {
+        path.with_suffix(f".{start}.part"): pictures[start:start + shard]
+        for start in range(0, len(pictures), shard)
+    }
+    missing = on_rank0(lambda: [
+        part for part in shards if read_features(part, len(shards[part]), clip.dim) is None
+    ])
     done = len(pictures) - sum(len(shards[part]) for part in missing)
-    with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image", disable=rank > 0) as bar:
+    with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image", disable=rank
+              > 0) as bar:
         for start in range(0, len(missing), world):
             some = missing[start:start + world]
-            mine = [(part, *encode_files(clip, [p.path for p in shards[part]], batch_size, bar)) for part in some[rank:rank + 1]]
+            mine = [(part, *encode_files(clip, [p.path for p in shards[part]], batch_size, bar))
+                    for part in some[rank:rank + 1]]
             for part, features, bad in gather_lists(mine):
                 if rank == 0:
                     write_features(part, features, bad)
             bar.update(sum(len(shards[part]) for part in some[1:]))
     if rank == 0:
-        parts, bads = zip(*(read_features(part, len(some), clip.dim) for part, some in shards.items()))
-        write_features(path, torch.cat(parts), {i * shard + row: reason for i, bad in enumerate(bads) for row, reason in bad.items()})
+        parts, bads = zip(*(read_features(part, len(some), clip.dim)
+                            for part, some in shards.items()))
+        write_features(
+            path, torch.cat(parts),
+            {i * shard + row: reason for i, bad in enumerate(bads) for row, reason in bad.items()})
 
 
 def read_features(path, n, dim):
-    """What write_features wrote of n images and a CLIP of dim, or None where there is nothing, or nothing like it."""
+    """What write_features wrote of n images and a CLIP of dim, or None where there is nothing, or
+    nothing like it."""
     try:
         with safe_open(path, "pt") as file:
             features = file.get_tensor("features")
-            bad = {int(row): reason + "" for row, reason in json.loads(file.metadata()["bad"]).items()}
-        whole = set(bad) <= set(range(n)) and features.shape == (n - len(bad), dim) and features.dtype == torch.float32
+            bad = {
+                int(row): reason + "" for row, reason in json.loads(file.metadata()["bad"]).items()
+            }
+        whole = set(bad) <= set(
+            range(n)) and features.shape == (n - len(bad), dim) and features.dtype == torch.float32
         return (features, bad) if whole and features.isfinite().all() else None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -83,7 +105,8 @@ def write_features(path, features, bad):
 
 
 def encode_files(clip, paths, batch_size, bar):
-    """(vectors of the images that can be read, {row of a bad one: reason}). bar: a tqdm that counts images."""
+    """(vectors of the images that can be read, {row of a bad one: reason}). bar: a tqdm that counts
+    images."""
     vectors, bad, batch = [torch.empty(0, clip.dim)], {}, []
     for row, path in enumerate(paths):
         try:

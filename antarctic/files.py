@@ -15,28 +15,36 @@ except ImportError:  # Windows, where nothing is locked
 from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 
-LONGEST_TEXT = 10_000  # characters of an entry or a caption, of which the models read 128 tokens at most
+# characters of an entry or a caption, of which the models read 128 tokens at most
+LONGEST_TEXT = 10_000
 
-TEXT = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}  # errors: file names that are no UTF-8
+TEXT = {"encoding": "utf-8", "newline": "\n",
+        "errors": "backslashreplace"}  # errors: file names that are no UTF-8
 
 
 @contextmanager
 def writing(path):
-    """Around what writes the file path. Raises InputError, which names it: the disk is full, the folder may only be read."""
+    """Around what writes the file path. Raises InputError, which names it: the disk is full, the
+    folder may only be read."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename and Path(path).name not in str(error.filename):  # of a file read meanwhile
+        if error.errno is None or error.filename and Path(path).name not in str(
+                error.filename):  # of a file read meanwhile
             raise
-        raise InputError(f"cannot write {path} ({error.strerror}); finished files are whole, so once that is mended the same "
-                         f"command goes on") from error
+        raise InputError(
+            f"cannot write {path} ({error.strerror}); finished files are whole, so once that is "
+            "mended the same "
+            f"command goes on") from error
 
 
 @contextmanager
 def atomic(path, mode="w"):
-    """Opens a temporary file beside path and renames it to path at the end, so that path is never half-written.
+    """Opens a temporary file beside path and renames it to path at the end, so that path is never
+    half-written.
 
-    mode: "w" (UTF-8 text) or "wb". If the body raises, path stays as it was. Raises InputError where the file cannot be written.
+    mode: "w" (UTF-8 text) or "wb". If the body raises, path stays as it was. Raises InputError
+    where the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -52,7 +60,8 @@ def atomic(path, mode="w"):
 
 
 def append(path, data):
-    """Adds bytes to a file that grows as a run goes on; they are on the disk when this returns. Raises InputError."""
+    """Adds bytes to a file that grows as a run goes on; they are on the disk when this returns.
+    Raises InputError."""
     with writing(path), open(path, "ab") as file:
         file.write(data)
         file.flush()
@@ -61,10 +70,12 @@ def append(path, data):
 
 @contextmanager
 def locked(path):
-    """Holds a file as the mark that this run alone writes what it stands for, until the body ends; all processes call this.
+    """Holds a file as the mark that this run alone writes what it stands for, until the body ends;
+    all processes call this.
 
-    The lock is the system's (flock), which frees it when its process dies, by SIGKILL too; the file says who that is. What a
-    dead one left half-written beside it is removed. Raises InputError where another run holds it.
+    The lock is the system's (flock), which frees it when its process dies, by SIGKILL too; the file
+    says who that is. What a dead one left half-written beside it is removed. Raises InputError
+    where another run holds it.
     """
     path, files = Path(path), []
 
@@ -76,12 +87,15 @@ def locked(path):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
-                raise InputError(f"another run is writing to {path.parent}: {file.read() or 'it has just begun'}; wait until it "
-                                 f"ends, or give another folder or file") from error
+                raise InputError(
+                    f"another run is writing to {path.parent}: "
+                    f"{file.read() or 'it has just begun'}; wait until it "
+                    f"ends, or give another folder or file") from error
             except OSError:  # a file system that knows no locks
                 pass
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its holder has just removed it
+                if os.path.samestat(os.fstat(file.fileno()),
+                                    path.stat()):  # else its holder has just removed it
                     break
         files.append(file)
         file.seek(0)
@@ -111,9 +125,11 @@ def staging_path(path):
 
 
 def finish_cache(textfile, embfile):
-    """Moves the files that write_cache staged into place, also those of a run that was killed there.
+    """Moves the files that write_cache staged into place, also those of a run that was killed
+    there.
 
-    The description is staged last: where it is, all are whole. So text and embeddings are never out of step.
+    The description is staged last: where it is, all are whole. So text and embeddings are never out
+    of step.
     """
     files = textfile, embfile, f"{embfile}.json"
     if staging_path(files[-1]).is_file():
@@ -125,11 +141,13 @@ def finish_cache(textfile, embfile):
 def existing_caches(textfiles, embfiles):
     """Pairs of paths (text, embeddings), after a look whether they are there. Raises InputError."""
     if len(textfiles) != len(embfiles):
-        raise InputError(f"got {len(textfiles)} --textfile but {len(embfiles)} --embfile; they go in pairs")
+        raise InputError(
+            f"got {len(textfiles)} --textfile but {len(embfiles)} --embfile; they go in pairs")
     pairs = []
     for textfile, embfile in zip(textfiles, embfiles):
         finish_cache(textfile, embfile)
-        pairs.append((existing_file(textfile, "cache text"), existing_file(embfile, "cache embeddings")))
+        pairs.append((existing_file(textfile,
+                                    "cache text"), existing_file(embfile, "cache embeddings")))
     return pairs
 
 
@@ -146,7 +164,8 @@ def write_json(path, data, indent=None):
 
 
 def output_folder(path):
-    """Makes a folder and proves that it can be written to, before hours of work go into it. Raises InputError."""
+    """Makes a folder and proves that it can be written to, before hours of work go into it. Raises
+    InputError."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -171,13 +190,14 @@ def file_sha256(path):
 
 
 def fingerprint(settings):
-    """16 hexadecimal digits that name a run by everything that decides its results: two runs share their unfinished work only
-    if these are equal. settings: whatever JSON can hold."""
+    """16 hexadecimal digits that name a run by everything that decides its results: two runs share
+    their unfinished work only if these are equal. settings: whatever JSON can hold."""
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def read_text(path, what):
-    """A UTF-8 text file as it is, but for the mark that editors on Windows set first. Raises InputError."""
+    """A UTF-8 text file as it is, but for the mark that editors on Windows set first. Raises
+    InputError."""
     try:
         return existing_file(path, what).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -185,15 +205,21 @@ def read_text(path, what):
 
 
 def one_line(text, path, most=LONGEST_TEXT):
-    """A text of a file with its white space made single, fit for a tokenizer. Raises InputError where it is longer than any entry
-    or caption, which tokenizers would take minutes and gigabytes for; AttributeError where it is no text."""
+    """A text of a file with its white space made single, fit for a tokenizer. Raises InputError
+    where it is longer than any entry or caption, which tokenizers would take minutes and gigabytes
+    for; AttributeError where it is no text."""
     text = " ".join(text.split())
     if len(text) > most:
-        raise InputError(f"{path} holds a text of {len(text):,} characters ({text[:40]!r}...); {most:,} are read at most")
+        raise InputError(
+            f"{path} holds a text of {len(text):,} characters ({text[:40]!r}...); {most:,} are "
+            "read at most"
+        )
     return text.encode(errors="replace").decode()  # JSON can hold half a character
 
 
 def read_lines(path, what, most=LONGEST_TEXT):
-    """Lines of a text file, white space made single, without blank ones. Raises InputError, also for one of more than most
-    characters."""
-    return [one_line(line, path, most) for line in read_text(path, what).split("\n") if line.strip()]
+    """Lines of a text file, white space made single, without blank ones. Raises InputError, also
+    for one of more than most characters."""
+    return [
+        one_line(line, path, most) for line in read_text(path, what).split("\n") if line.strip()
+    ]

@@ -1,4 +1,5 @@
-"""One page to look at: each image with its caption and the cache entries and candidates that it came from."""
+"""One page to look at: each image with its caption and the cache entries and candidates that it
+came from."""
 
 import base64
 import html
@@ -28,7 +29,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem } h2 + p 
 
 
 def thumbnail(path, side=296):
-    """An image as a data URI of a JPEG of at most side pixels; nothing where it cannot be read any more."""
+    """An image as a data URI of a JPEG of at most side pixels; nothing where it cannot be read any
+    more."""
     try:
         image = read_image(path)
     except OSError:
@@ -40,7 +42,8 @@ def thumbnail(path, side=296):
 
 
 def as_text(text):
-    """HTML that shows a text as it is, whatever marks of the reading direction are in it: they end with it."""
+    """HTML that shows a text as it is, whatever marks of the reading direction are in it: they end
+    with it."""
     return f"<bdi>{html.escape(text)}</bdi>"
 
 
@@ -49,33 +52,44 @@ def words_of(text):
 
 
 def gallery_card(record, references):
-    """One image of the gallery: the picture, its caption, and the evidence. record: a line of details.jsonl."""
+    """One image of the gallery: the picture, its caption, and the evidence. record: a line of
+    details.jsonl."""
     words = words_of(record["caption"])
     scores = [score for _, score in record["table"]]
     low, high = min(scores), max(scores)
     entries = "".join(
-        f'<span class="entry{" used" if words_of(entry) <= words else ""}" title="cosine {score:.3f}" '
+        f'<span class="entry{" used" if words_of(entry) <= words else ""}" title="cosine '
+        f'{score:.3f}" '
         f'style="background:rgba(70,160,110,{0.08 + 0.5 * (score - low) / (high - low or 1):.2f})">{as_text(entry)}</span>'
         for entry, score in record["table"])
-    candidates = "".join(f"<li>{as_text(text)} <span class=small>CLIP {clip:.3f}</span></li>" for text, clip, _ in record["candidates"][:10])
+    candidates = "".join(f"<li>{as_text(text)} <span class=small>CLIP {clip:.3f}</span></li>"
+                         for text, clip, _ in record["candidates"][:10])
     told = "".join(f"<li>{as_text(text)}</li>" for text in references)
-    return (f'<div class="card"><div class="top"><img alt="" src="{thumbnail(record["file"])}"><div>'
-            f'<div class="caption">{as_text(record["caption"])}</div>'
-            f'<div class="small">{as_text(str(record["image_id"]))} · CLIP {record["score"]:.3f}</div></div></div>'
-            f'<div class="entries">{entries}</div>'
-            f"<details><summary>{len(record['candidates'])} candidates</summary><ul>{candidates}</ul></details>"
-            + (f"<details><summary>{len(references)} references</summary><ul>{told}</ul></details>" if told else "") + "</div>\n")
+    return (
+        f'<div class="card"><div class="top"><img alt="" src="{thumbnail(record["file"])}"><div>'
+        f'<div class="caption">{as_text(record["caption"])}</div>'
+        f'<div class="small">{as_text(str(record["image_id"]))} · CLIP '
+        f'{record["score"]:.3f}</div></div></div>'
+        f'<div class="entries">{entries}</div>'
+        f"<details><summary>{len(record['candidates'])} "
+        f"candidates</summary><ul>{candidates}</ul></details>"
+        + (f"<details><summary>{len(references)} references</summary><ul>{told}</ul></details>"
+           if told else "") + "</div>\n")
 
 
 def write_gallery(path, title, sections):
-    """Writes one self-contained HTML page: no script, no other file, every text of a user shown as text.
+    """Writes one self-contained HTML page: no script, no other file, every text of a user shown as
+    text.
 
-    sections: (heading, remark, records, references): records as in details.jsonl, references a list of tuples.
+    sections: (heading, remark, records, references): records as in details.jsonl, references a list
+    of tuples.
     """
     with atomic(path) as file:
         file.write(HEAD % (html.escape(title), html.escape(title)))
-        file.write("<p class=small>Under each caption: the cache entries that it was written from, best first, darker where "
-                   "they match the image better; outlined where their words are in the caption.</p>\n")
+        file.write(
+            "<p class=small>Under each caption: the cache entries that it was written from, best "
+            "first, darker where "
+            "they match the image better; outlined where their words are in the caption.</p>\n")
         for heading, remark, records, references in sections:
             file.write(f"<h2>{as_text(heading)}</h2><p>{as_text(remark)}</p><div class=grid>\n")
             for record, told in zip(records, references):

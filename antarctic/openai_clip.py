@@ -1,4 +1,5 @@
-"""OpenAI's CLIP files (.pt): their weights under transformers' names, and their ResNets through OpenAI's own code."""
+"""OpenAI's CLIP files (.pt): their weights under transformers' names, and their ResNets through
+OpenAI's own code."""
 
 import importlib.util
 import math
@@ -29,21 +30,25 @@ TOWERS = {  # OpenAI's names of its weights to transformers', by how they begin
     "text_projection": "text_projection.weight",
 }
 
-LAYERS = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.",
-          ".mlp.c_proj.": ".mlp.fc2."}
+LAYERS = {
+    ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2."
+}
 
 
 def read_openai_clip(path):
     """A CLIP of OpenAI's from its .pt file: a state dict, or the JIT archive that OpenAI published.
 
-    Returns (sizes, transformers' CLIPConfig as a dict, read from the weights; weights, {transformers' name: float32 tensor}).
-    Of a ResNet, which transformers does not have, sizes tell of the text and the image size alone, and names stay OpenAI's.
-    OpenCLIP's files have the same names but often another activation, which weights do not tell: take those from the hub.
-    Raises InputError, see torch_file.
+    Returns (sizes, transformers' CLIPConfig as a dict, read from the weights; weights,
+    {transformers' name: float32 tensor}). Of a ResNet, which transformers does not have, sizes tell
+    of the text and the image size alone, and names stay OpenAI's. OpenCLIP's files have the same
+    names but often another activation, which weights do not tell: take those from the hub. Raises
+    InputError, see torch_file.
     """
     with torch_file(path) as (content, fetch):
         entries = named_entries(content)
-        for name in ("input_resolution", "context_length", "vocab_size"):  # of JIT archives; told by the weights, too
+        for name in ("input_resolution", "context_length",
+                     "vocab_size"):  # of JIT archives; told by the weights, too
             entries.pop(name, None)
         if not {"visual.conv1.weight", "text_projection"} <= entries.keys():
             raise InputError(f"{path} holds no CLIP of OpenAI's")
@@ -57,29 +62,43 @@ def is_resnet(weights):
 
 
 def clip_sizes(weights):
-    """transformers' CLIPConfig as a dict. weights: by OpenAI's names. OpenAI's heads are 64 wide."""
+    """transformers' CLIPConfig as a dict. weights: by OpenAI's names. OpenAI's heads are 64
+    wide."""
     def tower(prefix, width):
         if not width or width % 64:
             raise ValueError(f"{width} is no width of OpenAI's")
-        layers = sum(name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight") for name in weights)
+        layers = sum(
+            name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight")
+            for name in weights)
         inner = len(weights[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"])
         return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
                 "num_attention_heads": width // 64, "hidden_act": "quick_gelu"}
 
-    vocabulary, length = len(weights["token_embedding.weight"]), len(weights["positional_embedding"])
-    text = tower("", len(weights["ln_final.weight"])) | {"vocab_size": vocabulary, "max_position_embeddings": length,
-                                                         "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
+    vocabulary, length = len(weights["token_embedding.weight"]), len(
+        weights["positional_embedding"])
+    text = tower("", len(weights["ln_final.weight"])) | {
+        "vocab_size": vocabulary, "max_position_embeddings": length, "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1
+    }
     if is_resnet(weights):
-        vision = {"image_size": 32 * math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)}
+        vision = {
+            "image_size": 32 * math.isqrt(len(weights["visual.attnpool.positional_embedding"]) - 1)
+        }
     else:
         width, _, patch, _ = weights["visual.conv1.weight"].shape
         vision = tower("visual.", width) | {
-            "patch_size": patch, "image_size": patch * math.isqrt(len(weights["visual.positional_embedding"]) - 1)}
-    return {"projection_dim": weights["text_projection"].shape[1], "text_config": text, "vision_config": vision}
+            "patch_size": patch,
+            "image_size": patch * math.isqrt(len(weights["visual.positional_embedding"]) - 1)
+        }
+    return {
+        "projection_dim": weights["text_projection"].shape[1], "text_config": text,
+        "vision_config": vision
+    }
 
 
 def openai_to_transformers(weights):
-    """The weights of a CLIP with a vision transformer, renamed; a name that is not OpenAI's stays."""
+    """The weights of a CLIP with a vision transformer, renamed; a name that is not OpenAI's
+    stays."""
     renamed = {}
     for name, tensor in weights.items():
         begin = next((begin for begin in TOWERS if name.startswith(begin)), None)
@@ -90,7 +109,10 @@ def openai_to_transformers(weights):
         if name.endswith("projection.weight"):
             tensor = tensor.T.contiguous()
         if ".in_proj_" in name:  # queries, keys and values in one
-            renamed |= {name.replace("in_proj_", f"{part}_proj."): rows for part, rows in zip("qkv", tensor.chunk(3))}
+            renamed |= {
+                name.replace("in_proj_", f"{part}_proj."): rows
+                for part, rows in zip("qkv", tensor.chunk(3))
+            }
         else:
             renamed[name] = tensor
     return renamed
@@ -160,32 +182,44 @@ class ResNetClip(torch.nn.Module):
         return self.clip.encode_image(pixel_values)
 
     def get_text_features(self, input_ids, attention_mask):
-        full = torch.nn.functional.pad(input_ids, (0, self.length - input_ids.shape[1]))  # the package takes no shorter texts
+        full = torch.nn.functional.pad(
+            input_ids, (0, self.length - input_ids.shape[1]))  # the package takes no shorter texts
         return self.clip.encode_text(full)
 
 
 def load_openai_clip(path):
     """A .pt file of OpenAI's as (model, tokenizer, image processor). Raises InputError.
 
-    A tokenizer is not in the file: it is taken from the folder that the file lies in, else from the hub.
+    A tokenizer is not in the file: it is taken from the folder that the file lies in, else from the
+    hub.
     """
     sizes, weights = read_openai_clip(path)
     config = CLIPConfig(**sizes)
     folder, hub = Path(path).parent, CLIP_NAMES["ViT-B/32"]
     try:
-        tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else hub, "tokenizer")
+        tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else hub,
+                                   "tokenizer")
     except InputError as error:
-        raise InputError(f"{path} needs OpenAI's tokenizer, which cannot be had from here: save tokenizer.json and "
-                         f"tokenizer_config.json of {hub} in the folder of the file") from error
+        raise InputError(
+            f"{path} needs OpenAI's tokenizer, which cannot be had from here: save tokenizer.json "
+            "and "
+            f"tokenizer_config.json of {hub} in the folder of the file") from error
     if len(tokenizer) > config.text_config.vocab_size:
-        raise InputError(f"{path} knows {config.text_config.vocab_size} tokens, but the tokenizer has {len(tokenizer)}")
+        raise InputError(
+            f"{path} knows {config.text_config.vocab_size} tokens, but the tokenizer has "
+            f"{len(tokenizer)}"
+        )
     if is_resnet(weights):
         model = ResNetClip(weights, path)
         model.config = config
     else:
-        model, report = CLIPModel.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
-                                                  ignore_mismatched_sizes=True, output_loading_info=True)
-        if wrong := [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]:
+        model, report = CLIPModel.from_pretrained(None, config=config, state_dict=weights,
+                                                  dtype=torch.float32, ignore_mismatched_sizes=True,
+                                                  output_loading_info=True)
+        if wrong := [
+                *report["missing_keys"], *report["unexpected_keys"],
+                *(name for name, *_ in report["mismatched_keys"])
+        ]:
             raise InputError(f"{path} is not quite a CLIP of OpenAI's (at {min(wrong)})")
     side = config.vision_config.image_size
     return model, tokenizer, OpenAIPreprocessor(side, (side, side))

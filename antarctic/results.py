@@ -1,4 +1,5 @@
-"""What the sampler leaves in --savedir and beside the images: captions in the formats of the field, and the gallery."""
+"""What the sampler leaves in --savedir and beside the images: captions in the formats of the field,
+and the gallery."""
 
 import csv
 import json
@@ -15,7 +16,8 @@ COLUMNS = "image_id", "file", "caption", "score"
 
 
 def check_sidecars(pictures, overwrite):
-    """Raises InputError where two pictures would share a .txt file, or where one is there and must stay."""
+    """Raises InputError where two pictures would share a .txt file, or where one is there and must
+    stay."""
     paths = [picture.path.with_suffix(".txt") for picture in pictures]
     if len(set(paths)) < len(paths):
         [(twice, _)] = Counter(paths).most_common(1)
@@ -27,8 +29,8 @@ def check_sidecars(pictures, overwrite):
 
 
 def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=False):
-    """Writes preds.txt, ref*.txt, captions.json (COCO results), gallery.html, details.jsonl and what else
-    is asked for, from the sealed records in part, which is removed at the end.
+    """Writes preds.txt, ref*.txt, captions.json (COCO results), gallery.html, details.jsonl and
+    what else is asked for, from the sealed records in part, which is removed at the end.
 
     pictures: a Picture for each record. gallery: images on the page at most. Returns (a dict of
     COLUMNS for each image; how many have no candidate).
@@ -49,17 +51,21 @@ def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=Fa
         remark = f"{len(records)} images"
         if len(shown) < len(records):
             remark += f", the first {len(shown)} of them"
-        write_gallery(savedir / "gallery.html", "Captions", [("Captions", remark, shown, references)])
-    for finished in savedir.glob("details-*.jsonl.part"):  # last: until here a stopped run resumes from it
+        write_gallery(savedir / "gallery.html", "Captions",
+                      [("Captions", remark, shown, references)])
+    for finished in savedir.glob(
+            "details-*.jsonl.part"):  # last: until here a stopped run resumes from it
         finished.unlink()  # others were abandoned by runs with other settings
     return records, empty
 
 
 def write_captions(savedir, records, as_csv):
-    """preds.txt, captions.json and, if asked for, captions.csv; one of an earlier run would be taken for this run's."""
+    """preds.txt, captions.json and, if asked for, captions.csv; one of an earlier run would be
+    taken for this run's."""
     write_lines(savedir / "preds.txt", [record["caption"] for record in records])
-    write_json(savedir / "captions.json", [{"image_id": record["image_id"], "caption": record["caption"]}
-                                           for record in records])
+    write_json(
+        savedir / "captions.json",
+        [{"image_id": record["image_id"], "caption": record["caption"]} for record in records])
     if not as_csv:
         (savedir / "captions.csv").unlink(missing_ok=True)
         return
@@ -70,7 +76,8 @@ def write_captions(savedir, records, as_csv):
 
 
 def write_references(savedir, references):
-    """ref0.txt ..., as many as every image has captions; those of an earlier run that go beyond are removed."""
+    """ref0.txt ..., as many as every image has captions; those of an earlier run that go beyond are
+    removed."""
     number = min(map(len, references))
     for i in range(number):
         write_lines(savedir / f"ref{i}.txt", [captions[i] for captions in references])

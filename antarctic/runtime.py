@@ -1,4 +1,5 @@
-"""How a script starts and stops: errors of the user in one sentence, Ctrl-C and SIGTERM within seconds."""
+"""How a script starts and stops: errors of the user in one sentence, Ctrl-C and SIGTERM within
+seconds."""
 
 import gc
 import os
@@ -14,14 +15,16 @@ from antarctic.errors import InputError
 STOPPED = "\nstopped; finished files are whole, rerun the same command to resume"
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
-cleanup = ExitStack()  # what run() closes when main() has ended: locks that are held for the whole run
+cleanup = ExitStack(
+)  # what run() closes when main() has ended: locks that are held for the whole run
 
 
 def run(main, alone=False):
     """Runs a script's main().
 
     InputError becomes one sentence and exit code 2; Ctrl-C one sentence and 130, and SIGTERM, which
-    batch systems send before they kill, the same. alone: rank 0 of torchrun's processes does it all.
+    batch systems send before they kill, the same. alone: rank 0 of torchrun's processes does it
+    all.
     """
     # Threads that spin while they wait for one another take 3 to 60 times as long where other work
     # keeps the cores busy. OpenMP reads this when torch is loaded.
@@ -59,18 +62,22 @@ def stop_at_once():
 
 
 def stop_within_seconds():
-    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process where it still runs four seconds later: Python hears
-    of no signal in the middle of a library's long call."""
+    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process where it still runs four
+    seconds later: Python hears of no signal in the middle of a library's long call."""
     def stop(*_):
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # one is enough: a second would only disturb the cleanup
+            signal.signal(number,
+                          signal.SIG_IGN)  # one is enough: a second would only disturb the cleanup
         raise KeyboardInterrupt
 
     def unraisable(unraised):
         if unraised.exc_type is not KeyboardInterrupt:
             return sys.__unraisablehook__(unraised)
-        signal.signal(signal.SIGINT, stop)  # lost while an object was deleted, where nothing can be raised: so once more
-        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        signal.signal(
+            signal.SIGINT,
+            stop)  # lost while an object was deleted, where nothing can be raised: so once more
+        threading.Timer(0.1, signal.pthread_kill,
+                        (threading.main_thread().ident, signal.SIGINT)).start()
 
     def stop_if_late():
         with reader:
@@ -82,5 +89,6 @@ def stop_within_seconds():
     cleanup.enter_context(writer).setblocking(False)
     for number in SIGNALS:
         signal.signal(number, stop)
-    cleanup.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
+    cleanup.callback(signal.set_wakeup_fd,
+                     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
     threading.Thread(target=stop_if_late, daemon=True).start()

@@ -1,4 +1,5 @@
-"""Results that a run keeps as it goes on: a file of lines, each sealed by a checksum that tells whether it is whole.
+"""Results that a run keeps as it goes on: a file of lines, each sealed by a checksum that tells
+whether it is whole.
 
 A line is 16 hexadecimal digits of the SHA-256 of its text, a space, and the text: one JSON value.
 What a kill, a full disk or another program left of a line is never taken for a result.
@@ -25,7 +26,8 @@ def seal(record):
 
 
 def unseal(line):
-    """The record of a sealed line, or None where the line is not whole or was changed. line: bytes."""
+    """The record of a sealed line, or None where the line is not whole or was changed. line:
+    bytes."""
     digits, _, text = line.partition(b" ")
     if not text.endswith(b"\n") or digits != checksum(text[:-1]):
         return None
@@ -38,8 +40,9 @@ def unseal(line):
 def resume(path, multiple=1, total=None):
     """Cuts a file down to the whole lines that it begins with. Returns how many are left.
 
-    multiple: so many lines belong together, as a batch; only whole batches stay, unless all of total
-    lines are there. A file that is missing has none. Raises InputError where it cannot be written.
+    multiple: so many lines belong together, as a batch; only whole batches stay, unless all of
+    total lines are there. A file that is missing has none. Raises InputError where it cannot be
+    written.
     """
     ends = [0]  # of lines, in bytes
     if not Path(path).exists():

@@ -12,8 +12,10 @@ from model import Clip
 
 
 def encode_padded(clip, texts):
-    """The plain way to encode texts: all in one batch, each padded to full length. Returns unit vectors (len(texts), dim)."""
-    tokens = clip.tokenizer(texts, padding="max_length", truncation=True, max_length=clip.max_length, return_tensors="pt")
+    """The plain way to encode texts: all in one batch, each padded to full length. Returns unit
+    vectors (len(texts), dim)."""
+    tokens = clip.tokenizer(texts, padding="max_length", truncation=True,
+                            max_length=clip.max_length, return_tensors="pt")
     with torch.inference_mode():  # without a mask, as the tower is causal
         features = clip.model.get_text_features(tokens["input_ids"].to(clip.device)).pooler_output
     return normalize(features, dim=-1).cpu()
@@ -27,27 +29,31 @@ def encoding_work(clip, texts):
 
 
 def encode_ngrams(small, device, dtype=torch.float32):
-    """500 n-grams, as long as those of a cache of 50,000. Equal: vectors to 1e-5; in bfloat16 cosines above .999."""
+    """500 n-grams, as long as those of a cache of 50,000. Equal: vectors to 1e-5; in bfloat16
+    cosines above .999."""
     plain, texts = Clip(made.clip_folder(small), device), made.ngrams(40 if small else 500)
     clip = plain if dtype == torch.float32 else Clip(made.clip_folder(small), device, dtype)
     return Part(
-        partial(encode_padded, plain, texts), partial(clip.encode_texts, texts),
-        lambda a, b: bool((a - b).abs().max() < 1e-5 if dtype == torch.float32 else (a * b).sum(1).min() > 0.999),
+        partial(encode_padded, plain, texts), partial(clip.encode_texts, texts), lambda a, b: bool(
+            (a - b).abs().max() < 1e-5 if dtype == torch.float32 else (a * b).sum(1).min() > 0.999),
         lambda _: least(device, dtype, encoding_work(clip, texts)))
 
 
 def vectors(n, share, generator):
-    """n unit vectors (n, 512) with a direction in common, as CLIP's have it: its share of their length."""
+    """n unit vectors (n, 512) with a direction in common, as CLIP's have it: its share of their
+    length."""
     noise = torch.randn(n, 512, generator=generator).mul_(((1 - share ** 2) / 512) ** 0.5)
     return normalize(noise.add_(share / 512 ** 0.5), dim=-1)
 
 
 def searching(small, device, images, dtype=torch.float32, faiss=False):
-    """The 10 best of 1,000,000 entries for so many images. Plain: a softmax over all entries, or faiss's exact index. Ours: from
-    the cache's file, in bfloat16 with a copy in memory. Equal: the same entries, best first, but for ties to 1e-6."""
+    """The 10 best of 1,000,000 entries for so many images. Plain: a softmax over all entries, or
+    faiss's exact index. Ours: from the cache's file, in bfloat16 with a copy in memory. Equal: the
+    same entries, best first, but for ties to 1e-6."""
     generator, n = torch.Generator().manual_seed(0), 5000 if small else 1000000
     matrix = vectors(n, 0.8, generator)
-    queries = vectors(images, 0.25, generator)  # their cosines with the entries are .2 on average, as CLIP's are
+    queries = vectors(images, 0.25,
+                      generator)  # their cosines with the entries are .2 on average, as CLIP's are
     textfile, embfile = made.folder() / "cache.txt", made.folder() / "cache.npy"
     write_cache(textfile, embfile, list(map(str, range(n))), matrix.numpy(), "none", "")
     _, embeddings = read_cache([textfile], [embfile], "none")
@@ -68,9 +74,10 @@ def searching(small, device, images, dtype=torch.float32, faiss=False):
     def cosines(indices):
         return (queries[:, None].double() * matrix[indices].double()).sum(-1)  # (images, 10)
 
-    return Part(plain, lambda: search(queries, embeddings, 10, half=half)[1],
-                lambda a, b: bool((cosines(a) - cosines(b)).abs().max() < 1e-6),
-                lambda _: least(torch.device("cpu"), dtype, [(2 * matrix.numel() * images, matrix.numel())]))
+    return Part(
+        plain, lambda: search(queries, embeddings, 10, half=half)[1], lambda a, b: bool(
+            (cosines(a) - cosines(b)).abs().max() < 1e-6), lambda _: least(
+                torch.device("cpu"), dtype, [(2 * matrix.numel() * images, matrix.numel())]))
 
 
 PARTS = {

@@ -1,11 +1,13 @@
-"""What a large cache costs, with an index and without: a made-up one is written, indexed and searched, and deleted again.
+"""What a large cache costs, with an index and without: a made-up one is written, indexed and
+searched, and deleted again.
 
     python -m benchmarks.large --rows 1000000
     python -m benchmarks.large --rows 20000000 --folder /disk/with/30GB --threads 2
 
-Embeddings are sums of three of 20,000 word vectors with a direction in common, as CLIP's texts have it: cosines of entries are
-0.64 on average, and variances along their axes fall as 1, 1/2, 1/3 ... Prints figures as they come, then a line of JSON. "From
-disk" is after the system's copy of the file in memory was dropped; CPU seconds are what an idle machine would take on one thread.
+Embeddings are sums of three of 20,000 word vectors with a direction in common, as CLIP's texts have
+it: cosines of entries are 0.64 on average, and variances along their axes fall as 1, 1/2, 1/3 ...
+Prints figures as they come, then a line of JSON. "From disk" is after the system's copy of the file
+in memory was dropped; CPU seconds are what an idle machine would take on one thread.
 """
 
 import argparse
@@ -33,12 +35,15 @@ CPU, DIM, WORDS = torch.device("cpu"), 512, 20000
 def parse():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1000000, help="entries, of 512 numbers each (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=1000000,
+                        help="entries, of 512 numbers each (default %(default)s)")
     parser.add_argument("--emb_dtype", default="float16", choices=("float16", "float32"),
                         help="numbers on the disk (default %(default)s)")
     parser.add_argument("--dtype", action=Renamed, new="--emb_dtype", dest="emb_dtype",
                         choices=("float16", "float32"), default=argparse.SUPPRESS)
-    parser.add_argument("--folder", help="where 1.1 kB a row are free for a while (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder",
+        help="where 1.1 kB a row are free for a while (default: the system's temporary folder)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     return parser.parse_args()
 
@@ -58,7 +63,9 @@ class Made:
 
     def __getitem__(self, part):
         start, stop, _ = part.indices(len(self))
-        drawn = torch.rand(stop - start, 3, generator=torch.Generator().manual_seed(1 + start)) ** 2  # some words are frequent
+        drawn = torch.rand(
+            stop - start, 3,
+            generator=torch.Generator().manual_seed(1 + start))**2  # some words are frequent
         own = normalize(embedding_bag((drawn * WORDS).long(), self.words, mode="sum"), dim=1)
         return (0.8 * self.common + 0.6 * own).numpy()
 
@@ -73,7 +80,8 @@ def drop(path):
 def main():
     args = parse()
     if args.rows < 1000 or args.threads < 1:
-        raise InputError(f"--rows must be at least 1000 and --threads 1, not {args.rows} and {args.threads}")
+        raise InputError(
+            f"--rows must be at least 1000 and --threads 1, not {args.rows} and {args.threads}")
     torch.set_num_threads(args.threads)
     figures = {"rows": args.rows, "threads": args.threads, "emb_dtype": args.emb_dtype}
 
@@ -82,8 +90,10 @@ def main():
         print(f"{name:32}{value:14,.3f}", flush=True)
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        files, index = (Path(folder, "cache.txt"), Path(folder, "cache.npy")), Path(folder, "cache.faiss")
-        write_cache(*files, [f"entry {i}" for i in range(args.rows)], Made(args.rows), "made", "", args.emb_dtype)
+        files, index = (Path(folder, "cache.txt"), Path(folder, "cache.npy")), Path(
+            folder, "cache.faiss")
+        write_cache(*files, [f"entry {i}" for i in range(args.rows)], Made(args.rows), "made", "",
+                    args.emb_dtype)
         note("embeddings, GB", files[1].stat().st_size / 1e9)
         begun = time.process_time()
         took, peak = timed(lambda: note("recall at 10", build_index(index, *files)), CPU)

@@ -1,6 +1,8 @@
-"""Models of real sizes with random weights, and texts and pictures as long and as large as real ones: nothing is fetched.
+"""Models of real sizes with random weights, and texts and pictures as long and as large as real
+ones: nothing is fetched.
 
-What a word is does not matter for speed; how many tokens a text has does, and so does how soon samples part.
+What a word is does not matter for speed; how many tokens a text has does, and so does how soon
+samples part.
 """
 
 import functools
@@ -22,9 +24,11 @@ from transformers import (
 
 from utils import linearize
 
-# Shares of texts with 1, 2, 3 ... tokens, as CLIP's tokenizer splits COCO's captions of val2017 and what is mined from them.
+# Shares of texts with 1, 2, 3 ... tokens, as CLIP's tokenizer splits COCO's captions of val2017 and
+# what is mined from them.
 NGRAM_LENGTHS = (0.31, 0.65, 0.035, 0.005)
-CAPTION_LENGTHS = (*[0] * 6, 0.005, 0.04, 0.15, 0.2, 0.19, 0.155, 0.1, 0.06, 0.035, 0.025, 0.015, 0.01, 0.005, 0.005, 0.005)
+CAPTION_LENGTHS = (*[0] * 6, 0.005, 0.04, 0.15, 0.2, 0.19, 0.155, 0.1, 0.06, 0.035, 0.025, 0.015,
+                   0.01, 0.005, 0.005, 0.005)
 
 
 @functools.cache
@@ -35,7 +39,8 @@ def folder():
 
 
 def texts(n, lengths, seed):
-    """n distinct texts of made-up words, of which each is one token. lengths: shares of texts with 1, 2, 3 ... words."""
+    """n distinct texts of made-up words, of which each is one token. lengths: shares of texts with
+    1, 2, 3 ... words."""
     rng, found = random.Random(seed), {}
     while len(found) < n:
         [length] = rng.choices(range(1, len(lengths) + 1), lengths)
@@ -58,15 +63,18 @@ def tables(n):
 
 
 def save_tokenizer(path, specials, size, unknown, longest, **names):
-    """A tokenizer for which a word is a token. specials: {token: id}; words fill the other ids below size, "|" first."""
+    """A tokenizer for which a word is a token. specials: {token: id}; words fill the other ids
+    below size, "|" first."""
     free = [i for i in range(size) if i not in specials.values()]
     vocabulary = specials | dict(zip(["|", *(f"w{i}" for i in range(size))], free))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     start, end = names["bos_token"], names["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(token, specials[token]) for token in (start, end)])
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, model_max_length=longest, **names)
+        single=f"{start} $A {end}",
+        special_tokens=[(token, specials[token]) for token in (start, end)])
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown,
+                                    model_max_length=longest, **names)
     whole.save_pretrained(path)
 
 
@@ -75,10 +83,14 @@ def clip_folder(small):
     """A CLIP as save_pretrained leaves it: ViT-B/16, or one of two narrow layers."""
     torch.manual_seed(0)
     path = folder() / "clip"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2} if small else {}
-    CLIPModel(CLIPConfig(text_config=sizes, vision_config={"patch_size": 16, **sizes})).save_pretrained(path)
-    save_tokenizer(path, {"<|startoftext|>": 49406, "<|endoftext|>": 49407}, 49408, "w0", 77, bos_token="<|startoftext|>",
-                   eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2
+    } if small else {}
+    CLIPModel(CLIPConfig(text_config=sizes, vision_config={"patch_size": 16,
+                                                           **sizes})).save_pretrained(path)
+    save_tokenizer(path, {"<|startoftext|>": 49406, "<|endoftext|>": 49407}, 49408, "w0", 77,
+                   bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+                   pad_token="<|endoftext|>")
     CLIPImageProcessorPil().save_pretrained(path)
     return path
 
@@ -89,39 +101,49 @@ def bart_folder(size):
     torch.manual_seed(0)
     path = folder() / size
     layers, width = {"small": (1, 128), "base": (6, 768), "large": (12, 1024)}[size]
-    bart = BartForConditionalGeneration(BartConfig(
-        encoder_layers=layers, decoder_layers=layers, d_model=width, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
-        encoder_attention_heads=width // 64, decoder_attention_heads=width // 64)).eval()
+    bart = BartForConditionalGeneration(
+        BartConfig(encoder_layers=layers, decoder_layers=layers, d_model=width,
+                   encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
+                   encoder_attention_heads=width // 64,
+                   decoder_attention_heads=width // 64)).eval()
     with torch.no_grad():
         write_captions(bart)
     bart.save_pretrained(path)
-    save_tokenizer(path, {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 50264}, 50265, "<unk>", 1024, bos_token="<s>",
-                   eos_token="</s>", pad_token="<pad>", mask_token="<mask>")
+    save_tokenizer(path, {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 50264}, 50265,
+                   "<unk>", 1024, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                   mask_token="<mask>")
     return path
 
 
 def write_captions(bart):
-    """Makes random weights write as a captioner does in what decides speed: captions end as COCO's do, and words follow a power
-    law, at about 2 nats a word, so that samples part about as soon as those of a trained model.
+    """Makes random weights write as a captioner does in what decides speed: captions end as COCO's
+    do, and words follow a power law, at about 2 nats a word, so that samples part about as soon as
+    those of a trained model.
     """
     decoder, bias, end = bart.get_decoder(), bart.final_logits_bias[0], bart.config.eos_token_id
     bias[:] = -2 * torch.arange(-2, len(bias) - 2).clamp(min=1).log()
     bias[[0, 1, 2, 3, -1]] = -30  # never drawn: <s>, <pad>, </s>, <unk>, <mask>
-    decoder.embed_positions.weight.mul_(10)  # else each word calls for itself again, for input and output share their weights
-    # The output's row of </s>: solved for, so that behind each number of words the right share of captions ends.
-    tables, words = torch.randint(5, 20000, (16, 32)), bias.softmax(0).multinomial(512, replacement=True).view(16, 32)
+    decoder.embed_positions.weight.mul_(
+        10)  # else each word calls for itself again, for input and output share their weights
+    # The output's row of </s>: solved for, so that behind each number of words the right share of
+    # captions ends.
+    tables, words = torch.randint(5, 20000, (16, 32)), bias.softmax(0).multinomial(
+        512, replacement=True).view(16, 32)
     tables[:, 3::3] = 4  # the bar
     tables[:, 0], tables[:, -1], words[:, 0], words[:, 1] = 0, end, end, 0
     bias[end] = 0
-    share = torch.tensor([0.0, *CAPTION_LENGTHS, *[0.0] * 32])[:30]  # of captions with 0, 1, 2 ... words
-    ending = (share / share.flip(0).cumsum(0).flip(0)).nan_to_num(0.9).clamp(1e-6, 0.9)  # of those that are as long
+    share = torch.tensor([0.0, *CAPTION_LENGTHS,
+                          *[0.0] * 32])[:30]  # of captions with 0, 1, 2 ... words
+    ending = (share / share.flip(0).cumsum(0).flip(0)).nan_to_num(0.9).clamp(
+        1e-6, 0.9)  # of those that are as long
     for _ in range(2):  # the row is an input, too
         encoded = bart.get_encoder()(tables).last_hidden_state
         hidden = decoder(input_ids=words, encoder_hidden_states=encoded).last_hidden_state[:, 1:31]
         logits = hidden @ bart.lm_head.weight.T + bias  # (16, 30, vocabulary)
         logits[..., end] = -torch.inf
         wanted = ending.logit() + logits.logsumexp(-1).mean(0)  # (30,)
-        bart.lm_head.weight[end] = torch.linalg.lstsq(hidden.mean(0), wanted[:, None]).solution[:, 0]
+        bart.lm_head.weight[end] = torch.linalg.lstsq(hidden.mean(0), wanted[:, None]).solution[:,
+                                                                                                0]
 
 
 def pictures(n):

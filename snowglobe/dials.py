@@ -1,10 +1,11 @@
-"""Measures what each dial of the sampler does, on a world that nothing was tuned on, through the sampler's own flags.
+"""Measures what each dial of the sampler does, on a world that nothing was tuned on, through the
+sampler's own flags.
 
     python -m snowglobe.dials --folder demo
     python -m snowglobe.dials --folder demo --images 20 --only candidates
 
-Takes the cache and the checkpoint that ./demo.sh made in --folder. Prints one table a dial and writes dials.json and dials.png
-into FOLDER/dials/IMAGES. A run that is there is not run again.
+Takes the cache and the checkpoint that ./demo.sh made in --folder. Prints one table a dial and
+writes dials.json and dials.png into FOLDER/dials/IMAGES. A run that is there is not run again.
 """
 
 import argparse
@@ -25,34 +26,52 @@ MODELS = ["--clip_model", str(WEIGHTS / "clip"), "--lm", str(WEIGHTS / "bart")]
 
 
 def sampled(n, temperature=1.0, top_p=0.9):
-    return ["--do_sample", "--num_return_sequences", str(n), "--temperature", str(temperature), "--top_p", str(top_p)]
+    return [
+        "--do_sample", "--num_return_sequences",
+        str(n), "--temperature",
+        str(temperature), "--top_p",
+        str(top_p)
+    ]
 
 
 DIALS = {  # the dial: {setting: flags}; the caches are those that main() makes
     "candidates": {"beam 3": [], **{f"{n:,} samples": sampled(n) for n in (10, 100, 1000)}},
-    "temperature and top-p": {f"T {t}, p {p}": sampled(100, t, p) for t in (0.7, 1.0, 1.3) for p in (0.8, 0.9, 1.0)},
+    "temperature and "
+    "top-p": {f"T {t}, p "
+              f"{p}": sampled(100, t, p) for t in (0.7, 1.0, 1.3) for p in (0.8, 0.9, 1.0)},
     "entries in a table": {f"{k} entries": ["--topk", str(k)] for k in (4, 8, 16, 24, 32)},
-    "cache": {name: ["cache", name] for name in ("as in training", "of another world", "unigrams alone", "1,000 bigrams")},
-    "weight of the likelihood": {f"{w:g}": [*sampled(100), "--lm_weight", str(w)] for w in (0, 0.01, 0.03, 0.1, 0.3, 1)},
+    "cache": {name: ["cache", name] for name in ("as in "
+                                                 "training", "of another "
+                                                             "world", "unigrams "
+                                                                      "alone", "1,000 bigrams")},
+    "weight of the "
+    "likelihood": {f"{w:g}": [*sampled(100), "--lm_weight", str(w)] for w in (0, 0.01, 0.03, 0.1, 0.3, 1)},
 }
 
 
 def script(*arguments):
-    """Runs one of the project's scripts as a user would. Returns what it printed. Raises InputError where it fails."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    """Runs one of the project's scripts as a user would. Returns what it printed. Raises InputError
+    where it fails."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])
     if done.returncode:
         raise InputError(f"{arguments[0]} failed: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
 
 def make_caches(folder, demo):
-    """{name: path without its end} of caches with the held-out words added, one for each setting of the dial "cache"."""
-    sources = {"as in training": None, "of another world": ["--topk", "150"], "unigrams alone": ["--topk", "150"], "1,000 bigrams": ["--topk", "1000"]}
+    """{name: path without its end} of caches with the held-out words added, one for each setting of
+    the dial "cache"."""
+    sources = {
+        "as in training": None, "of another world": ["--topk", "150"],
+        "unigrams alone": ["--topk", "150"], "1,000 bigrams": ["--topk", "1000"]
+    }
     made = {}
     for name, mined in sources.items():
         path = made[name] = folder / ("cache_" + re.sub(r"\W+", "_", name))
         files = ["--textfile", f"{path}.txt", "--embfile", f"{path}.npy", *MODELS[:2]]
-        whole = path.with_suffix(".whole")  # not the cache's own files: words may be missing from it yet
+        whole = path.with_suffix(
+            ".whole")  # not the cache's own files: words may be missing from it yet
         if whole.exists():
             continue
         if not mined:
@@ -63,7 +82,10 @@ def make_caches(folder, demo):
         world = folder / "world" if name == "of another world" else demo / "world"
         script("compute_cache.py", "--datadir", world, *mined, *files)
         if name == "unigrams alone":
-            pairs = [line for line in Path(f"{path}.txt").read_text(encoding="utf-8").splitlines() if " " in line]
+            pairs = [
+                line for line in Path(f"{path}.txt").read_text(encoding="utf-8").splitlines()
+                if " " in line
+            ]
             script("compute_cache.py", *files, "--remove", *pairs)
         script("compute_cache.py", *files, "--add_from", WEIGHTS.parent / "held_out.txt")
         whole.touch()
@@ -71,7 +93,8 @@ def make_caches(folder, demo):
 
 
 def measure(folder, name, flags, caches, checkpoint):
-    """Scores of one setting: {"val2017": ..., "near": ...}, each as score_run gives them, with the seconds an image."""
+    """Scores of one setting: {"val2017": ..., "near": ...}, each as score_run gives them, with the
+    seconds an image."""
     cache = caches["as in training"]
     if flags[:1] == ["cache"]:
         cache, flags = caches[flags[1]], flags[2:]
@@ -79,27 +102,41 @@ def measure(folder, name, flags, caches, checkpoint):
     for split in ("val2017", "near"):
         savedir = folder / "runs" / re.sub(r"\W+", "_", f"{name} {split}")
         if not (savedir / "seconds").exists():
-            out = script("sampler.py", "--datadir", folder / "world", "--split", split, "--textfile", f"{cache}.txt", "--embfile",
-                         f"{cache}.npy", "--savedir", savedir, "--features", folder, "--ckpt", checkpoint, "--gallery", 0, *MODELS, *flags)
+            out = script("sampler.py", "--datadir", folder / "world", "--split", split,
+                         "--textfile", f"{cache}.txt", "--embfile", f"{cache}.npy", "--savedir",
+                         savedir, "--features", folder, "--ckpt", checkpoint, "--gallery", 0,
+                         *MODELS, *flags)
             with atomic(savedir / "seconds") as file:
                 file.write(re.search(r"([\d.]+) s an image", out)[1])
-        captions = {r["image_id"]: r["caption"] for r in json.loads((savedir / "captions.json").read_text(encoding="utf-8"))}
-        described = {s["image_id"]: s for s in json.loads((folder / "world" / "annotations" / f"scenes_{split}.json").read_text())}
-        scores[split] = score_run(captions, {p.id: list(p.captions) for p in read_coco(folder / "world", split)}, described)
+        captions = {
+            r["image_id"]: r["caption"]
+            for r in json.loads((savedir / "captions.json").read_text(encoding="utf-8"))
+        }
+        described = {
+            s["image_id"]: s for s in json.loads((folder / "world" / "annotations" /
+                                                  f"scenes_{split}.json").read_text())
+        }
+        scores[split] = score_run(
+            captions, {p.id: list(p.captions) for p in read_coco(folder / "world", split)},
+            described)
         scores[split]["seconds"] = float((savedir / "seconds").read_text())
     return scores
 
 
 def plot(path, results):
-    """One panel a dial: CIDEr-D on val2017 and the share of held-out kinds named in near, over the settings."""
+    """One panel a dial: CIDEr-D on val2017 and the share of held-out kinds named in near, over the
+    settings."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, len(results), figsize=(3.6 * len(results), 3.6), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(1, len(results), figsize=(3.6 * len(results), 3.6),
+                                     layout="constrained", squeeze=False)
     for axes, (dial, settings) in zip(panels[0], results.items()):
         places = range(len(settings))
-        axes.plot(places, [s["val2017"]["cider"] for s in settings.values()], "o-", label="CIDEr-D, val2017")
-        axes.plot(places, [s["near"]["held_out"] for s in settings.values()], "s--", label="new things named, near")
+        axes.plot(places, [s["val2017"]["cider"] for s in settings.values()], "o-",
+                  label="CIDEr-D, val2017")
+        axes.plot(places, [s["near"]["held_out"] for s in settings.values()], "s--",
+                  label="new things named, near")
         axes.set_xticks(places, settings, rotation=60, ha="right", fontsize=8)
         axes.set(title=dial, ylim=(0, None))
     panels[0][0].legend(fontsize=8)
@@ -109,26 +146,35 @@ def plot(path, results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder of demo.sh (default %(default)s)")
-    parser.add_argument("--images", type=int, default=100, help="images of val2017 and of near (default %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=DIALS, default=list(DIALS), help="dials to measure (default: all)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("demo"),
+                        help="folder of demo.sh (default %(default)s)")
+    parser.add_argument("--images", type=int, default=100,
+                        help="images of val2017 and of near (default %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=DIALS, default=list(DIALS),
+                        help="dials to measure (default: all)")
     args = parser.parse_args()
     demo, folder = args.folder.resolve(), (args.folder / "dials" / str(args.images)).resolve()
     checkpoint = existing_file(demo / "checkpoints" / "best.safetensors", "checkpoint of ./demo.sh")
     existing_file(demo / "added.npy", "cache of ./demo.sh")
     if not (folder / "world" / "annotations" / "captions_near.json").exists():
-        script("-m", "snowglobe.scenes", "--datadir", folder / "world", "--train", 1000, "--val", args.images, "--seed", 1)
+        script("-m", "snowglobe.scenes", "--datadir", folder / "world", "--train", 1000, "--val",
+               args.images, "--seed", 1)
     caches = make_caches(folder, demo)
     results = {}
     for dial in args.only:
-        print(f"\n{dial:28}{'CIDEr-D':>8}{'objects: recall':>17}{'precision':>11}{'new things named':>18}{'distinct':>10}{'s an image':>12}")
+        print(
+            f"\n{dial:28}{'CIDEr-D':>8}{'objects: recall':>17}{'precision':>11}{'new things named':>18}{'distinct':>10}{'s an image':>12}"
+        )
         results[dial] = {}
         for setting, flags in DIALS[dial].items():
-            found = results[dial][setting] = measure(folder, f"{dial} {setting}", flags, caches, checkpoint)
+            found = results[dial][setting] = measure(folder, f"{dial} {setting}", flags, caches,
+                                                     checkpoint)
             val, near = found["val2017"], found["near"]
-            print(f"{setting:28}{val['cider']:8.2f}{val['object_recall']:17.2f}{val['object_precision']:11.2f}{near['held_out']:18.2f}"
-                  f"{val['distinct']:10.2f}{val['seconds']:12.3f}", flush=True)
+            print(
+                f"{setting:28}{val['cider']:8.2f}{val['object_recall']:17.2f}{val['object_precision']:11.2f}{near['held_out']:18.2f}"
+                f"{val['distinct']:10.2f}{val['seconds']:12.3f}", flush=True)
     write_json(folder / "dials.json", results, indent=1)
     plot(folder / "dials.png", results)
     print(f"\nscores: {folder / 'dials.json'}\npicture: {folder / 'dials.png'}")

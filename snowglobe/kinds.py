@@ -5,9 +5,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 COLOURS = {
-    "red": (214, 48, 49), "orange": (243, 134, 36), "yellow": (249, 214, 60), "green": (58, 158, 80),
-    "blue": (52, 102, 210), "purple": (134, 72, 176), "pink": (247, 140, 182), "brown": (132, 84, 48),
-    "black": (48, 48, 54), "white": (246, 246, 244),
+    "red": (214, 48, 49),
+    "orange": (243, 134, 36),
+    "yellow": (249, 214, 60),
+    "green": (58, 158, 80),
+    "blue": (52, 102, 210),
+    "purple": (134, 72, 176),
+    "pink": (247, 140, 182),
+    "brown": (132, 84, 48),
+    "black": (48, 48, 54),
+    "white": (246, 246, 244),
 }
 
 
@@ -17,7 +24,8 @@ class Kind(NamedTuple):
     doing: str  # a participle that is true of it as it is drawn, or ""
     coloured: bool  # whether it comes in all colours, which captions then may name
     sky: bool  # hangs in the air instead of standing on the ground
-    top: float  # height in its box (0 top, 1 bottom) of what another thing can be on; 0: nothing can
+    # height in its box (0 top, 1 bottom) of what another thing can be on; 0: nothing can
+    top: float
     big: bool  # large enough to have another thing in front of it
 
 
@@ -25,7 +33,8 @@ KINDS: dict[str, Kind] = {}
 
 
 def kind(*nouns, doing="", coloured=True, sky=False, top=0.0, big=False):
-    """Registers a drawing function as a kind. Nouns are "singular/plural"; the first singular is its name."""
+    """Registers a drawing function as a kind. Nouns are "singular/plural"; the first singular is
+    its name."""
     pairs = tuple(tuple(noun.split("/")) for noun in nouns)
 
     def register(draw):
@@ -49,7 +58,8 @@ class Pen:
 
     def points(self, values):
         xs = [1 - x if self.flip else x for x in values[::2]]
-        return [(self.left + x * self.side, self.top + y * self.side) for x, y in zip(xs, values[1::2])]
+        return [(self.left + x * self.side, self.top + y * self.side)
+                for x, y in zip(xs, values[1::2])]
 
     def corners(self, x0, y0, x1, y1):
         (a, b), (c, d) = self.points((x0, y0, x1, y1))
@@ -64,7 +74,8 @@ class Pen:
 
     def box(self, fill, x0, y0, x1, y1, round_=0.0):
         edge, width = self._edge(fill)
-        self.draw.rounded_rectangle(self.corners(x0, y0, x1, y1), round_ * self.side, fill, edge, width)
+        self.draw.rounded_rectangle(self.corners(x0, y0, x1, y1), round_ * self.side, fill, edge,
+                                    width)
 
     def poly(self, fill, *values):
         edge, width = self._edge(fill)
@@ -76,13 +87,15 @@ class Pen:
         self.draw.line(self.points(values), fill, max(1, round(width * self.side)), joint="curve")
 
     def arc(self, fill, width, x0, y0, x1, y1, start=180, end=360):
-        self.draw.arc(self.corners(x0, y0, x1, y1), start, end, fill, max(1, round(width * self.side)))
+        self.draw.arc(self.corners(x0, y0, x1, y1), start, end, fill,
+                      max(1, round(width * self.side)))
 
     def dot(self, x, y, r=0.025, fill=(20, 20, 20)):
         self.draw.ellipse(self.corners(x - r, y - r, x + r, y + r), fill)
 
 
-WHITE, INK, WOOD, GLASS, GOLD = (250, 250, 250), (40, 40, 46), (150, 100, 60), (176, 222, 244), (250, 196, 40)
+WHITE, INK, WOOD, GLASS, GOLD = (250, 250, 250), (40, 40, 46), (150, 100, 60), (176, 222,
+                                                                                244), (250, 196, 40)
 
 
 def legs(pen, colour, xs, y0=0.68, y1=0.98, w=0.09):
@@ -198,7 +211,8 @@ def draw_giraffe(pen, c):
     pen.line(shade(c, 0.6), 0.025, 0.68, 0.08, 0.66, 0.0)
     pen.line(shade(c, 0.6), 0.025, 0.75, 0.08, 0.76, 0.0)
     pen.oval(c, 0.62, 0.04, 0.94, 0.2)
-    for x, y in ((0.2, 0.58), (0.32, 0.66), (0.34, 0.55), (0.48, 0.64), (0.56, 0.48), (0.62, 0.34), (0.67, 0.22)):
+    for x, y in ((0.2, 0.58), (0.32, 0.66), (0.34, 0.55), (0.48, 0.64), (0.56, 0.48), (0.62, 0.34),
+                 (0.67, 0.22)):
         pen.dot(x, y, 0.04, shade(c, 0.45))
     pen.dot(0.8, 0.1, 0.02)
 
@@ -272,7 +286,8 @@ def draw_turtle(pen, c):
     pen.draw.pieslice(pen.corners(0.06, 0.24, 0.82, 1.16), 180, 360, c, shade(c, 0.5), 2)
     pen.box(shade(c, 0.7), 0.04, 0.68, 0.84, 0.77, 0.04)
     for x, y in ((0.26, 0.52), (0.44, 0.4), (0.6, 0.54)):
-        pen.poly(shade(c, 0.6), x - 0.08, y, x - 0.03, y - 0.08, x + 0.06, y - 0.07, x + 0.09, y + 0.02, x, y + 0.08)
+        pen.poly(shade(c, 0.6), x - 0.08, y, x - 0.03, y - 0.08, x + 0.06, y - 0.07, x + 0.09,
+                 y + 0.02, x, y + 0.08)
     pen.dot(0.9, 0.5)
 
 
@@ -395,7 +410,8 @@ def draw_windmill(pen, c):
     for a in (0.6, 2.17, 3.74, 5.31):
         x, y, px, py = math.cos(a), math.sin(a), -math.sin(a) * 0.09, math.cos(a) * 0.09
         pen.poly(WHITE, 0.5 + 0.1 * x, 0.36 + 0.08 * y, 0.5 + 0.46 * x, 0.36 + 0.36 * y,
-                 0.5 + 0.46 * x + px, 0.36 + 0.36 * y + py, 0.5 + 0.1 * x + px, 0.36 + 0.08 * y + py)
+                 0.5 + 0.46 * x + px, 0.36 + 0.36 * y + py, 0.5 + 0.1 * x + px,
+                 0.36 + 0.08 * y + py)
     pen.dot(0.5, 0.36, 0.05, WOOD)
 
 
@@ -461,7 +477,8 @@ def draw_sun(pen, c):
 
 @kind("cloud/clouds", doing="floating", coloured=False, sky=True)
 def draw_cloud(pen, c):
-    for x0, y0, x1, y1 in ((0.0, 0.44, 0.42, 0.84), (0.58, 0.44, 1.0, 0.84), (0.18, 0.2, 0.62, 0.7), (0.44, 0.3, 0.8, 0.72)):
+    for x0, y0, x1, y1 in ((0.0, 0.44, 0.42, 0.84), (0.58, 0.44, 1.0, 0.84), (0.18, 0.2, 0.62, 0.7),
+                           (0.44, 0.3, 0.8, 0.72)):
         pen.oval((236, 240, 246), x0, y0, x1, y1)
     pen.draw.rectangle(pen.corners(0.2, 0.5, 0.8, 0.82), (236, 240, 246))
 
@@ -476,7 +493,8 @@ def draw_rainbow(pen, c):
 @kind("tree/trees", big=True)
 def draw_tree(pen, c):
     pen.box((120, 80, 46), 0.42, 0.56, 0.58, 0.99)
-    for x0, y0, x1, y1 in ((0.06, 0.26, 0.54, 0.68), (0.46, 0.26, 0.94, 0.68), (0.22, 0.02, 0.78, 0.5)):
+    for x0, y0, x1, y1 in ((0.06, 0.26, 0.54, 0.68), (0.46, 0.26, 0.94, 0.68), (0.22, 0.02, 0.78,
+                                                                                0.5)):
         pen.oval(c, x0, y0, x1, y1)
     pen.draw.ellipse(pen.corners(0.26, 0.24, 0.74, 0.62), c)
 
@@ -562,7 +580,8 @@ def draw_umbrella(pen, c):
     pen.line((110, 80, 60), 0.05, 0.5, 0.1, 0.5, 0.86)
     pen.arc((110, 80, 60), 0.05, 0.5, 0.76, 0.68, 0.97, 0, 180)
     pen.draw.pieslice(pen.corners(0.03, 0.08, 0.97, 0.98), 180, 360, c, shade(c, 0.5), 2)
-    pen.draw.pieslice(pen.corners(0.34, 0.08, 0.66, 0.98), 180, 360, shade(c, 1.5), shade(c, 0.5), 2)
+    pen.draw.pieslice(pen.corners(0.34, 0.08, 0.66, 0.98), 180, 360, shade(c, 1.5), shade(c, 0.5),
+                      2)
     pen.line(INK, 0.04, 0.5, 0.02, 0.5, 0.1)
 
 
@@ -615,7 +634,8 @@ def draw_penguin(pen, c):
 def draw_lighthouse(pen, c):
     pen.poly((255, 240, 150), 0.5, 0.15, 0.0, 0.02, 0.0, 0.28)
     pen.poly((120, 116, 112), 0.14, 0.99, 0.26, 0.88, 0.76, 0.88, 0.88, 0.99)
-    pen.poly(WHITE if c != COLOURS["white"] else (120, 130, 150), 0.38, 0.26, 0.62, 0.26, 0.72, 0.9, 0.28, 0.9)
+    pen.poly(WHITE if c != COLOURS["white"] else (120, 130, 150), 0.38, 0.26, 0.62, 0.26, 0.72, 0.9,
+             0.28, 0.9)
     pen.poly(c, 0.362, 0.38, 0.638, 0.38, 0.66, 0.53, 0.34, 0.53)
     pen.poly(c, 0.316, 0.68, 0.684, 0.68, 0.71, 0.84, 0.29, 0.84)
     pen.box((255, 226, 90), 0.41, 0.11, 0.59, 0.26)
@@ -657,7 +677,8 @@ def draw_mushroom(pen, c):
     pen.box((244, 234, 212), 0.36, 0.48, 0.64, 0.99, 0.08)
     pen.draw.pieslice(pen.corners(0.02, 0.06, 0.98, 1.08), 180, 360, c, shade(c, 0.5), 2)
     spot = WHITE if c != COLOURS["white"] else (222, 90, 80)
-    for x, y, r in ((0.3, 0.36, 0.09), (0.56, 0.22, 0.08), (0.74, 0.42, 0.08), (0.5, 0.46, 0.05), (0.14, 0.5, 0.05)):
+    for x, y, r in ((0.3, 0.36, 0.09), (0.56, 0.22, 0.08), (0.74, 0.42, 0.08), (0.5, 0.46, 0.05),
+                    (0.14, 0.5, 0.05)):
         pen.dot(x, y, r, spot)
 
 

@@ -1,10 +1,11 @@
-"""Scores the runs of a demo folder: a table for people, results.json for programs, one gallery of them all.
+"""Scores the runs of a demo folder: a table for people, results.json for programs, one gallery of
+them all.
 
     python -m snowglobe.measure --folder demo
     python -m snowglobe.measure --folder demo --bounds --alone
 
---bounds also writes captions from perfect tables (cache entries that are true of the scene) and from random ones.
---alone tells how good each of the small models is by itself.
+--bounds also writes captions from perfect tables (cache entries that are true of the scene) and
+from random ones. --alone tells how good each of the small models is by itself.
 """
 
 import argparse
@@ -51,21 +52,28 @@ def plain(text):
 
 
 def coco_scores(captions, references):
-    """(CIDEr-D, BLEU-4) of captions, a list of texts, against references, a list of lists of texts."""
+    """(CIDEr-D, BLEU-4) of captions, a list of texts, against references, a list of lists of
+    texts."""
     predicted = {i: [plain(text)] for i, text in enumerate(captions)}
     told = {i: [plain(text) for text in texts] for i, texts in enumerate(references)}
-    return Cider().compute_score(told, predicted)[0], Bleu(4).compute_score(told, predicted, verbose=0)[0][3]
+    return Cider().compute_score(told, predicted)[0], Bleu(4).compute_score(
+        told, predicted, verbose=0)[0][3]
 
 
 def reference_score(references):
-    """Mean (CIDEr-D, BLEU-4) of one reference against the others of its image, each taken in turn."""
-    rounds = [coco_scores([told[j] for told in references], [told[:j] + told[j + 1:] for told in references])
-              for j in range(min(map(len, references)))]
+    """Mean (CIDEr-D, BLEU-4) of one reference against the others of its image, each taken in
+    turn."""
+    rounds = [
+        coco_scores([told[j]
+                     for told in references], [told[:j] + told[j + 1:] for told in references])
+        for j in range(min(map(len, references)))
+    ]
     return tuple(sum(values) / len(rounds) for values in zip(*rounds))
 
 
 def objects(captions, described):
-    """(recall, precision, share of held-out kinds named): of the kinds in the scenes those that captions name, and back."""
+    """(recall, precision, share of held-out kinds named): of the kinds in the scenes those that
+    captions name, and back."""
     hit = there = told = held_hit = held = 0
     for text, scene in zip(captions, described):
         kinds, names = {group[0] for group in scene["groups"]}, scenes.named(text)
@@ -80,37 +88,44 @@ def score_run(captions, references, described):
     ids = list(captions)
     cider, bleu = coco_scores([captions[i] for i in ids], [references[i] for i in ids])
     recall, precision, held_out = objects([captions[i] for i in ids], [described[i] for i in ids])
-    return {"cider": cider, "bleu4": bleu, "object_recall": recall, "object_precision": precision, "held_out": held_out,
-            "distinct": len(set(captions.values())) / len(ids)}
+    return {
+        "cider": cider, "bleu4": bleu, "object_recall": recall, "object_precision": precision,
+        "held_out": held_out, "distinct": len(set(captions.values())) / len(ids)
+    }
 
 
 def bound(folder, kind, table, described):
-    """Captions from other tables than CLIP's: {image id: text}. table(scene, entries, k, rng) makes one; kind seeds rng.
-    described: {image id: scene}."""
+    """Captions from other tables than CLIP's: {image id: text}. table(scene, entries, k, rng) makes
+    one; kind seeds rng. described: {image id: scene}."""
     from antarctic.checkpoints import checkpoint_settings, load_checkpoint
     from model import Captioner
     from utils import linearize
     checkpoint = folder / "checkpoints" / "best.safetensors"
     settings = checkpoint_settings(checkpoint)
-    captioner = Captioner(WEIGHTS / "bart", maxlen_enc=settings["maxlen_enc"], maxlen_dec=settings["maxlen_dec"])
+    captioner = Captioner(WEIGHTS / "bart", maxlen_enc=settings["maxlen_enc"],
+                          maxlen_dec=settings["maxlen_dec"])
     load_checkpoint(checkpoint, captioner)
     entries = (folder / "cache.txt").read_text(encoding="utf-8").splitlines()
     rng = random.Random(kind)
-    tables = [linearize(table(scene, entries, settings["topk"], rng)) for scene in described.values()]
+    tables = [
+        linearize(table(scene, entries, settings["topk"], rng)) for scene in described.values()
+    ]
     tokens = captioner.tokenize(tables, settings["maxlen_enc"])
     found = [c[0][0] for i in range(0, len(tokens), 64) for c in captioner.beam(tokens[i:i + 64])]
     return dict(zip(described, found))
 
 
 def perfect_table(scene, entries, k, rng):
-    """k entries of the cache that are true of the scene: of each kind in it and of what else is true in turn."""
+    """k entries of the cache that are true of the scene: of each kind in it and of what else is
+    true in turn."""
     known = {name: value for name, value in scene.items() if name in scenes.Scene._fields}
     facts = scenes.truths(scenes.Scene(**known)._replace(groups=tuple(map(tuple, scene["groups"]))))
     piles = {}
     for entry in rng.sample(entries, len(entries)):
         said = scenes.claims(entry)
         if said and said <= facts:
-            piles.setdefault(min((claim[1] for claim in said if claim[0] == "kind"), default=""), []).append(entry)
+            piles.setdefault(min((claim[1] for claim in said if claim[0] == "kind"), default=""),
+                             []).append(entry)
     return [entry for turn in zip_longest(*piles.values()) for entry in turn if entry][:k]
 
 
@@ -135,7 +150,8 @@ def measure_alone(folder, described):
     texts = clip.encode_texts([p.captions[0] for p in pictures])
     first = (images @ texts.T).argmax(1) == torch.arange(len(images))
     yield f"CLIP: of {len(images)} captions of val2017 an image's own comes first for {first.float().mean():.0%}"
-    entries, embeddings = read_cache([folder / "cache.txt"], [folder / "cache.npy"], clip.identity, clip.dim)
+    entries, embeddings = read_cache([folder / "cache.txt"], [folder / "cache.npy"], clip.identity,
+                                     clip.dim)
     for k in (8, 16, 24, 32):
         _, indices = search(images, embeddings, k)
         tables = [" | ".join(entries[i] for i in row) for row in indices.tolist()]
@@ -148,10 +164,14 @@ def measure_alone(folder, described):
     with torch.inference_mode():
         loss = captioner.loss(noisy, captioner.tokenize(told, 64)).item()
         yield f"BART: denoises 500 fresh captions at {loss:.2f} nats a token"
-        gpt, tokenizer = (kind.from_pretrained(WEIGHTS / "gpt") for kind in (AutoModelForCausalLM, AutoTokenizer))
+        gpt, tokenizer = (kind.from_pretrained(WEIGHTS / "gpt")
+                          for kind in (AutoModelForCausalLM, AutoTokenizer))
         gpt.float()
-        losses = [gpt(**tokens, labels=tokens.input_ids).loss.item()
-                  for tokens in (tokenizer(build.story_text(rng), return_tensors="pt") for _ in range(200))]
+        losses = [
+            gpt(**tokens, labels=tokens.input_ids).loss.item()
+            for tokens in (tokenizer(build.story_text(rng), return_tensors="pt")
+                           for _ in range(200))
+        ]
     yield f"GPT-Neo: perplexity {math.exp(sum(losses) / len(losses)):.2f} on 200 fresh stories"
 
 
@@ -164,40 +184,60 @@ def write_pictures(folder, pictures, results):
                 records = [json.loads(line) for _, line in zip(range(24), file)]
             split, what = RUNS[run]
             told = {p.id: p.captions for p in pictures[split]}
-            sections.append((f"{split}: {what}", f"CIDEr {results[run]['cider']:.2f}, object recall {results[run]['object_recall']:.2f}"
-                             + (f", held-out kinds named {results[run]['held_out']:.2f}" if split != "val2017" else ""),
-                             records, [told[r["image_id"]] for r in records]))
+            sections.append((
+                f"{split}: {what}",
+                f"CIDEr {results[run]['cider']:.2f}, object recall "
+                f"{results[run]['object_recall']:.2f}"
+                + (f", held-out kinds named {results[run]['held_out']:.2f}"
+                   if split != "val2017" else ""), records, [told[r["image_id"]] for r in records]))
     write_gallery(folder / "gallery.html", "The snowglobe, captioned", sections)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder of demo.sh (default %(default)s)")
-    parser.add_argument("--bounds", action="store_true", help="also caption val2017 from perfect and from random tables")
-    parser.add_argument("--alone", action="store_true", help="also tell how good each small model is by itself")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("demo"),
+                        help="folder of demo.sh (default %(default)s)")
+    parser.add_argument("--bounds", action="store_true",
+                        help="also caption val2017 from perfect and from random tables")
+    parser.add_argument("--alone", action="store_true",
+                        help="also tell how good each small model is by itself")
     args = parser.parse_args()
     folder = args.folder
     splits = {split for split, _ in RUNS.values()}
     pictures = {split: read_coco(folder / "world", split) for split in splits}
-    described = {split: {s["image_id"]: s for s in json.loads((folder / "world" / "annotations" / f"scenes_{split}.json").read_text())}
-                 for split in splits}
+    described = {
+        split: {
+            s["image_id"]: s for s in json.loads((folder / "world" / "annotations" /
+                                                  f"scenes_{split}.json").read_text())
+        } for split in splits
+    }
 
     # The runs that are there.
     captions = {}
     for run in RUNS:
         path = folder / "runs" / run / "captions.json"
         if path.is_file():
-            captions[run] = {r["image_id"]: r["caption"] for r in json.loads(path.read_text(encoding="utf-8"))}
+            captions[run] = {
+                r["image_id"]: r["caption"] for r in json.loads(path.read_text(encoding="utf-8"))
+            }
     if args.bounds:
         captions["perfect"] = bound(folder, "perfect", perfect_table, described["val2017"])
         captions["random"] = bound(folder, "random", random_table, described["val2017"])
-    scores = {run: score_run(found, {p.id: list(p.captions) for p in pictures[RUNS[run][0]]}, described[RUNS[run][0]])
-              for run, found in captions.items()}
+    scores = {
+        run: score_run(found, {p.id: list(p.captions)
+                               for p in pictures[RUNS[run][0]]}, described[RUNS[run][0]])
+        for run, found in captions.items()
+    }
     reference = reference_score([list(p.captions) for p in pictures["val2017"]])
 
     # The table.
-    print(f"{'':44}{'CIDEr-D':>8}{'BLEU-4':>8}{'objects: recall':>17}{'precision':>11}{'held-out named':>16}")
-    print(f"{'val2017     one reference against the others':44}{reference[0]:8.2f}{reference[1]:8.3f}")
+    print(
+        f"{'':44}{'CIDEr-D':>8}{'BLEU-4':>8}{'objects: recall':>17}{'precision':>11}{'held-out named':>16}"
+    )
+    print(
+        f"{'val2017     one reference against the others':44}{reference[0]:8.2f}{reference[1]:8.3f}"
+    )
     for run, s in scores.items():
         split, what = RUNS[run]
         held_out = "" if s["held_out"] is None else f"{s['held_out']:.2f}"
@@ -211,11 +251,16 @@ def main():
     stages = sorted((folder / "done").iterdir()) if (folder / "done").is_dir() else []
     results = {
         "reference": {"cider": reference[0], "bleu4": reference[1]},
-        **{run: s for run, s in scores.items() if RUNS[run][0] == "val2017"},
-        **{split: {run.removeprefix(f"{split}_"): s["held_out"] for run, s in scores.items() if run.startswith(f"{split}_")}
-           for split in ("near", "out")},
-        "runs": scores,
-        "seconds": {stage: float(seconds) for stage, seconds in (path.read_text().split() for path in stages)}}
+        **{run: s for run, s in scores.items() if RUNS[run][0] == "val2017"}, **{
+            split: {
+                run.removeprefix(f"{split}_"): s["held_out"] for run, s in scores.items()
+                if run.startswith(f"{split}_")
+            } for split in ("near", "out")
+        }, "runs": scores, "seconds": {
+            stage: float(seconds)
+            for stage, seconds in (path.read_text().split() for path in stages)
+        }
+    }
     write_json(folder / "results.json", results, indent=1)
     write_pictures(folder, pictures, scores)
     print(f"\nscores: {folder / 'results.json'}\npictures: {folder / 'gallery.html'}")

@@ -3,13 +3,13 @@
     python -m snowglobe.scenes --datadir demo/world --train 2400 --val 500 --seed 0
     python -m snowglobe.scenes --datadir /tmp/world --train 20 --val 5
 
-A scene holds one to four things of up to three kinds, in one of eight settings. Its captions say only
-what is drawn. Six kinds (HELD_OUT) appear in no training image and in no training caption; as in nocaps
-(Agrawal et al. 2019, https://nocaps.org) there is one validation split without them (val2017, in-domain),
-one with them beside known kinds (near) and one with them alone (out).
+A scene holds one to four things of up to three kinds, in one of eight settings. Its captions say
+only what is drawn. Six kinds (HELD_OUT) appear in no training image and in no training caption; as
+in nocaps (Agrawal et al. 2019, https://nocaps.org) there is one validation split without them
+(val2017, in-domain), one with them beside known kinds (near) and one with them alone (out).
 
-DIR/annotations/captions_{split}.json is COCO's layout; DIR/annotations/scenes_{split}.json keeps what was
-drawn (kinds, colours, counts, boxes), for measuring which things a caption names.
+DIR/annotations/captions_{split}.json is COCO's layout; DIR/annotations/scenes_{split}.json keeps
+what was drawn (kinds, colours, counts, boxes), for measuring which things a caption names.
 """
 
 import argparse
@@ -48,8 +48,10 @@ RELATIONS = {  # how "A relation B" is said, and how the same is said of B
     "in front of": (("in front of",), ("behind",)),
     "on": (("on", "on top of"), ("under", "beneath")),
 }
-NUMBERS = {1: ("a", "a", "a", "a", "one"), 2: ("two", "two", "a pair of"), 3: ("three", "three", "a group of"),
-           4: ("four", "four", "a group of")}
+NUMBERS = {
+    1: ("a", "a", "a", "a", "one"), 2: ("two", "two", "a pair of"),
+    3: ("three", "three", "a group of"), 4: ("four", "four", "a group of")
+}
 SIZES = {"small": ("small", "little", "tiny"), "big": ("big", "large", "huge"), "": ()}
 
 
@@ -71,7 +73,7 @@ class Scene(NamedTuple):
     seed: int  # of the background's details
 
 
-# ---------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 class Background(NamedTuple):
     sky: tuple
@@ -79,7 +81,8 @@ class Background(NamedTuple):
     blades: int = 0  # short lines on the ground
     blade: tuple | None = None  # their colour
     behind: Callable | None = None  # draws what stands on the horizon: (pen, horizon, jitter, rng)
-    before: Callable | None = None  # draws what lies on the ground or hangs in the sky: (pen, horizon, rng)
+    # draws what lies on the ground or hangs in the sky: (pen, horizon, rng)
+    before: Callable | None = None
 
 
 def draw_skyline(pen, horizon, jitter, rng):
@@ -91,7 +94,8 @@ def draw_skyline(pen, horizon, jitter, rng):
         for wy in range(int(h / 0.06)):
             for wx in range(int(w / 0.05)):
                 if rng.random() < 0.7:
-                    pen.dot(x + 0.03 + wx * 0.05, horizon - h + 0.04 + wy * 0.06, 0.01, (228, 230, 200))
+                    pen.dot(x + 0.03 + wx * 0.05, horizon - h + 0.04 + wy * 0.06, 0.01,
+                            (228, 230, 200))
         x += w
 
 
@@ -179,13 +183,13 @@ def draw_scene(scene, size=SIZE):
     return image.resize((size, size), Image.BOX)
 
 
-# ---------------------------------------------------------------------------------------------- scenes
+# ------------------------------------------------------------------------------------------- scenes
 
 def make_scene(rng, kinds, must=(), most_groups=3):
     """Draws up a scene by chance.
 
-    rng: random.Random. kinds: names to choose from. must: one of these stands in it, too (a held-out
-    kind). most_groups: the largest number of kinds.
+    rng: random.Random. kinds: names to choose from. must: one of these stands in it, too (a
+    held-out kind). most_groups: the largest number of kinds.
     """
     setting = rng.choice(list(SETTINGS))
     kinds = [k for k in kinds if not (setting == "night" and k == "sun")]
@@ -197,12 +201,17 @@ def make_scene(rng, kinds, must=(), most_groups=3):
         names.insert(rng.randrange(n_groups), rng.choice(must))
     if n_groups == 2 and rng.random() < 0.45:  # so that "on" and "in front of" are not rare
         names.sort(key=lambda k: KINDS[k].big or KINDS[k].top > 0)
-    counts = {1: ((1,), (1,), (1,), (2,), (3,), (4,)), 3: ((1, 1, 1), (1, 1, 1), (1, 1, 1), (2, 1, 1)),
-              2: ((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1))}[n_groups]
-    groups = tuple((k, rng.choice(list(COLOURS)) if KINDS[k].coloured else "", n) for k, n in zip(names, rng.choice(counts)))
+    counts = {
+        1: ((1, ), (1, ), (1, ), (2, ), (3, ), (4, )),
+        3: ((1, 1, 1), (1, 1, 1), (1, 1, 1), (2, 1, 1)),
+        2: ((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1))
+    }[n_groups]
+    groups = tuple((k, rng.choice(list(COLOURS)) if KINDS[k].coloured else "", n)
+                   for k, n in zip(names, rng.choice(counts)))
     size = rng.choice(("small", "", "big")) if n_groups == 1 and groups[0][2] == 1 else ""
     relation = choose_relation(rng, groups)
-    return Scene(setting, groups, relation, size, place(rng, groups, relation, size), rng.randrange(2**31))
+    return Scene(setting, groups, relation, size, place(rng, groups, relation, size),
+                 rng.randrange(2**31))
 
 
 def choose_relation(rng, groups):
@@ -225,7 +234,9 @@ def place(rng, groups, relation, size):
     def thing(group, x, y, side):
         side *= rng.uniform(0.94, 1.06)
         half = side / 2
-        return Thing(group[0], group[1], min(max(x, half), 1 - half), min(max(y, side + 0.01), 0.99), side, rng.random() < 0.5)
+        return Thing(group[0], group[1], min(max(x, half), 1 - half), min(
+            max(y, side + 0.01), 0.99), side,
+                     rng.random() < 0.5)
 
     if relation in ("on", "in front of"):
         a, b = groups
@@ -235,8 +246,12 @@ def place(rng, groups, relation, size):
             above = thing(a, below.x, 0, 0.36)
             return below, above._replace(y=below.y - below.size * (1 - KINDS[b[0]].top) + 0.02)
         behind = thing(b, x, rng.uniform(0.8, 0.86), 0.66)
-        return behind, thing(a, behind.x + rng.choice((-1, 1)) * rng.uniform(0.16, 0.24), 0.97, 0.36)
-    levels = {sky: [g for g in groups if KINDS[g[0]].sky == sky for _ in range(g[2])] for sky in (True, False)}
+        return behind, thing(a, behind.x + rng.choice((-1, 1)) * rng.uniform(0.16, 0.24), 0.97,
+                             0.36)
+    levels = {
+        sky: [g for g in groups if KINDS[g[0]].sky == sky for _ in range(g[2])]
+        for sky in (True, False)
+    }
     total = sum(map(len, levels.values()))
     side = {1: 0.5, 2: 0.42, 3: 0.36, 4: 0.32}[total] * {"small": 0.6, "big": 1.4, "": 1}[size]
     things = []
@@ -245,15 +260,17 @@ def place(rng, groups, relation, size):
         here = min(side, 0.96 / max(1, len(order)))
         for i, group in enumerate(order):
             x = (i + 0.5) / len(order) + rng.uniform(-0.3, 0.3) * (1 / len(order) - here)
-            bottom = rng.uniform(0.0, 0.06) + here if sky and total > len(order) else rng.uniform(0.3, 0.4) + here / 2
+            bottom = rng.uniform(0.0, 0.06) + here if sky and total > len(order) else rng.uniform(
+                0.3, 0.4) + here / 2
             things.append(thing(group, x, bottom if sky else rng.uniform(0.86, 0.97), here))
     return tuple(sorted(things, key=lambda t: t.y))
 
 
-# -------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 def noun_phrase(rng, group, size="", detail=0.55):
-    """The group in words: "a red dog", "two puppies". detail: the chance that its colour is told."""
+    """The group in words: "a red dog", "two puppies". detail: the chance that its colour is
+    told."""
     name, colour, count = group
     nouns = KINDS[name].nouns
     noun = nouns[0] if len(nouns) == 1 or rng.random() < 0.7 else rng.choice(nouns[1:])
@@ -268,7 +285,8 @@ def noun_phrase(rng, group, size="", detail=0.55):
 
 
 def caption(scene, rng):
-    """One caption of a scene, by chance: other words, orders and levels of detail each time, always true."""
+    """One caption of a scene, by chance: other words, orders and levels of detail each time, always
+    true."""
     groups = list(scene.groups)
     if len(groups) > 1 and rng.random() < 0.1:
         groups.pop()  # people do not tell everything
@@ -281,7 +299,9 @@ def caption(scene, rng):
         doing = KINDS[groups[0][0]].doing
         forms = [f"{a} {where}", f"{a} {where}", f"{see} {a} {where}", f"{what} {a} {where}"]
         if doing:
-            forms += [f"{a} {doing} {where}", f"{a} {be} {doing} {where}", f"{see} {a} {doing} {where}"]
+            forms += [
+                f"{a} {doing} {where}", f"{a} {be} {doing} {where}", f"{see} {a} {doing} {where}"
+            ]
         if where:
             forms += [f"{where} {see} {a}", f"{a} {be} {where}"]
         return tidy(rng.choice(forms))
@@ -293,17 +313,22 @@ def caption(scene, rng):
     way, back = rng.choice(ways), rng.choice(inverse)
     be_b = "is" if groups[1][2] == 1 else "are"
     if len(others) == 1:
-        forms = [f"{a} {way} {b} {where}", f"{a} {way} {b} {where}", f"{a} {be} {way} {b} {where}",
-                 f"{a} and {b} {where}", f"{b} {back} {a} {where}", f"{b} {be_b} {back} {a} {where}",
-                 f"{see} {a} {way} {b} {where}", f"{what} {a} and {b} {where}", f"{what} {a} {way} {b} {where}",
-                 f"{a} with {b} {where}", f"{b} and {a} {where}"]
+        forms = [
+            f"{a} {way} {b} {where}", f"{a} {way} {b} {where}", f"{a} {be} {way} {b} {where}",
+            f"{a} and {b} {where}", f"{b} {back} {a} {where}", f"{b} {be_b} {back} {a} {where}",
+            f"{see} {a} {way} {b} {where}", f"{what} {a} and {b} {where}",
+            f"{what} {a} {way} {b} {where}", f"{a} with {b} {where}", f"{b} and {a} {where}"
+        ]
         if where:
             forms += [f"{where} {see} {a} and {b}", f"{where} {a} {be} {way} {b}"]
         return tidy(rng.choice(forms))
     c = others[1]
-    forms = [f"{a}, {b} and {c} {where}", f"{c}, {a} and {b} {where}", f"{b}, {c} and {a} {where}",
-             f"{a} {way} {b}, and {c} {where}", f"{c}, and {a} {way} {b} {where}", f"{see} {a}, {b} and {c} {where}",
-             f"{what} {a}, {b} and {c} {where}", f"{a} with {b} and {c} {where}"]
+    forms = [
+        f"{a}, {b} and {c} {where}", f"{c}, {a} and {b} {where}", f"{b}, {c} and {a} {where}",
+        f"{a} {way} {b}, and {c} {where}", f"{c}, and {a} {way} {b} {where}",
+        f"{see} {a}, {b} and {c} {where}", f"{what} {a}, {b} and {c} {where}",
+        f"{a} with {b} and {c} {where}"
+    ]
     if where:
         forms += [f"{where} {see} {a}, {b} and {c}"]
     return tidy(rng.choice(forms))
@@ -321,18 +346,24 @@ def captions(scene, rng, n=5):
     return list(found)
 
 
-# ----------------------------------------------------------------------------------------------- truth
+# -------------------------------------------------------------------------------------------- truth
 
-FUNCTION_WORDS = set("a an the of in on at by and with is are there we see you can picture photo image view".split())
-NOUN_WORDS = {word: (name, i == 1 and noun[0] != noun[1] and word not in noun[0].split())
-              for name, k in KINDS.items() for noun in k.nouns for i in (0, 1) for word in noun[i].split()}
-NOUN_PATTERNS = {name: re.compile(rf"\b({'|'.join(noun for pair in k.nouns for noun in pair)})\b") for name, k in KINDS.items()}
+FUNCTION_WORDS = set(
+    "a an the of in on at by and with is are there we see you can picture photo image view".split())
+NOUN_WORDS = {
+    word: (name, i == 1 and noun[0] != noun[1] and word not in noun[0].split())
+    for name, k in KINDS.items() for noun in k.nouns for i in (0, 1) for word in noun[i].split()
+}
+NOUN_PATTERNS = {
+    name: re.compile(rf"\b({'|'.join(noun for pair in k.nouns for noun in pair)})\b")
+    for name, k in KINDS.items()
+}
 COUNT_WORDS = {"one": (1,), "two": (2,), "pair": (2,), "three": (3,), "four": (4,), "group": (3, 4)}
 
 
 def claims(text):
-    """What a text says of a scene, as a set of features; it is true where truths(scene) holds them all.
-    Words without meaning of their own claim nothing."""
+    """What a text says of a scene, as a set of features; it is true where truths(scene) holds them
+    all. Words without meaning of their own claim nothing."""
     words, found = text.replace(",", " ").split(), set()
     colour = count = None
     for word in words:
@@ -377,7 +408,7 @@ def named(text):
     return {name for name, pattern in NOUN_PATTERNS.items() if pattern.search(text.lower())}
 
 
-# ---------------------------------------------------------------------------------- a world on the disk
+# ------------------------------------------------------------------------------ a world on the disk
 
 SPLITS = ("train2017", "val2017", "near", "out")
 
@@ -396,7 +427,8 @@ def split_scene(split, seed, i):
 
 
 def leave_stopping_to_the_parent():
-    """In the pool's processes: the parent ends them by SIGTERM, which must not raise there, and Ctrl-C is the parent's alone."""
+    """In the pool's processes: the parent ends them by SIGTERM, which must not raise there, and
+    Ctrl-C is the parent's alone."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -410,42 +442,65 @@ def write_image(job):
 
 
 def write_split(datadir, split, n, seed, pool):
-    """DIR/{split}/*.png, DIR/annotations/captions_{split}.json (last: it says that the split is whole) and scenes_{split}.json."""
+    """DIR/{split}/*.png, DIR/annotations/captions_{split}.json (last: it says that the split is
+    whole) and scenes_{split}.json."""
     folder = datadir / split
     folder.mkdir(parents=True, exist_ok=True)
     base = SPLITS.index(split) * 10_000_000
     images, annotations, described = [], [], []
     for i in range(n):
         scene, told = split_scene(split, seed, i)
-        image = {"id": base + i, "file_name": f"{base + i:012}.png", "width": SIZE, "height": SIZE, "license": 1}
+        image = {
+            "id": base + i, "file_name": f"{base + i:012}.png", "width": SIZE, "height": SIZE,
+            "license": 1
+        }
         images.append(image)
-        annotations += [{"id": (base + i) * 5 + j, "image_id": base + i, "caption": text} for j, text in enumerate(told)]
-        described.append({"image_id": base + i, **scene._asdict(), "things": [thing._asdict() for thing in scene.things]})
+        annotations += [{"id": (base + i) * 5 + j, "image_id": base + i, "caption": text}
+                        for j, text in enumerate(told)]
+        described.append({
+            "image_id": base + i, **scene._asdict(),
+            "things": [thing._asdict() for thing in scene.things]
+        })
     jobs = [(folder / image["file_name"], split, seed, i) for i, image in enumerate(images)]
-    for _ in tqdm(pool.imap_unordered(write_image, jobs, chunksize=32), f"drawing {split}", n, unit="image"):
+    for _ in tqdm(pool.imap_unordered(write_image, jobs, chunksize=32), f"drawing {split}", n,
+                  unit="image"):
         pass
     (datadir / "annotations").mkdir(exist_ok=True)
     write_json(datadir / "annotations" / f"scenes_{split}.json", described)
-    write_json(datadir / "annotations" / f"captions_{split}.json", {
-        "info": {"description": "the snowglobe, a drawn miniature of COCO", "version": "1", "year": 2026},
-        "licenses": [{"id": 1, "name": "MIT License", "url": "https://opensource.org/license/mit"}],
-        "images": images, "annotations": annotations})
+    write_json(
+        datadir / "annotations" / f"captions_{split}.json", {
+            "info": {
+                "description": "the snowglobe, a drawn miniature of COCO", "version": "1",
+                "year": 2026
+            }, "licenses": [{
+                "id": 1, "name": "MIT License", "url": "https://opensource.org/license/mit"
+            }], "images": images, "annotations": annotations
+        })
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datadir", type=Path, required=True, help="folder to write the world into")
-    parser.add_argument("--train", type=int, default=3000, help="images of train2017 (default %(default)s)")
-    parser.add_argument("--val", type=int, default=500, help="images of val2017, of near and of out each (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datadir", type=Path, required=True,
+                        help="folder to write the world into")
+    parser.add_argument("--train", type=int, default=3000,
+                        help="images of train2017 (default %(default)s)")
+    parser.add_argument("--val", type=int, default=500,
+                        help="images of val2017, of near and of out each (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another seed is another world (default %(default)s)")
     args = parser.parse_args()
     if args.train < 1 or args.val < 1:
         parser.error("--train and --val must be at least 1")
     output_folder(args.datadir)
     with multiprocessing.Pool(initializer=leave_stopping_to_the_parent) as pool:
         for split in SPLITS:
-            write_split(args.datadir, split, args.train if split == "train2017" else args.val, args.seed, pool)
-    print(f"wrote {args.train} images for training and 3 times {args.val} for validation to {args.datadir}")
+            write_split(args.datadir, split, args.train if split == "train2017" else args.val,
+                        args.seed, pool)
+    print(
+        f"wrote {args.train} images for training and 3 times {args.val} for validation to "
+        f"{args.datadir}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""What the tests share: the scripts, run in this process, and one small world, cache and checkpoint for all."""
+"""What the tests share: the scripts, run in this process, and one small world, cache and checkpoint
+for all."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, here or in a process that a test starts
+os.environ[
+    # before transformers is imported, here or in a process that a test starts
+    "HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import importlib
@@ -22,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 
 def run_script(name, *arguments):
-    """Runs a script's main() as its command line does. Returns its exit code, and what it wrote to out and err."""
+    """Runs a script's main() as its command line does. Returns its exit code, and what it wrote to
+    out and err."""
     from antarctic import runtime
     script, out, err, code = importlib.import_module(name), io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]):
@@ -43,7 +47,9 @@ def succeed(name, *arguments):
 def script():
     """script(name, *arguments) is run_script."""
     import torch
-    torch.set_num_threads(1)  # the models are small: more threads gain nothing, and lose much where the cores are busy
+    torch.set_num_threads(
+        1
+    )  # the models are small: more threads gain nothing, and lose much where the cores are busy
     return run_script
 
 
@@ -63,7 +69,8 @@ def cache(script, world, tmp_path_factory):
     """The cache of the world's captions: textfile and embfile."""
     folder = tmp_path_factory.mktemp("cache")
     made = SimpleNamespace(textfile=folder / "cache.txt", embfile=folder / "cache.npy")
-    succeed("compute_cache", "--datadir", world, "--textfile", made.textfile, "--embfile", made.embfile, "--clip_model", CLIP)
+    succeed("compute_cache", "--datadir", world, "--textfile", made.textfile, "--embfile",
+            made.embfile, "--clip_model", CLIP)
     return made
 
 
@@ -71,6 +78,7 @@ def cache(script, world, tmp_path_factory):
 def checkpoint(script, world, cache, tmp_path_factory):
     """best.safetensors of one epoch on the world."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    succeed("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", folder,
-            "--clip_model", CLIP, "--lm", BART, "--topk", 24, "--batch_size", 16, "--lrate", "2e-2", "--epochs", 1)
+    succeed("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile,
+            "--savedir", folder, "--clip_model", CLIP, "--lm", BART, "--topk", 24, "--batch_size",
+            16, "--lrate", "2e-2", "--epochs", 1)
     return folder / "best.safetensors"

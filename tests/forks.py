@@ -1,5 +1,6 @@
-"""Runs of the scripts in processes of their own, which can be killed. They are forked from one that has loaded the libraries, so
-that a test does not wait seconds for each, and a moment chosen at random falls into the work and not into the loading."""
+"""Runs of the scripts in processes of their own, which can be killed. They are forked from one that
+has loaded the libraries, so that a test does not wait seconds for each, and a moment chosen at
+random falls into the work and not into the loading."""
 
 import importlib
 import multiprocessing
@@ -36,8 +37,11 @@ def child(name, arguments, log, patches, environment):
 
 
 def start(log, name, *arguments, patches=None, **environment):
-    """Begins a run of a script whose out and err go to the file log. patches: {"script.NAME": value}. Returns a Process."""
-    process = context.Process(target=child, args=(name, [str(a) for a in arguments], str(log), patches or {}, environment))
+    """Begins a run of a script whose out and err go to the file log. patches: {"script.NAME":
+    value}. Returns a Process."""
+    process = context.Process(
+        target=child, args=(name, [str(a) for a in arguments], str(log), patches
+                            or {}, environment))
     process.start()
     return process
 
@@ -48,8 +52,11 @@ def start_two(folder, name, *arguments, patches=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    return [start(folder / str(rank), name, *arguments, patches=patches, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
+    return [
+        start(folder / str(rank), name, *arguments, patches=patches, RANK=str(rank),
+              LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for rank in range(2)
+    ]
 
 
 def finish(log, name, *arguments, **how):

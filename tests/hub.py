@@ -1,7 +1,8 @@
-"""A Hugging Face hub on 127.0.0.1 for the tests: what huggingface_hub asks, answered as huggingface.co does, and its faults.
+"""A Hugging Face hub on 127.0.0.1 for the tests: what huggingface_hub asks, answered as
+huggingface.co does, and its faults.
 
-Its repositories have the form of the real ones (files, config keys of their year, weights in the type and under the
-names of that time); their models are the snowglobe's.
+Its repositories have the form of the real ones (files, config keys of their year, weights in the
+type and under the names of that time); their models are the snowglobe's.
 """
 
 import hashlib
@@ -20,10 +21,11 @@ from conftest import ROOT
 from safetensors.torch import load_file, save
 
 WEIGHTS = ROOT / "snowglobe" / "weights"
-LARGE = (".bin", ".safetensors", ".msgpack", ".h5", ".model", ".ot")  # kept by LFS: their ETag is a SHA-256
+LARGE = (".bin", ".safetensors", ".msgpack", ".h5", ".model", ".ot"
+         )  # kept by LFS: their ETag is a SHA-256
 
 
-# ------------------------------------------------------------------------------------------- the repositories
+# --------------------------------------------------------------------------------- the repositories
 
 def dump(data):
     return json.dumps(data, indent=2).encode()
@@ -37,7 +39,10 @@ def pickled(tensors):
 
 def other_frameworks():
     """The copies of the weights that nobody here can read."""
-    return {"flax_model.msgpack": b"flax" * 999, "tf_model.h5": b"tf" * 999, "rust_model.ot": b"ot" * 999}
+    return {
+        "flax_model.msgpack": b"flax" * 999, "tf_model.h5": b"tf" * 999,
+        "rust_model.ot": b"ot" * 999
+    }
 
 
 def vocabulary(model, fast=True):
@@ -45,77 +50,125 @@ def vocabulary(model, fast=True):
     whole = json.loads((WEIGHTS / model / "tokenizer.json").read_text())
     merges = [" ".join(pair) for pair in whole["model"]["merges"]]
     whole["truncation"] = whole["padding"] = None
-    files = {"vocab.json": dump(whole["model"]["vocab"]), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode()}
+    files = {
+        "vocab.json": dump(whole["model"]["vocab"]), "merges.txt": "\n".join(
+            ["#version: 0.2", *merges, ""]).encode()
+    }
     return files | ({"tokenizer.json": dump(whole)} if fast else {})
 
 
 def clip_of_2021(fast=True, safetensors=True):
-    """openai/clip-vit-base-patch32 and -patch16: float32 weights with position_ids, a feature extractor, all of 2021's keys."""
+    """openai/clip-vit-base-patch32 and -patch16: float32 weights with position_ids, a feature
+    extractor, all of 2021's keys."""
     config = json.loads((WEIGHTS / "clip/config.json").read_text())
-    old = {"_name_or_path": "", "add_cross_attention": False, "output_past": True, "top_k": 50, "torchscript": False}
+    old = {
+        "_name_or_path": "", "add_cross_attention": False, "output_past": True, "top_k": 50,
+        "torchscript": False
+    }
     for tower in ("text", "vision"):
         config[f"{tower}_config"].pop("dtype")
-        config[f"{tower}_config"] |= old | {"dropout": 0.0, "gradient_checkpointing": False, "torch_dtype": None}
+        config[f"{tower}_config"] |= old | {
+            "dropout": 0.0, "gradient_checkpointing": False, "torch_dtype": None
+        }
         config[f"{tower}_config_dict"] = None
     config |= {"torch_dtype": "float32", "transformers_version": None, "initializer_factor": 1.0}
     config.pop("dtype")
-    tensors = {name: tensor.float() for name, tensor in load_file(WEIGHTS / "clip/model.safetensors").items()}
+    tensors = {
+        name: tensor.float()
+        for name, tensor in load_file(WEIGHTS / "clip/model.safetensors").items()
+    }
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     tensors["vision_model.embeddings.position_ids"] = torch.arange(37)[None]
-    extractor = {"crop_size": 96, "do_center_crop": True, "do_normalize": True, "do_resize": True,
-                 "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                 "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 96}
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-               "unk_token": "<|endoftext|>"}
-    added = {"add_prefix_space": False, "errors": "replace", "do_lower_case": True, "model_max_length": 77,
-             "name_or_path": "openai/clip-vit-base-patch32", "special_tokens_map_file": "./special_tokens_map.json"}
+    extractor = {
+        "crop_size": 96, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [
+            0.48145466, 0.4578275, 0.40821073
+        ], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 96
+    }
+    special = {
+        "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>"
+    }
+    added = {
+        "add_prefix_space": False, "errors": "replace", "do_lower_case": True,
+        "model_max_length": 77, "name_or_path": "openai/clip-vit-base-patch32",
+        "special_tokens_map_file": "./special_tokens_map.json"
+    }
     return {
-        "README.md": b"---\ntags: [vision]\n---\n# Model Card: CLIP", ".gitattributes": b"*.bin filter=lfs",
-        "config.json": dump(config), "preprocessor_config.json": dump(extractor), "special_tokens_map.json": dump(special),
+        "README.md": b"---\ntags: [vision]\n---\n# Model Card: CLIP",
+        ".gitattributes": b"*.bin filter=lfs", "config.json": dump(config),
+        "preprocessor_config.json": dump(extractor), "special_tokens_map.json": dump(special),
         "tokenizer_config.json": dump(special | added), "pytorch_model.bin": pickled(tensors),
         **({"model.safetensors": save(tensors, {"format": "pt"})} if safetensors else {}),
-        **vocabulary("clip", fast), **other_frameworks()}
+        **vocabulary("clip", fast), **other_frameworks()
+    }
 
 
 def bart_of_2020():
-    """facebook/bart-large: float16 pytorch_model.bin alone, names without "model.", no final_logits_bias."""
+    """facebook/bart-large: float16 pytorch_model.bin alone, names without "model.", no
+    final_logits_bias."""
     config = json.loads((WEIGHTS / "bart/config.json").read_text())
     config.pop("dtype")
-    config |= {"architectures": ["BartModel"], "add_bias_logits": False, "add_final_layer_norm": False, "classif_dropout": 0.1,
-               "early_stopping": True, "gradient_checkpointing": False, "no_repeat_ngram_size": 3, "normalize_before": False,
-               "normalize_embedding": True, "num_beams": 4, "num_hidden_layers": 3, "torch_dtype": "float32",
-               "transformers_version": "4.7.0.dev0", "forced_bos_token_id": 0,
-               "task_specific_params": {"summarization": {"length_penalty": 1.0, "max_length": 128, "min_length": 12}}}
-    tensors = {name.removeprefix("model."): tensor.half() for name, tensor in load_file(WEIGHTS / "bart/model.safetensors").items()
-               if name.startswith("model.")}
+    config |= {
+        "architectures": ["BartModel"], "add_bias_logits": False, "add_final_layer_norm": False,
+        "classif_dropout": 0.1, "early_stopping": True, "gradient_checkpointing": False,
+        "no_repeat_ngram_size": 3, "normalize_before": False, "normalize_embedding": True,
+        "num_beams": 4, "num_hidden_layers": 3, "torch_dtype": "float32",
+        "transformers_version": "4.7.0.dev0", "forced_bos_token_id": 0, "task_specific_params": {
+            "summarization": {"length_penalty": 1.0, "max_length": 128, "min_length": 12}
+        }
+    }
+    tensors = {
+        name.removeprefix("model."): tensor.half()
+        for name, tensor in load_file(WEIGHTS / "bart/model.safetensors").items()
+        if name.startswith("model.")
+    }
     for side in ("encoder", "decoder"):
         tensors[f"{side}.embed_tokens.weight"] = tensors["shared.weight"]
         tensors[f"{side}.version"] = torch.tensor([3.0])
-    return {"README.md": b"# BART", ".gitattributes": b"", "config.json": dump(config), "pytorch_model.bin": pickled(tensors),
-            "tokenizer_config.json": dump({"model_max_length": 160, "add_prefix_space": True}), **vocabulary("bart"), **other_frameworks()}
+    return {
+        "README.md": b"# BART", ".gitattributes": b"", "config.json": dump(config),
+        "pytorch_model.bin": pickled(tensors), "tokenizer_config.json": dump(
+            {"model_max_length": 160,
+             "add_prefix_space": True}), **vocabulary("bart"), **other_frameworks()
+    }
 
 
 def gpt_neo_of_2021():
-    """EleutherAI/gpt-neo-1.3B: attention's masks among the weights, vocab.json and merges.txt, tokenizer.json too."""
+    """EleutherAI/gpt-neo-1.3B: attention's masks among the weights, vocab.json and merges.txt,
+    tokenizer.json too."""
     config = json.loads((WEIGHTS / "gpt/config.json").read_text())
     config.pop("dtype")
-    config |= {"gradient_checkpointing": False, "model_revision": None, "summary_activation": None, "tokenizer_class": "GPT2Tokenizer",
-               "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 0.9}},
-               "transformers_version": "4.5.0.dev0"}
-    tensors = {name: tensor.float() for name, tensor in load_file(WEIGHTS / "gpt/model.safetensors").items()}
+    config |= {
+        "gradient_checkpointing": False, "model_revision": None, "summary_activation": None,
+        "tokenizer_class": "GPT2Tokenizer", "task_specific_params": {
+            "text-generation": {"do_sample": True, "max_length": 50, "temperature": 0.9}
+        }, "transformers_version": "4.5.0.dev0"
+    }
+    tensors = {
+        name: tensor.float()
+        for name, tensor in load_file(WEIGHTS / "gpt/model.safetensors").items()
+    }
     for layer in range(3):
-        tensors[f"transformer.h.{layer}.attn.attention.bias"] = torch.ones(1, 1, 128, 128, dtype=torch.bool).tril()
+        tensors[f"transformer.h.{layer}.attn.attention.bias"] = torch.ones(
+            1, 1, 128, 128, dtype=torch.bool).tril()
         tensors[f"transformer.h.{layer}.attn.attention.masked_bias"] = torch.tensor(-1e9)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    return {"README.md": b"# GPT-Neo", ".gitattributes": b"", "config.json": dump(config), "pytorch_model.bin": pickled(tensors),
-            "model.safetensors": save({n: t.contiguous() for n, t in tensors.items()}, {"format": "pt"}),
-            "special_tokens_map.json": dump(special), **vocabulary("gpt"), **other_frameworks(),
-            "tokenizer_config.json": dump({**special, "add_prefix_space": False, "errors": "replace", "model_max_length": 128})}
+    return {
+        "README.md": b"# GPT-Neo", ".gitattributes": b"", "config.json": dump(config),
+        "pytorch_model.bin": pickled(tensors), "model.safetensors": save(
+            {n: t.contiguous() for n, t in tensors.items()},
+            {"format": "pt"}), "special_tokens_map.json": dump(special), **vocabulary("gpt"),
+        **other_frameworks(), "tokenizer_config.json": dump(
+            {**special, "add_prefix_space": False, "errors": "replace", "model_max_length": 128})
+    }
 
 
 def siglip2_of_2025(folder):
-    """google/siglip2-base-patch16-224, from a folder where a small one was made: Gemma's tokenizer, as file and as spm."""
-    names = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+    """google/siglip2-base-patch16-224, from a folder where a small one was made: Gemma's tokenizer,
+    as file and as spm."""
+    names = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+             "tokenizer_config.json")
     return {"README.md": b"# SigLIP 2", ".gitattributes": b"", "tokenizer.model": b"spm" * 999,
             "special_tokens_map.json": dump({"pad_token": "<pad>", "eos_token": "<eos>"}),
             **{name: (folder / name).read_bytes() for name in names}}
@@ -128,15 +181,17 @@ def repositories():
             "facebook/bart-large": bart_of_2020(), "EleutherAI/gpt-neo-1.3B": gpt_neo_of_2021()}
 
 
-# ------------------------------------------------------------------------------------------------- the server
+# --------------------------------------------------------------------------------------- the server
 
 class Hub(ThreadingHTTPServer):
     """Serves repositories, and counts what is asked.
 
-    repositories: {name: {file: bytes}}. gated: names whose files answer 403. requests: (method, kind, repository, file or
-    "") in their order; ranges: where bytes were asked for from the middle on; kind is "api", "resolve", "blob" (the bytes), or "other", which the real hub would answer and no
-    run should ask. Faults: delay, seconds before each answer; status, of every answer; hang, kinds that get no answer;
-    cut, {file: bytes after which it breaks off, once}; held, {file: bytes after which it waits}; page, a web page in place of every answer.
+    repositories: {name: {file: bytes}}. gated: names whose files answer 403. requests: (method,
+    kind, repository, file or "") in their order; ranges: where bytes were asked for from the middle
+    on; kind is "api", "resolve", "blob" (the bytes), or "other", which the real hub would answer
+    and no run should ask. Faults: delay, seconds before each answer; status, of every answer; hang,
+    kinds that get no answer; cut, {file: bytes after which it breaks off, once}; held, {file: bytes
+    after which it waits}; page, a web page in place of every answer.
     """
 
     daemon_threads = True
@@ -150,13 +205,18 @@ class Hub(ThreadingHTTPServer):
 
     def heal(self):
         """Ends all faults and forgets what was asked."""
-        self.requests, self.ranges, self.gated, self.hang, self.cut, self.held = [], [], set(), set(), {}, {}
+        self.requests, self.ranges, self.gated, self.hang, self.cut, self.held = [], [], set(), set(
+        ), {}, {}
         self.delay = self.status = self.page = None
-        self.going_on, self.reached = threading.Event(), threading.Event()  # reached: a file that is held
+        self.going_on, self.reached = threading.Event(), threading.Event(
+        )  # reached: a file that is held
 
     def fetched(self, name):
         """How often each file's bytes were asked for, {file: times}."""
-        files = [file for method, kind, repository, file in self.requests if kind == "blob" and repository == name]
+        files = [
+            file for method, kind, repository, file in self.requests
+            if kind == "blob" and repository == name
+        ]
         return {file: files.count(file) for file in files}
 
 
@@ -222,25 +282,32 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status, code, message, **headers):
         told = {"X-Error-Code": code} if code else {}
         body = json.dumps({"error": message}).encode()
-        self.send(status, {"Content-Type": "application/json", "X-Error-Message": message, **told, **headers}, body)
+        self.send(
+            status,
+            {"Content-Type": "application/json", "X-Error-Message": message, **told, **headers},
+            body)
 
     def answer(self):
         try:
             self.route(unquote(urlsplit(self.path).path))
-        except (BrokenPipeError, ConnectionResetError):  # the other side was killed, or waits no longer
+        # the other side was killed, or waits no longer
+        except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
     def route(self, path):
         if path == "/api/agent-harnesses":  # huggingface_hub asks once a day, for its user agent
-            return self.send(200, {"Content-Type": "application/json"}, b'{"standardEnvVars": [], "harnesses": {}}')
+            return self.send(200, {"Content-Type": "application/json"},
+                             b'{"standardEnvVars": [], "harnesses": {}}')
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?", path)
-        resolve = re.fullmatch(r"/(?:api/resolve-cache/models/)?([^/]+/[^/]+?)/(?:resolve/)?([^/]+)/(.+)", path)
+        resolve = re.fullmatch(
+            r"/(?:api/resolve-cache/models/)?([^/]+/[^/]+?)/(?:resolve/)?([^/]+)/(.+)", path)
         blob = re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path)
         found = api or blob or resolve
         cached = path.startswith("/api/resolve-cache/")
         kind = "api" if api else "blob" if blob or cached and self.command == "GET" else "resolve" if resolve and (
             cached or "/resolve/" in path) else "other"
-        self.note(kind, found[1] if found else "", (found[found.lastindex] or "") if found and not api else path)
+        self.note(kind, found[1] if found else "",
+                  (found[found.lastindex] or "") if found and not api else path)
         files = self.server.repositories.get(found[1]) if found else None
         if self.server.page:
             return self.send(200, {"Content-Type": "text/html"}, self.server.page)
@@ -262,13 +329,20 @@ class Handler(BaseHTTPRequestHandler):
         """/api/models/NAME[/revision/main], and /tree/COMMIT?recursive=True."""
         entries, siblings = [], []
         for file, data in sorted(files.items()):
-            large = {"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}} if file.endswith(LARGE) else {}
-            entries.append({"type": "file", "oid": git_oid(data), "size": len(data), "path": file, **large})
-            sha = {"lfs": {"sha256": large["lfs"]["oid"], "size": len(data), "pointerSize": 134}} if large else {}
+            large = {"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}
+                     } if file.endswith(LARGE) else {}
+            entries.append(
+                {"type": "file", "oid": git_oid(data), "size": len(data), "path": file, **large})
+            sha = {"lfs": {"sha256": large["lfs"]["oid"], "size": len(data), "pointerSize": 134}
+                   } if large else {}
             siblings.append({"rfilename": file, "size": len(data), "blobId": git_oid(data), **sha})
-        whole = {"_id": "0", "id": name, "modelId": name, "sha": commit(files), "private": False, "gated": "manual" if name in self.server.gated
-                 else False, "disabled": False, "downloads": 1, "likes": 1, "tags": [], "siblings": siblings}
-        self.send(200, {"Content-Type": "application/json"}, json.dumps(entries if part.startswith("/tree") else whole).encode())
+        whole = {
+            "_id": "0", "id": name, "modelId": name, "sha": commit(files), "private": False,
+            "gated": "manual" if name in self.server.gated else False, "disabled": False,
+            "downloads": 1, "likes": 1, "tags": [], "siblings": siblings
+        }
+        self.send(200, {"Content-Type": "application/json"},
+                  json.dumps(entries if part.startswith("/tree") else whole).encode())
 
     def send_file(self, name, files, file, cached):
         """/NAME/resolve/REVISION/FILE: its metadata, and where its bytes are."""
@@ -279,19 +353,26 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", "Entry not found", **told)
         data = files[file]
         if file.endswith(LARGE):
-            told |= {"X-Linked-ETag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)), "Location": f"http://localhost:{self.server.server_port}/cdn/{name}/{file}"}  # another host
+            told |= {
+                "X-Linked-ETag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)),
+                "Location": f"http://localhost:{self.server.server_port}/cdn/{name}/{file}"
+            }  # another host
             return self.send(302, told)
         told |= {"ETag": f'"{git_oid(data)}"'}
         if not cached:  # small files lie in a cache of their own since 2025
-            return self.send(307, {**told, "Location": f"/api/resolve-cache/models/{name}/{commit(files)}/{file}"})
+            return self.send(
+                307,
+                {**told, "Location": f"/api/resolve-cache/models/{name}/{commit(files)}/{file}"})
         self.send_bytes(file, data, told)
 
     def send_bytes(self, file, data, told=None):
         wanted = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
         self.server.ranges += [start] * bool(wanted)
-        headers = {"Content-Length": str(len(data) - start), "Accept-Ranges": "bytes", **(told or {}),
-                   "Content-Disposition": f'inline; filename="{file}";'}
+        headers = {
+            "Content-Length": str(len(data) - start), "Accept-Ranges": "bytes", **(told or {}),
+            "Content-Disposition": f'inline; filename="{file}";'
+        }
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.send_response(206 if wanted else 200)

@@ -1,4 +1,5 @@
-"""The benchmarks in small: each part runs, and ours gives what the plain way gives. Nothing here looks at a time."""
+"""The benchmarks in small: each part runs, and ours gives what the plain way gives. Nothing here
+looks at a time."""
 
 import json
 import math
@@ -28,7 +29,8 @@ def test_each_part_gives_what_the_plain_way_gives(reported):
         if line["part"] == "search_1_to_faiss" and line["equal"] is None:  # faiss is not installed
             continue
         assert line["equal"] is True, line
-        assert 0 < line["low"] <= line["ratio"] <= line["high"] and 0 < line["of_limit"] < math.inf and line["peak_mb"] >= 0
+        assert 0 < line["low"] <= line["ratio"] <= line["high"] and 0 < line[
+            "of_limit"] < math.inf and line["peak_mb"] >= 0
 
 
 def test_what_differs_is_not_timed(monkeypatch):
@@ -47,5 +49,6 @@ def test_what_differs_is_not_timed(monkeypatch):
 ])
 def test_a_wrong_result_is_found_out(name, module, function, wrong, monkeypatch):
     true = getattr(module, function)
-    monkeypatch.setattr(module, function, lambda *arguments, **named: wrong(true(*arguments, **named)))
+    monkeypatch.setattr(module, function,
+                        lambda *arguments, **named: wrong(true(*arguments, **named)))
     assert measure.compare(benchmarks.PARTS[name](True, CPU), 1, CPU) == {"equal": False}

@@ -13,11 +13,15 @@ from conftest import CLIP
 from compute_cache import mine
 from model import Clip
 
-CAPTIONS = ["A dog on the grass.", "the dog, the cat", "A DOG on a mat", "hot dog on the grill", "a hot dog on bread", "hot dog"]
+CAPTIONS = [
+    "A dog on the grass.", "the dog, the cat", "A DOG on a mat", "hot dog on the grill",
+    "a hot dog on bread", "hot dog"
+]
 
 
 def compute(script, folder, *source):
-    return script("compute_cache", *source, "--textfile", folder / "c.txt", "--embfile", folder / "c.npy", "--clip_model", CLIP)
+    return script("compute_cache", *source, "--textfile", folder / "c.txt", "--embfile",
+                  folder / "c.npy", "--clip_model", CLIP)
 
 
 def test_unigrams_come_by_count_and_ties_by_text():
@@ -29,8 +33,10 @@ def test_unigrams_come_by_count_and_ties_by_text():
 
 def test_bigrams_equal_nltks_pmi_within_captions():
     bigrams = [e for e in mine(CAPTIONS * 3, 100, 3) if " " in e]
-    documents = [[t for t in nltk.wordpunct_tokenize(c.lower()) if t.isalnum()] for c in CAPTIONS * 3]
-    unigram, pairs = Counter(t for d in documents for t in d), Counter(p for d in documents for p in zip(d, d[1:]))
+    documents = [[t for t in nltk.wordpunct_tokenize(c.lower()) if t.isalnum()]
+                 for c in CAPTIONS * 3]
+    unigram, pairs = Counter(t for d in documents for t in d), Counter(
+        p for d in documents for p in zip(d, d[1:]))
     finder = nltk.BigramCollocationFinder(nltk.FreqDist(unigram), nltk.FreqDist(pairs))
     finder.apply_freq_filter(3)
     measured = dict(finder.score_ngrams(nltk.BigramAssocMeasures.pmi))
@@ -65,9 +71,12 @@ def test_row_i_is_the_embedding_of_line_i(cache):
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags, entries", [(["--entries"], ["penguin", "Geoff Hinton"]), (["--topk", "2", "--corpus"], ["geoff", "hinton"])])
+@pytest.mark.parametrize("flags, "
+                         "entries", [(["--entries"], ["penguin", "Geoff "
+                                                                 "Hinton"]), (["--topk", "2", "--corpus"], ["geoff", "hinton"])])
 def test_other_sources_of_entries(script, tmp_path, flags, entries):
-    (tmp_path / "in.txt").write_text("penguin\n\nGeoff  Hinton\npenguin\n" if flags == ["--entries"] else "hinton geoff\ngeoff hinton\n")
+    (tmp_path / "in.txt").write_text("penguin\n\nGeoff  Hinton\npenguin\n" if flags ==
+                                     ["--entries"] else "hinton geoff\ngeoff hinton\n")
     run = compute(script, tmp_path, *flags, tmp_path / "in.txt")
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_text().splitlines() == entries
@@ -79,7 +88,8 @@ def test_the_prefix_is_encoded_but_not_written(script, tmp_path):
     run = compute(script, tmp_path, "--entries", tmp_path / "in.txt", "--prefix", "a photo of a ")
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_text() == "dog\n"
-    np.testing.assert_allclose(np.load(tmp_path / "c.npy"), Clip(CLIP).encode_texts(["a photo of a dog"]).numpy(), atol=2e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "c.npy"),
+                               Clip(CLIP).encode_texts(["a photo of a dog"]).numpy(), atol=2e-6)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_entry(script, tmp_path):
@@ -99,17 +109,21 @@ def entries_cache(script, folder, *entries, more=()):
     assert run.code == 0, run.err
 
 
-def test_added_and_removed_entries_give_the_cache_of_the_changed_list(script, tmp_path, monkeypatch):
+def test_added_and_removed_entries_give_the_cache_of_the_changed_list(script, tmp_path,
+                                                                      monkeypatch):
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     whole.mkdir()
     changed.mkdir()
-    entries_cache(script, whole, "a dog", "red", "Geoff Hinton", "a golden retriever puppy", "penguin")
+    entries_cache(script, whole, "a dog", "red", "Geoff Hinton", "a golden retriever puppy",
+                  "penguin")
     entries_cache(script, changed, "a dog", "a cat", "red")
     (tmp_path / "more.txt").write_text("penguin\n\n  red \n")
     encoded, encode = [], Clip.encode_texts
-    monkeypatch.setattr(Clip, "encode_texts", lambda self, texts, *how: encoded.extend(texts) or encode(self, texts, *how))
-    run = compute(script, changed, "--add", "Geoff Hinton", "a dog", "a golden  retriever puppy", "--add_from", tmp_path / "more.txt",
-                  "--remove", "a cat", "unicorn")
+    monkeypatch.setattr(
+        Clip, "encode_texts",
+        lambda self, texts, *how: encoded.extend(texts) or encode(self, texts, *how))
+    run = compute(script, changed, "--add", "Geoff Hinton", "a dog", "a golden  retriever puppy",
+                  "--add_from", tmp_path / "more.txt", "--remove", "a cat", "unicorn")
     assert run.code == 0, run.err
     assert encoded == ["Geoff Hinton", "a golden retriever puppy", "penguin"]
     assert "added 3 entries" in run.out and "(2 were there before)" in run.out
@@ -128,12 +142,15 @@ def test_adding_what_is_there_changes_no_file(script, tmp_path):
 def test_a_caches_prefix_holds_for_what_is_added(script, tmp_path):
     entries_cache(script, tmp_path, "dog", more=("--prefix", "a photo of "))
     assert compute(script, tmp_path, "--add", "cat").code == 0
-    assert np.allclose(np.load(tmp_path / "c.npy")[1], Clip(CLIP).encode_texts(["a photo of cat"])[0], atol=1e-6)
+    assert np.allclose(
+        np.load(tmp_path / "c.npy")[1],
+        Clip(CLIP).encode_texts(["a photo of cat"])[0], atol=1e-6)
     run = compute(script, tmp_path, "--add", "cow", "--prefix", "this is ")
     assert run.code == 2 and '"a photo of "' in run.err
 
 
-def test_a_cache_without_a_description_is_changed_only_where_its_rows_are_this_clips(script, tmp_path):
+def test_a_cache_without_a_description_is_changed_only_where_its_rows_are_this_clips(
+        script, tmp_path):
     entries_cache(script, tmp_path, "dog", "cat")
     (tmp_path / "c.npy.json").unlink()
     assert compute(script, tmp_path, "--add", "cow").code == 0
@@ -147,7 +164,8 @@ def test_a_cache_without_a_description_is_changed_only_where_its_rows_are_this_c
 
 @pytest.mark.parametrize("how, said", [
     (("--add", "x", "--remove", "x"), "is to be added and removed"), (("--remove", "dog"), "empty"),
-    (("--add", "x", "--datadir", "."), "exactly one of"), (("--add_from", "nowhere.txt"), "nowhere.txt"), ((), "exactly one of")])
+    (("--add", "x", "--datadir", "."), "exactly one "
+                                       "of"), (("--add_from", "nowhere.txt"), "nowhere.txt"), ((), "exactly one of")])
 def test_changes_that_cannot_be_made_are_refused(script, tmp_path, how, said):
     entries_cache(script, tmp_path, "dog")
     before = contents(tmp_path)
@@ -161,7 +179,8 @@ def test_there_must_be_a_cache_to_change(script, tmp_path):
     assert run.code == 2 and str(tmp_path / "c.txt") in run.err
 
 
-def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(script, world, cache, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
+        script, world, cache, tmp_path, monkeypatch):
     monkeypatch.setattr("antarctic.features.CHUNK", 50)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
@@ -181,12 +200,13 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(scrip
     with open(part, "ab") as file:
         file.write(b"half a row")  # as a kill leaves it
     assert compute(script, tmp_path / "cut", "--datadir", world).code == 0
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(list((tmp_path / "cut").iterdir())) == 3
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(
+        list((tmp_path / "cut").iterdir())) == 3
     entries = (tmp_path / "cut" / "c.txt").read_text().splitlines()
     assert encoded == [*entries[:100], "the stop", *entries[100:]]
 
 
-# -------------------------------------------------------------------------------------- old spellings
+# ------------------------------------------------------------------------------------ old spellings
 
 @pytest.mark.parametrize("old, new", [
     (["--bf16"], ["--dtype", "bfloat16"]),
@@ -195,7 +215,8 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(scrip
 def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
     (tmp_path / "list.txt").write_text("a dog\nred\nGeoff Hinton\n")
     results = []
-    for folder, flags in ((tmp_path / "old", old), (tmp_path / "new", new), (tmp_path / "none", [])):
+    for folder, flags in ((tmp_path / "old", old), (tmp_path / "new", new), (tmp_path / "none",
+                                                                             [])):
         folder.mkdir()
         run = compute(script, folder, "--entries", tmp_path / "list.txt", *flags)
         assert run.code == 0, run.err

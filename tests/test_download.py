@@ -1,4 +1,5 @@
-"""download.sh against a small server on 127.0.0.1, whole and with everything that goes wrong on the way."""
+"""download.sh against a small server on 127.0.0.1, whole and with everything that goes wrong on the
+way."""
 
 import hashlib
 import io
@@ -19,10 +20,12 @@ import pytest
 from published import NAMES, serving
 
 SCRIPT = Path(__file__).resolve().parents[1] / "download.sh"
-pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))), reason="needs bash, curl, python3")
+pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))),
+                                reason="needs bash, curl, python3")
 
 ANNOTATIONS, VAL, TRAIN = "/annotations/annotations_trainval2017.zip", "/zips/val2017.zip", "/zips/train2017.zip"
-NOISE = random.Random(0).randbytes(200_000)  # does not compress, so half of the zip is half of the picture
+NOISE = random.Random(0).randbytes(
+    200_000)  # does not compress, so half of the zip is half of the picture
 FILES = {
     ANNOTATIONS: {f"annotations/{kind}_{split}2017.json": f'{{"of": "{split}"}}'.encode()
                   for kind in ("captions", "instances") for split in ("train", "val")},
@@ -53,14 +56,17 @@ def download(server, tmp_path):
     kept |= {"HOME": str(tmp_path), "COCO_URL": server.address}  # HOME: no .curlrc
 
     def run(*arguments, preexec_fn=None, **environment):
-        return subprocess.run([SCRIPT, *arguments], env=kept | environment, cwd=tmp_path, capture_output=True, text=True,
-                              timeout=60, preexec_fn=preexec_fn)
+        return subprocess.run([SCRIPT, *arguments], env=kept | environment, cwd=tmp_path,
+                              capture_output=True, text=True, timeout=60, preexec_fn=preexec_fn)
     run.environment = kept
     return run
 
 
 def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def is_refusal(result, code=1):
@@ -74,7 +80,8 @@ def test_all_parts_then_nothing_to_do(download, server, tmp_path):
     assert result.returncode == 0, result.stderr
     whole = {name: data for members in FILES.values() for name, data in members.items()}
     assert tree(tmp_path / "coco") == whole  # no zip, no part, nothing else
-    assert {path.name for path in (tmp_path / "coco").iterdir()} == {"annotations", "val2017", "train2017"}
+    assert {path.name
+            for path in (tmp_path / "coco").iterdir()} == {"annotations", "val2017", "train2017"}
     assert server.requests == [(ANNOTATIONS, None), (VAL, None), (TRAIN, None)]
 
     server.requests.clear()
@@ -127,7 +134,9 @@ def test_damaged_zip_is_refused_then_replaced(download, server, tmp_path, damage
     good = server.files[VAL]
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 255  # the list of members stays readable: only the checksum tells
-    server.files[VAL] = {"flipped byte": bytes(flipped), "short": good[:-50], "web page": b"<html>sorry</html>"}[damage]
+    server.files[VAL] = {
+        "flipped byte": bytes(flipped), "short": good[:-50], "web page": b"<html>sorry</html>"
+    }[damage]
     result = download("--parts", "val")
     assert is_refusal(result), result.stderr
     assert "val2017.zip is damaged" in result.stderr
@@ -169,7 +178,8 @@ def test_somebody_elses_folder_is_left_alone(download, server, tmp_path):
     mine.write_text("mine")
     result = download()
     assert is_refusal(result) and "move it away" in result.stderr
-    assert server.requests == [] and tree(tmp_path / "coco") == {"annotations/captions_val2017.json": b"mine"}
+    assert server.requests == [] and tree(
+        tmp_path / "coco") == {"annotations/captions_val2017.json": b"mine"}
 
 
 def test_missing_file_is_one_sentence(download, server):
@@ -189,7 +199,8 @@ def test_cache(download, server, tmp_path):
     assert len(server.requests) == 3  # one more for the cut
 
     result = download("--parts", "", "--cache", CACHE_URL=address)
-    assert result.returncode == 0 and result.stdout.count("nothing to do") == 2 and len(server.requests) == 3
+    assert result.returncode == 0 and result.stdout.count("nothing to do") == 2 and len(
+        server.requests) == 3
 
     (tmp_path / "coco/postcache.npy").unlink()
     server.files["/c/postcache.npy"] = b"<html>sorry</html>"
@@ -480,7 +491,7 @@ def test_a_file_in_the_place_of_the_originals_folder(original, server, tmp_path)
     assert server.requests == []
 
 
-# ---------------------------------------------------------------------------------------------- usage
+# -------------------------------------------------------------------------------------------- usage
 
 @pytest.mark.parametrize("arguments, word", [
     (["--speed", "9"], "--speed"), (["val"], "val"), (["--parts", "test"], "test"), (["--datadir"], "--datadir"),
@@ -501,5 +512,6 @@ def test_folder_that_cannot_be_written(download, server, tmp_path):
 def test_help_is_the_head_comment(download):
     result = download("--help")
     assert result.returncode == 0 and result.stderr == ""
-    assert result.stdout.startswith("Downloads COCO 2017") and result.stdout.rstrip().endswith("images.cocodataset.org).")
+    assert result.stdout.startswith("Downloads COCO 2017") and result.stdout.rstrip().endswith(
+        "images.cocodataset.org).")
     assert "set -euo" not in result.stdout

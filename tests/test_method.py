@@ -1,4 +1,5 @@
-"""model.Model: the steps against plain formulas, and the whole against the sampler and the caches on disk."""
+"""model.Model: the steps against plain formulas, and the whole against the sampler and the caches
+on disk."""
 
 import json
 from unittest import mock
@@ -13,15 +14,20 @@ from antarctic.errors import InputError
 from antarctic.images import read_image
 from model import Model
 
-SAMPLING = {"do_sample": True, "num_return_sequences": 20, "top_p": 0.9, "temperature": 0.8, "seed": 3}
+SAMPLING = {
+    "do_sample": True, "num_return_sequences": 20, "top_p": 0.9, "temperature": 0.8, "seed": 3
+}
 
 
 @pytest.fixture(scope="module")
 def load(cache, checkpoint):
     """load(**changes): a Model of the shared cache and checkpoint."""
     def load(**changes):
-        return Model.load(**{"clip_model": CLIP, "lm": BART, "ckpt": str(checkpoint), "device": "cpu",
-                             "textfile": [str(cache.textfile)], "embfile": [str(cache.embfile)]} | changes)
+        return Model.load(
+            **{
+                "clip_model": CLIP, "lm": BART, "ckpt": str(checkpoint), "device": "cpu",
+                "textfile": [str(cache.textfile)], "embfile": [str(cache.embfile)]
+            } | changes)
     return load
 
 
@@ -40,10 +46,14 @@ def as_json(results):
 
 
 @pytest.mark.parametrize("decoding", [{}, {"lm_weight": 0.3}, SAMPLING], ids=["beam", "lm_weight", "samples"])
-def test_python_gives_the_sampler_s_captions(script, cache, checkpoint, method, paths, tmp_path, decoding):
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in decoding.items()]
-    run = script("sampler", "--images", *paths, "--textfile", cache.textfile, "--embfile", cache.embfile, "--ckpt", checkpoint,
-                 "--clip_model", CLIP, "--lm", BART, "--savedir", tmp_path, "--device", "cpu", *flags)
+def test_python_gives_the_sampler_s_captions(script, cache, checkpoint, method, paths, tmp_path,
+                                             decoding):
+    flags = [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in decoding.items()
+    ]
+    run = script("sampler", "--images", *paths, "--textfile", cache.textfile, "--embfile",
+                 cache.embfile, "--ckpt", checkpoint, "--clip_model", CLIP, "--lm", BART,
+                 "--savedir", tmp_path, "--device", "cpu", *flags)
     assert run.code == 0, run.err
     records = [json.loads(line) for line in (tmp_path / "details.jsonl").read_text().splitlines()]
     results = as_json(method.caption(paths, **decoding))
@@ -53,8 +63,11 @@ def test_python_gives_the_sampler_s_captions(script, cache, checkpoint, method, 
 @pytest.mark.parametrize("decoding", [{}, SAMPLING], ids=["beam", "samples"])
 def test_a_batch_changes_no_caption(method, paths, decoding):
     together = method.caption(paths, **decoding)
-    assert [method.caption([path], **decoding)[0].caption for path in paths] == [result.caption for result in together]
-    assert [result.caption for result in method.caption(paths, batch_size=3, **decoding)] == [result.caption for result in together]
+    assert [method.caption([path], **decoding)[0].caption
+            for path in paths] == [result.caption for result in together]
+    assert [result.caption for result in method.caption(paths, batch_size=3, **decoding)] == [
+        result.caption for result in together
+    ]
 
 
 def test_tables_are_the_nearest_entries(method, paths):
@@ -64,7 +77,8 @@ def test_tables_are_the_nearest_entries(method, paths):
         cosines = vectors @ image
         best = cosines.topk(method.topk)
         assert [cosine for _, cosine in table] == pytest.approx(best.values.tolist(), abs=1e-5)
-        assert all(cosines[method.entries.index(entry)].item() == pytest.approx(cosine, abs=1e-5) for entry, cosine in table)
+        assert all(cosines[method.entries.index(entry)].item() == pytest.approx(cosine, abs=1e-5)
+                   for entry, cosine in table)
 
 
 def test_tables_of_many_images_are_the_same_in_bfloat16(load, method, paths, monkeypatch):
@@ -74,7 +88,8 @@ def test_tables_of_many_images_are_the_same_in_bfloat16(load, method, paths, mon
 
 
 @pytest.mark.parametrize("lm_weight, order", [(0.0, "acdb"), (0.1, "cadb")])
-def test_candidates_are_ranked_by_clip_and_where_it_ties_by_likelihood(method, monkeypatch, lm_weight, order):
+def test_candidates_are_ranked_by_clip_and_where_it_ties_by_likelihood(
+        method, monkeypatch, lm_weight, order):
     candidates, cosines = {"d": -3.0, "c": -1.0, "b": -2.0, "a": -2.5}, [0.3, 0.3 + 1e-7, 0.1, 0.4]
     monkeypatch.setattr(models, "rescore", lambda *_: [cosines])
     [result] = method.choose(torch.zeros(1, 4), [[("dog", 0.2)]], [candidates], lm_weight=lm_weight)
@@ -82,13 +97,14 @@ def test_candidates_are_ranked_by_clip_and_where_it_ties_by_likelihood(method, m
 
 
 @pytest.mark.parametrize("prefix", ["", "a photo of "])
-def test_added_words_are_those_of_a_cache_laid_over_it(script, load, cache, paths, tmp_path, prefix):
+def test_added_words_are_those_of_a_cache_laid_over_it(script, load, cache, paths, tmp_path,
+                                                       prefix):
     words = ["Geoff Hinton", "penguin", "a  penguin\n"]
     (tmp_path / "words.txt").write_text("\n".join(" ".join(word.split()) for word in words))
     names = {"base": tmp_path / "base", "mine": tmp_path / "mine"}
     for name, entries in (("base", cache.textfile), ("mine", tmp_path / "words.txt")):
-        run = script("compute_cache", "--entries", entries, "--textfile", f"{names[name]}.txt", "--embfile", f"{names[name]}.npy",
-                     "--clip_model", CLIP, "--prefix", prefix)
+        run = script("compute_cache", "--entries", entries, "--textfile", f"{names[name]}.txt",
+                     "--embfile", f"{names[name]}.npy", "--clip_model", CLIP, "--prefix", prefix)
         assert run.code == 0, run.err
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     added = load(textfile=[f"{names['base']}.txt"], embfile=None)
@@ -97,7 +113,9 @@ def test_added_words_are_those_of_a_cache_laid_over_it(script, load, cache, path
     laid = load(textfile=[f"{name}.txt" for name in names.values()], embfile=None)
     assert added.entries == laid.entries
     torch.testing.assert_close(added.embeddings[:], laid.embeddings[:], atol=1e-6, rtol=0)
-    assert [result.caption for result in added.caption(paths)] == [result.caption for result in laid.caption(paths)]
+    assert [result.caption for result in added.caption(paths)] == [
+        result.caption for result in laid.caption(paths)
+    ]
     assert any("penguin" in entry for result in added.caption(paths) for entry, _ in result.table)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -119,7 +137,9 @@ def test_only_these_words_and_one_that_is_added(load, method, paths):
 
 def test_images_are_paths_or_pictures(method, paths, tmp_path):
     pictures = [read_image(path) for path in paths]
-    assert [r.caption for r in method.caption(pictures)] == [r.caption for r in method.caption(map(str, paths))]
+    assert [r.caption for r in method.caption(pictures)] == [
+        r.caption for r in method.caption(map(str, paths))
+    ]
     assert method.caption([Image.new("L", (40, 30))])[0].table
     assert method.caption([]) == [] and method.features([]).shape == (0, method.clip.dim)
     (tmp_path / "none.png").write_text("no picture")
@@ -139,8 +159,9 @@ def test_settings_that_cannot_work_are_refused_at_once_and_later(load, method, p
 
 
 def test_files_that_are_missing_are_named(load, tmp_path, monkeypatch):
-    for changes, name in (({"ckpt": "no.safetensors"}, "no.safetensors"), ({"embfile": ["no.npy"]}, "no.npy"),
-                          ({"textfile": ["a.txt", "b.txt"]}, "pairs")):
+    for changes, name in (({"ckpt": "no.safetensors"}, "no.safetensors"), ({
+            "embfile": ["no.npy"]
+    }, "no.npy"), ({"textfile": ["a.txt", "b.txt"]}, "pairs")):
         with pytest.raises(InputError, match=name):
             load(**changes)
     monkeypatch.chdir(tmp_path)

@@ -20,8 +20,14 @@ from model import Captioner, Clip
 from snowglobe import scenes
 from utils import linearize
 
-TEXTS = ["a dog", "penguin", "two red cats next to a big house in the snow", "a", "there is a purple train at night"]
-TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]
+TEXTS = [
+    "a dog", "penguin", "two red cats next to a big house in the snow", "a",
+    "there is a purple train at night"
+]
+TABLES = [
+    linearize(t) for t in (["a dog", "grass"], ["penguin"],
+                           ["two red cats", "cats", "snow", "a house", "next to"])
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,9 @@ def captioner():
 
 
 def test_bart_large_trains_73728_numbers():
-    config = BartConfig(vocab_size=50265, d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096, decoder_ffn_dim=4096,
-                        encoder_attention_heads=16, decoder_attention_heads=16)
+    config = BartConfig(vocab_size=50265, d_model=1024, encoder_layers=12, decoder_layers=12,
+                        encoder_ffn_dim=4096, decoder_ffn_dim=4096, encoder_attention_heads=16,
+                        decoder_attention_heads=16)
     with torch.device("meta"):
         bart = BartForConditionalGeneration(config)
     named = dict(bart.named_parameters())
@@ -45,9 +52,12 @@ def test_training_touches_the_layernorms_alone():
     trained = captioner.train_only(is_layernorm)
     assert all(("layer_norm" in name) and ("encoder" in name) for name in trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1)
-    captioner.loss(captioner.tokenize(TABLES, 64), captioner.tokenize(["a dog", "a penguin", "two cats"], 16)).backward()
+    captioner.loss(captioner.tokenize(TABLES, 64),
+                   captioner.tokenize(["a dog", "a penguin", "two cats"], 16)).backward()
     optimizer.step()
-    changed = {name for name, p in captioner.model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {
+        name for name, p in captioner.model.named_parameters() if not torch.equal(p, before[name])
+    }
     assert changed == set(trained)
 
 
@@ -67,7 +77,8 @@ def test_trimmed_sorted_batches_encode_texts_as_one_by_one_at_full_length():
 def test_bfloat16_moves_the_vectors_little():
     texts, exact, half = [*TEXTS] * 9, Clip(CLIP), Clip(CLIP, dtype=torch.bfloat16)
     image = scenes.Image.new("RGB", (40, 30), "red")
-    for a, b in ((exact.encode_texts(texts), half.encode_texts(texts)), (exact.encode_images([image]), half.encode_images([image]))):
+    for a, b in ((exact.encode_texts(texts), half.encode_texts(texts)), (exact.encode_images(
+        [image]), half.encode_images([image]))):
         assert b.dtype == torch.float32 and 0.999 < (a * b).sum(1).min() < 1 - 1e-7
 
 
@@ -103,7 +114,9 @@ def test_images_are_encoded_once_though_the_run_is_stopped(world, tmp_path, monk
     encoded.append("the stop")
     features, *rest = image_features(clip, pictures, tmp_path / "cut", shard=3)
     assert len(encoded) == len(good) + 1 and torch.equal(features, whole) and rest == [good, bad]
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == [path.name for path in (tmp_path / "whole").iterdir()]
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [
+        path.name for path in (tmp_path / "whole").iterdir()
+    ]
 
 
 def test_a_damaged_features_file_is_made_again(world, tmp_path):
@@ -129,7 +142,8 @@ def test_padding_changes_no_logits(captioner):
     tokens = captioner.tokenize(TABLES, 64)
     start = torch.full((1, 1), captioner.model.config.decoder_start_token_id)
     with torch.no_grad():
-        together = captioner.model(**captioner.pad(tokens), decoder_input_ids=start.expand(len(tokens), 1)).logits
+        together = captioner.model(**captioner.pad(tokens), decoder_input_ids=start.expand(
+            len(tokens), 1)).logits
         for row, ids in enumerate(tokens):
             alone = captioner.model(**captioner.pad([ids]), decoder_input_ids=start).logits
             torch.testing.assert_close(together[row:row + 1], alone, atol=1e-4, rtol=0)
@@ -158,13 +172,17 @@ def test_beams_are_those_of_generate(checkpoint, num_beams, returned, longest):
         tokens = captioner.tokenize(TABLES, 64)
         config, count = captioner.model.config, min(returned, num_beams if longest > 3 else 1)
         for ids, found in zip(tokens, captioner.beam(tokens, num_beams, returned)):
-            out = captioner.model.generate(
-                **captioner.pad([ids]), do_sample=False, num_beams=num_beams, num_return_sequences=count, max_length=longest, min_length=0,
-                length_penalty=1.0, early_stopping=False, no_repeat_ngram_size=0, forced_bos_token_id=config.bos_token_id,
-                forced_eos_token_id=config.eos_token_id, return_dict_in_generate=True, output_scores=True)
+            out = captioner.model.generate(**captioner.pad(
+                [ids]), do_sample=False, num_beams=num_beams, num_return_sequences=count,
+                                           max_length=longest, min_length=0, length_penalty=1.0,
+                                           early_stopping=False, no_repeat_ngram_size=0,
+                                           forced_bos_token_id=config.bos_token_id,
+                                           forced_eos_token_id=config.eos_token_id,
+                                           return_dict_in_generate=True, output_scores=True)
             assert [text for text, _ in found] == captioner.decode(out.sequences)
             if num_beams > 1 and longest > 3:
-                assert [likelihood for _, likelihood in found] == pytest.approx(out.sequences_scores.tolist(), abs=1e-5)
+                assert [likelihood for _, likelihood in found] == pytest.approx(
+                    out.sequences_scores.tolist(), abs=1e-5)
 
 
 def test_beams_wider_than_the_vocabulary_are_refused(captioner):
@@ -173,7 +191,8 @@ def test_beams_wider_than_the_vocabulary_are_refused(captioner):
 
 
 def plain_likelihood(captioner, table, text):
-    """Teacher-forced, without cache or batch: mean log-probability a token, <s> counted as certain."""
+    """Teacher-forced, without cache or batch: mean log-probability a token, <s> counted as
+    certain."""
     ids = captioner.tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         log_p = captioner.model(**captioner.pad([table]), labels=ids).logits.log_softmax(-1)
@@ -182,8 +201,8 @@ def plain_likelihood(captioner, table, text):
 
 def test_the_likelihood_of_a_candidate_is_the_models_own(captioner):
     table = captioner.tokenize(TABLES[:1], 64)[0]
-    for candidates in (captioner.sample(table, 6), captioner.sample(table, 6, 0.7, 0.9), captioner.beam([table])[0],
-                       captioner.beam([table], 1, 1)[0]):
+    for candidates in (captioner.sample(table, 6), captioner.sample(
+            table, 6, 0.7, 0.9), captioner.beam([table])[0], captioner.beam([table], 1, 1)[0]):
         for text, likelihood, *_ in candidates:
             assert likelihood == pytest.approx(plain_likelihood(captioner, table, text), abs=1e-3)
 
@@ -195,23 +214,29 @@ def test_samples_depend_on_the_seed_alone(captioner):
 
 
 def random_captioner():
-    """A BART of random weights and 9 words, so that all captions of up to 3 words can be counted."""
+    """A BART of random weights and 9 words, so that all captions of up to 3 words can be
+    counted."""
     torch.manual_seed(0)
     captioner = Captioner(BART, maxlen_dec=6)  # </s> <s> and 3 tokens and </s>
-    captioner.model = BartForConditionalGeneration(BartConfig(
-        vocab_size=12, d_model=16, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
-        decoder_attention_heads=2, max_position_embeddings=16, bos_token_id=0, pad_token_id=1, eos_token_id=2, init_std=0.6,
-        decoder_start_token_id=2, forced_eos_token_id=2, attn_implementation="eager")).eval()
-    captioner.decode = lambda sequences: list(map(tuple, sequences.tolist()))  # tokens in place of texts
+    captioner.model = BartForConditionalGeneration(
+        BartConfig(vocab_size=12, d_model=16, encoder_layers=1, decoder_layers=2,
+                   encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
+                   decoder_attention_heads=2, max_position_embeddings=16, bos_token_id=0,
+                   pad_token_id=1, eos_token_id=2, init_std=0.6, decoder_start_token_id=2,
+                   forced_eos_token_id=2, attn_implementation="eager")).eval()
+    captioner.decode = lambda sequences: list(map(tuple, sequences.tolist())
+                                              )  # tokens in place of texts
     return captioner
 
 
 def all_captions(captioner, table, temperature, top_p):
-    """{tokens: probability} of all captions, by the plain formula: all prefixes of one length after the other, without a cache."""
+    """{tokens: probability} of all captions, by the plain formula: all prefixes of one length after
+    the other, without a cache."""
     found, prefixes = {}, {(2, 0): 1.0}
     while prefixes:
         with torch.no_grad():
-            logits = captioner.model(**captioner.pad([table] * len(prefixes)), decoder_input_ids=torch.tensor(list(prefixes))).logits
+            logits = captioner.model(**captioner.pad([table] * len(prefixes)),
+                                     decoder_input_ids=torch.tensor(list(prefixes))).logits
         longer = {}
         for (prefix, mass), row in zip(prefixes.items(), logits[:, -1] / temperature):
             p = plain_nucleus(row.softmax(-1), top_p).tolist()
@@ -224,25 +249,36 @@ def all_captions(captioner, table, temperature, top_p):
     return found
 
 
-@pytest.mark.parametrize("temperature, top_p, chunk", [(1.0, 1.0, 256), (0.7, 0.9, 256), (1.3, 0.8, 5)])
+@pytest.mark.parametrize("temperature, top_p, "
+                         "chunk", [(1.0, 1.0, 256), (0.7, 0.9, 256), (1.3, 0.8, 5)])
 def test_samples_that_share_prefixes_are_distributed_as_independent_ones(temperature, top_p, chunk):
-    """Chi-square of all samples of many seeds against enumerated probabilities; and over the seeds the number of samples that
-    are one caption varies as a binomial does, which samples that depend on one another would break."""
+    """Chi-square of all samples of many seeds against enumerated probabilities; and over the seeds
+    the number of samples that are one caption varies as a binomial does, which samples that depend
+    on one another would break."""
     captioner, table, n, seeds = random_captioner(), [0, 5, 6, 7, 2], 40, 250
     exact = all_captions(captioner, table, temperature, top_p)
     assert sum(exact.values()) == pytest.approx(1)
-    drawn = [{text: count for text, _, count in captioner.sample(table, n, temperature, top_p, seed, chunk)} for seed in range(seeds)]
+    drawn = [{
+        text: count
+        for text, _, count in captioner.sample(table, n, temperature, top_p, seed, chunk)
+    } for seed in range(seeds)]
     assert all(sum(counts.values()) == n for counts in drawn)
     total = sum(map(Counter, drawn), Counter())
     assert set(total) <= set(exact)
     common = [caption for caption in exact if exact[caption] * n * seeds >= 5]
     rest = 1 - sum(exact[c] for c in common)
-    cells = [(total[c], exact[c] * n * seeds) for c in common] + [(n * seeds - sum(total[c] for c in common), rest * n * seeds)] * (rest > 1e-4)
+    cells = [(total[c], exact[c] * n * seeds) for c in common
+             ] + [(n * seeds - sum(total[c] for c in common), rest * n * seeds)] * (rest > 1e-4)
     assert len(cells) > 20
-    chi_square, freedom = sum((seen - expected) ** 2 / expected for seen, expected in cells), len(cells) - 1
+    chi_square, freedom = sum(
+        (seen - expected)**2 / expected for seen, expected in cells), len(cells) - 1
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
     likely = sorted(common, key=exact.get)[-8:]
-    ratios = [torch.tensor([float(counts.get(c, 0)) for counts in drawn]).var().item() / (n * exact[c] * (1 - exact[c])) for c in likely]
+    ratios = [
+        torch.tensor([float(counts.get(c, 0))
+                      for counts in drawn]).var().item() / (n * exact[c] * (1 - exact[c]))
+        for c in likely
+    ]
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=4 * (2 / seeds / len(ratios)) ** 0.5)
 
 
@@ -250,7 +286,8 @@ def plain_nucleus(p, top_p):
     """The nucleus of one distribution (V,), token by token."""
     chosen, mass = [], 0.0
     for i in p.argsort(descending=True).tolist():
-        if mass >= top_p < 1:  # all of them are 1, which float32's rounding may reach before the last
+        # all of them are 1, which float32's rounding may reach before the last
+        if mass >= top_p < 1:
             break
         chosen.append(i)
         mass += p[i].item()
@@ -258,20 +295,25 @@ def plain_nucleus(p, top_p):
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
-@pytest.mark.parametrize("vocabulary, spread", [(40, 2.0), (2000, 2.0), (2000, 0.2)])  # the last needs more than the 256 best
+@pytest.mark.parametrize("vocabulary, "
+                         # the last needs more than the 256 best
+                         "spread", [(40, 2.0), (2000, 2.0), (2000, 0.2)])
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, vocabulary, spread):
-    log_p = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)).mul(spread).log_softmax(-1)
+    log_p = torch.randn(5, vocabulary,
+                        generator=torch.Generator().manual_seed(0)).mul(spread).log_softmax(-1)
     best, order = nucleus(log_p, top_p)
     kept = torch.zeros_like(log_p).scatter(1, order, best)
     for row, p in zip(kept, log_p.exp()):
         expected = plain_nucleus(p, top_p)
-        assert ((row > 0) == (expected > 0)).sum() >= vocabulary - 1  # rounding decides the one token at the limit
+        assert ((row > 0) == (
+            expected > 0)).sum() >= vocabulary - 1  # rounding decides the one token at the limit
         torch.testing.assert_close(row / row.sum(), expected, atol=2e-3, rtol=0)
 
 
 def test_rescoring_gives_each_candidate_its_cosine():
     clip = Clip(CLIP)
-    images = torch.nn.functional.normalize(torch.randn(2, clip.dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+    images = torch.nn.functional.normalize(
+        torch.randn(2, clip.dim, generator=torch.Generator().manual_seed(0)), dim=-1)
     candidates = [["a dog", "a cat", "a dog"], ["a dog"]]
     scores = model.rescore(clip, images, candidates)
     for image, texts, found in zip(images, candidates, scores):

@@ -124,11 +124,14 @@ def check_real(clone, code, textfile, embfile, checkpoint):
     """That the notebook captioned by these files and the hub's models, then with new words, too."""
     said = printed(cell_of(code, "Model.load"))
     entries = len((clone / textfile).read_text().splitlines())
-    assert said.startswith(f"{textfile} with {entries:,} entries, {checkpoint}, facebook/bart-large on ")
-    files, topk = (clone / textfile, clone / embfile), checkpoint_settings(clone / checkpoint)["topk"]
+    assert said.startswith(
+        f"{textfile} with {entries:,} entries, {checkpoint}, facebook/bart-large on ")
+    files, topk = (clone / textfile, clone / embfile), checkpoint_settings(
+        clone / checkpoint)["topk"]
     first, second = before_and_after(code)
     assert first == table_of_the_drawing(*files, topk) and "penguin" not in first
-    assert second == table_of_the_drawing(*files, topk, ("penguin", "penguins")) and "penguin" in second
+    assert second == table_of_the_drawing(*files, topk,
+                                          ("penguin", "penguins")) and "penguin" in second
     assert len(printed(cell_of(code, "model.candidates")).splitlines()) == 6
     assert printed(code[-1]).count("Once upon a time there w") == 2
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)

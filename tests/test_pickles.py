@@ -51,8 +51,14 @@ from antarctic.preprocessing import OpenAIPreprocessor
 from model import Captioner, Clip
 from utils import linearize
 
-TEXTS = ["a dog", "Two Red cats, next to a big house in the snow!", "penguin", "there is a train at night, it's 10 o'clock", "a"]
-TABLES = [linearize(t) for t in (["a dog", "grass"], ["penguin"], ["two red cats", "cats", "snow", "a house", "next to"])]
+TEXTS = [
+    "a dog", "Two Red cats, next to a big house in the snow!", "penguin",
+    "there is a train at night, it's 10 o'clock", "a"
+]
+TABLES = [
+    linearize(t) for t in (["a dog", "grass"], ["penguin"],
+                           ["two red cats", "cats", "snow", "a house", "next to"])
+]
 
 
 def unit(tensor):
@@ -67,10 +73,12 @@ def close(found, expected):
 def images():
     generator = np.random.default_rng(0)
     sizes = ((90, 64), (64, 64), (70, 151), (40, 31))
-    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    return [
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes
+    ]
 
 
-# -------------------------------------------------------------------------------------------- OpenAI's CLIP
+# ------------------------------------------------------------------------------------ OpenAI's CLIP
 
 def module_of(path):
     """A file of Python's as a module that nobody else can import."""
@@ -86,7 +94,10 @@ def openai():
     folder: the package's."""
     folder = Path(os.environ.get("OPENAI_CLIP", "nowhere"))
     if not (folder / "clip" / "model.py").is_file():
-        pytest.skip("OpenAI's package is not there: test.sh installs it, and says where it is in OPENAI_CLIP")
+        pytest.skip(
+            "OpenAI's package is not there: test.sh installs it, and says where it is in "
+            "OPENAI_CLIP"
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(folder)])  # of ftfy
         tokenizer = module_of(folder / "clip" / "simple_tokenizer.py").SimpleTokenizer()
@@ -99,14 +110,17 @@ def openai():
 def beside(openai, tmp_path_factory):
     """A folder with OpenAI's tokenizer as transformers keeps it."""
     folder = tmp_path_factory.mktemp("openai")
-    CLIPTokenizer(vocab=openai.tokenizer.encoder, merges=list(openai.tokenizer.bpe_ranks)).save_pretrained(folder)
+    CLIPTokenizer(vocab=openai.tokenizer.encoder, merges=list(
+        openai.tokenizer.bpe_ranks)).save_pretrained(folder)
     return folder
 
 
 def make_clip(openai, layers=2, width=64, patch=16):
-    """A small CLIP of OpenAI's with random weights in half precision; layernorms, too, which are all alike at first."""
+    """A small CLIP of OpenAI's with random weights in half precision; layernorms, too, which are
+    all alike at first."""
     torch.manual_seed(0)
-    clip = openai.model.CLIP(32, 64, layers, width, patch, 77, len(openai.tokenizer.encoder), 128, 2, 3)
+    clip = openai.model.CLIP(32, 64, layers, width, patch, 77, len(openai.tokenizer.encoder), 128,
+                             2, 3)
     clip.eval().requires_grad_(False)
     for parameter in clip.parameters():
         parameter += 0.1 * torch.randn_like(parameter)
@@ -115,7 +129,8 @@ def make_clip(openai, layers=2, width=64, patch=16):
 
 
 def encoded_by_openai(openai, clip, texts, pixels):
-    """(text vectors, image vectors) as OpenAI's package computes them in float32 on a CPU, unit length."""
+    """(text vectors, image vectors) as OpenAI's package computes them in float32 on a CPU, unit
+    length."""
     rows = [[49406, *openai.tokenizer.encode(text), 49407] for text in texts]
     tokens = torch.tensor([row + [0] * (77 - len(row)) for row in rows])
     clip = openai.model.build_model(dict(clip.state_dict())).float()
@@ -128,7 +143,8 @@ def save_jit(clip, path):
         vars(clip).pop(name, None)
         clip.register_buffer(name, torch.tensor(number))
     clip.float()  # some operations are not there in half precision on a CPU
-    archive = torch.jit.trace(clip, (torch.zeros(1, 3, 64, 64), torch.zeros(1, 77, dtype=torch.long)), check_trace=False)
+    archive = torch.jit.trace(
+        clip, (torch.zeros(1, 3, 64, 64), torch.zeros(1, 77, dtype=torch.long)), check_trace=False)
     torch.jit.save(archive.half(), path)
 
 
@@ -141,7 +157,8 @@ def test_a_pt_file_encodes_as_openais_package_does(openai, beside, images, form)
         saved = torch.jit.load(path).state_dict()
         with pickles.torch_file(path) as (content, fetch):
             read = {name: fetch(entry) for name, entry in pickles.named_entries(content).items()}
-        assert read.keys() == saved.keys() and all(torch.equal(read[name], saved[name]) for name in saved)
+        assert read.keys() == saved.keys() and all(
+            torch.equal(read[name], saved[name]) for name in saved)
     else:
         torch.save(made.state_dict(), path)
     clip = Clip(str(path))
@@ -256,7 +273,8 @@ def test_a_pt_file_that_is_not_quite_a_clip_is_refused(openai, beside, change):
     weights = make_clip(openai).state_dict()
     change(weights)
     torch.save(weights, beside / "other.pt")
-    with pytest.raises(InputError, match="not quite a CLIP of OpenAI's .at .*(final_layer_norm|ln_pree).bias"):
+    with pytest.raises(InputError,
+                       match="not quite a CLIP of OpenAI's .at .*(final_layer_norm|ln_pree).bias"):
         Clip(str(beside / "other.pt"))
 
 
@@ -273,17 +291,20 @@ def test_a_pt_file_that_is_no_clip_is_refused(tmp_path, content):
         Clip(str(tmp_path / "other.pt"))
 
 
-# --------------------------------------------------------------------------------------------------- SigLIP
+# ------------------------------------------------------------------------------------------- SigLIP
 
 def siglip_tokenizer(folder):
-    """SigLIP's: sentencepiece, </s> is the padding, too. The tokenizer drops punctuation and case."""
+    """SigLIP's: sentencepiece, </s> is the padding, too. The tokenizer drops punctuation and
+    case."""
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 9), model_prefix=str(folder / "spiece"), vocab_size=60, hard_vocab_limit=False,
-        pad_id=-1, bos_id=-1, eos_id=1, unk_id=2, minloglevel=2)
-    return {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "pad_token": "</s>", "eos_token": "</s>",
-            "unk_token": "<unk>"}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 9), model_prefix=str(
+        folder / "spiece"), vocab_size=60, hard_vocab_limit=False, pad_id=-1, bos_id=-1, eos_id=1,
+                                             unk_id=2, minloglevel=2)
+    return {
+        "tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "pad_token": "</s>",
+        "eos_token": "</s>", "unk_token": "<unk>"
+    }
 
 
 def gemma_tokenizer(folder):
@@ -293,11 +314,15 @@ def gemma_tokenizer(folder):
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Replace("▁", " ")
-    tokenizer.train_from_iterator(TEXTS * 9, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.train_from_iterator(
+        TEXTS * 9, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>",
+                                                             special_tokens=[("<eos>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    return {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True, "padding_side": "right",
-            **{f"{token[1:-1]}_token": token for token in special}}
+    return {
+        "tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True,
+        "padding_side": "right", **{f"{token[1:-1]}_token": token for token in special}
+    }
 
 
 def features(encode, inputs):
@@ -310,61 +335,81 @@ def features(encode, inputs):
     pytest.param(gemma_tokenizer, SiglipConfig, SiglipModel, SiglipImageProcessorPil, id="SigLIP2"),
     pytest.param(gemma_tokenizer, Siglip2Config, Siglip2Model, Siglip2ImageProcessorPil, id="SigLIP2-NaFlex"),
 ])
-def test_siglip_encodes_as_its_own_processor_and_model_do(tmp_path, images, tokenizer, config, network, processor):
+def test_siglip_encodes_as_its_own_processor_and_model_do(tmp_path, images, tokenizer, config,
+                                                          network, processor):
     torch.manual_seed(0)
     size = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     flexible = network is Siglip2Model
-    vision = {"num_patches": 16, "patch_size": 16} if flexible else {"image_size": 32, "patch_size": 16}
+    vision = {"num_patches": 16, "patch_size": 16
+              } if flexible else {"image_size": 32, "patch_size": 16}
     ids = {"vocab_size": 100, "bos_token_id": 2, "eos_token_id": 1}
     network(config(text_config={**size, **ids, "hidden_size": 32, "projection_size": 48},
                    vision_config={**size, **vision, "hidden_size": 48})).save_pretrained(tmp_path)
-    patches = {"max_num_patches": 16} if flexible else {}  # NaFlex's processor cuts 256 if not told otherwise
+    patches = {"max_num_patches": 16} if flexible else {
+    }  # NaFlex's processor cuts 256 if not told otherwise
     processor(**(patches or {"size": {"height": 32, "width": 32}})).save_pretrained(tmp_path)
-    described = tokenizer(tmp_path) | {"processor_class": network.__name__.replace("Model", "Processor")}
+    described = tokenizer(tmp_path) | {
+        "processor_class": network.__name__.replace("Model", "Processor")
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
 
     clip = Clip(str(tmp_path))
-    plain, prepare = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
-    as_trained = dict(padding="max_length", max_length=64, truncation=True, return_attention_mask=False, return_tensors="pt")
-    texts = features(plain.get_text_features, [prepare(text=[text.lower()], **as_trained) for text in TEXTS])
-    pictures = features(plain.get_image_features, [prepare(images=[image], return_tensors="pt", **patches) for image in images])
+    plain, prepare = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(
+        tmp_path)
+    as_trained = dict(padding="max_length", max_length=64, truncation=True,
+                      return_attention_mask=False, return_tensors="pt")
+    texts = features(plain.get_text_features,
+                     [prepare(text=[text.lower()], **as_trained) for text in TEXTS])
+    pictures = features(
+        plain.get_image_features,
+        [prepare(images=[image], return_tensors="pt", **patches) for image in images])
     for batch_size in (1, 2, 128):
         close(clip.encode_texts(TEXTS, batch_size), texts)
     close(clip.encode_images(images), pictures)
     assert clip.dim == 48
 
 
-# --------------------------------------------------------------------------- the original's checkpoints
+# ----------------------------------------------------------------------- the original's checkpoints
 
 @pytest.fixture(scope="module")
 def lightning(checkpoint, tmp_path_factory):
     """A Lightning checkpoint with the parameters of the checkpoint fixture."""
     captioner, path = Captioner(BART), tmp_path_factory.mktemp("lightning") / "original.ckpt"
     load_checkpoint(checkpoint, captioner)
-    lightning_file(path, captioner, hyper_parameters={"topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "clip_model": "ViT-B/16"})
+    lightning_file(
+        path, captioner, hyper_parameters={
+            "topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "clip_model": "ViT-B/16"
+        })
     return path
 
 
 def beams(captioner):
-    return [[text for text, _ in candidates] for candidates in captioner.beam(captioner.tokenize(TABLES, 64))]
+    return [[text for text, _ in candidates]
+            for candidates in captioner.beam(captioner.tokenize(TABLES, 64))]
 
 
 def test_a_lightning_checkpoint_captions_as_ours_does(lightning, checkpoint, monkeypatch):
     ours, theirs = Captioner(BART, maxlen_dec=20), Captioner(BART, maxlen_dec=20)
     load_checkpoint(checkpoint, ours)
     read, plain = [], zipfile.ZipFile.read
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda archive, info: read.append(info.filename) or plain(archive, info))
+    monkeypatch.setattr(zipfile.ZipFile, "read",
+                        lambda archive, info: read.append(info.filename) or plain(archive, info))
     settings = load_checkpoint(lightning, theirs)
-    assert settings == checkpoint_settings(lightning) == {"topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "lm": None}
+    assert settings == checkpoint_settings(lightning) == {
+        "topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "lm": None
+    }
     wanted = load_file(checkpoint)
-    assert len([name for name in read if "/data/" in name]) == len(wanted)  # of the weights only those
-    for (name, mine), (_, other) in zip(ours.model.named_parameters(), theirs.model.named_parameters()):
+    assert len([name for name in read if "/data/" in name]) == len(
+        wanted)  # of the weights only those
+    for (name, mine), (_, other) in zip(ours.model.named_parameters(),
+                                        theirs.model.named_parameters()):
         assert torch.equal(mine, other), name
     assert beams(ours) == beams(theirs)
     assert trained_sha256(checkpoint, ours) == trained_sha256(lightning, theirs)
 
 
-def test_the_digest_of_what_was_trained_is_of_every_number_and_of_nothing_else(lightning, checkpoint, tmp_path):
+def test_the_digest_of_what_was_trained_is_of_every_number_and_of_nothing_else(
+        lightning, checkpoint, tmp_path):
     captioner = Captioner(BART)
     load_checkpoint(checkpoint, captioner)
     digest, tensors = trained_sha256(checkpoint, captioner), load_file(checkpoint)
@@ -386,7 +431,8 @@ def test_the_digest_of_what_was_trained_is_of_every_number_and_of_nothing_else(l
     ({"hyper_parameters": {"topk": "many", "maxlen_dec": -1}}, (10, 128, 32)),
     ({}, (10, 128, 32)),
 ])
-def test_what_a_lightning_checkpoint_does_not_say_is_the_originals_default(tmp_path, told, expected):
+def test_what_a_lightning_checkpoint_does_not_say_is_the_originals_default(
+        tmp_path, told, expected):
     torch.save({"state_dict": {}, **told}, tmp_path / "a.ckpt")
     settings = checkpoint_settings(tmp_path / "a.ckpt")
     assert (settings["topk"], settings["maxlen_enc"], settings["maxlen_dec"]) == expected
@@ -400,15 +446,18 @@ def test_what_a_lightning_checkpoint_does_not_say_is_the_originals_default(tmp_p
 def test_a_checkpoint_of_another_language_model_is_refused_and_changes_nothing(tmp_path, change):
     captioner = Captioner(BART)
     before = {name: tensor.clone() for name, tensor in captioner.model.state_dict().items()}
-    weights = {name: torch.zeros_like(tensor) for name, tensor in before.items() if is_layernorm(name)}
+    weights = {
+        name: torch.zeros_like(tensor) for name, tensor in before.items() if is_layernorm(name)
+    }
     change(weights)
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="does not fit the language model"):
         load_checkpoint(tmp_path / "a.ckpt", captioner)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in captioner.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in captioner.model.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------ hostile and damaged
+# ------------------------------------------------------------------------------ hostile and damaged
 
 class Hostile:
     """An object whose loading calls a function, as any pickle can."""
@@ -422,7 +471,8 @@ class Hostile:
 
 def refused_everywhere(path):
     captioner = Captioner(BART)
-    for read in (checkpoint_settings, lambda path: load_checkpoint(path, captioner), openai_clip.read_openai_clip):
+    for read in (checkpoint_settings, lambda path: load_checkpoint(path, captioner),
+                 openai_clip.read_openai_clip):
         with pytest.raises(InputError, match=path.name) as refused:
             read(path)
         assert "\n" not in str(refused.value)
@@ -432,9 +482,12 @@ def refused_everywhere(path):
 @pytest.mark.parametrize("call", ["system", "open", "exec"])
 def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, call):
     marker = tmp_path / "marker"
-    hostile = {"system": Hostile(os.system, f"touch {marker}"), "open": Hostile(open, str(marker), "w"),
-               "exec": Hostile(exec, f"open({str(marker)!r}, 'w')")}[call]
-    lightning_file(tmp_path / "a.ckpt", Captioner(BART), hyper_parameters={"topk": 10, "note": hostile})
+    hostile = {
+        "system": Hostile(os.system, f"touch {marker}"), "open": Hostile(open, str(marker), "w"),
+        "exec": Hostile(exec, f"open({str(marker)!r}, 'w')")
+    }[call]
+    lightning_file(tmp_path / "a.ckpt", Captioner(BART),
+                   hyper_parameters={"topk": 10, "note": hostile})
     assert call in refused_everywhere(tmp_path / "a.ckpt")
     assert not marker.exists()
     with pytest.MonkeyPatch.context() as patch:  # the file is as hostile as it should be
@@ -447,8 +500,11 @@ def global_(name):
     return b"c" + name.encode().replace(b" ", b"\n") + b"\n"
 
 
-ATTRIBUTE = b"N}X\x01\0\0\0a" + global_("pathlib Path") + b"s\x86b."  # sets .a of what stands before it
-PICKLES = {  # as bytes, since no object of Python's is pickled so; most of them would change what later files are read with
+ATTRIBUTE = b"N}X\x01\0\0\0a" + global_(
+    "pathlib Path") + b"s\x86b."  # sets .a of what stands before it
+# as bytes, since no object of Python's is pickled so; most of them would change what later files
+# are read with
+PICKLES = {
     "attribute of a stand-in class": global_("pathlib Path") + ATTRIBUTE,
     "attribute of a function": global_("torch._utils _rebuild_tensor_v2") + ATTRIBUTE,
     "dotted name": b"\x80\x04\x8c\x02os\x8c\x0bpath.os.system\x93\x8c\x04true\x85R.",
@@ -464,11 +520,13 @@ PICKLES = {  # as bytes, since no object of Python's is pickled so; most of them
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_no_pickle_reaches_anything(tmp_path, name):
-    before = dict(vars(pickles.StandIn)), dict(vars(pickles.Reader)), dict(vars(pickles.Reader.tensor))
+    before = dict(vars(pickles.StandIn)), dict(vars(pickles.Reader)), dict(
+        vars(pickles.Reader.tensor))
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", PICKLES[name])
     refused_everywhere(tmp_path / "a.ckpt")
-    assert (dict(vars(pickles.StandIn)), dict(vars(pickles.Reader)), dict(vars(pickles.Reader.tensor))) == before
+    assert (dict(vars(pickles.StandIn)), dict(vars(
+        pickles.Reader)), dict(vars(pickles.Reader.tensor))) == before
 
 
 def entry(key="0", dtype=torch.float32, offset=0, shape=(4,), stride=(1,)):
@@ -496,7 +554,8 @@ def test_a_tensor_is_described_by_few_small_numbers(offset, shape, stride):
 
 
 def compressed(path, data):
-    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(path.with_suffix(".new"), "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(path.with_suffix(".new"), "w",
+                                                         zipfile.ZIP_DEFLATED) as archive:
         for name in plain.namelist():
             archive.writestr(name, plain.read(name))
     path.with_suffix(".new").rename(path)
@@ -511,7 +570,10 @@ def compressed(path, data):
     lambda path, data: zipfile.ZipFile(path, "w").close(),
     lambda path, data: torch.save({"state_dict": {}}, path, _use_new_zipfile_serialization=False),
     compressed,
-], ids=["half", "four bytes", "empty", "garbage", "hole", "no pickle", "older than PyTorch 1.6", "compressed"])
+], ids=["half", "four "
+                "bytes", "empty", "garbage", "hole", "no "
+                                                     "pickle", "older than PyTorch "
+                                                               "1.6", "compressed"])
 def test_a_damaged_file_is_refused(tmp_path, damage):
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {"model.encoder.layer_norm.weight": torch.arange(100.0)}}, path)
@@ -528,14 +590,16 @@ def test_a_module_inside_itself_ends(tmp_path):
         openai_clip.read_openai_clip(tmp_path / "a.pt")
 
 
-# ------------------------------------------------------------------------------------------ the original's cache
+# ----------------------------------------------------------------------------- the original's cache
 
 @pytest.mark.parametrize("dtype, slack", [(np.float32, 1e-7), (np.float16, 1e-3)])
 def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
     rows = unit(torch.randn(3, 8, generator=torch.Generator().manual_seed(0))).numpy()
     np.save(tmp_path / "postcache.npy", rows.astype(dtype))
-    (tmp_path / "postcache.txt").write_text("a dog\ngeoff hinton\nfrisbee")  # the last line may lack its end
-    entries, embeddings = read_cache([tmp_path / "postcache.txt"], [tmp_path / "postcache.npy"], "ViT-B/16", 8)
+    (tmp_path / "postcache.txt").write_text(
+        "a dog\ngeoff hinton\nfrisbee")  # the last line may lack its end
+    entries, embeddings = read_cache([tmp_path / "postcache.txt"], [tmp_path / "postcache.npy"],
+                                     "ViT-B/16", 8)
     assert entries == ["a dog", "geoff hinton", "frisbee"] and embeddings[:].dtype == torch.float32
     torch.testing.assert_close(embeddings[:], torch.from_numpy(rows), atol=slack, rtol=0)
     assert "it is not checked" in capsys.readouterr().err
@@ -543,5 +607,7 @@ def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
 
 def test_a_folder_a_file_and_a_name_have_identities(tmp_path):
     (tmp_path / "ViT-B-32.pt").write_bytes(b"weights")
-    assert model.identity(str(tmp_path / "ViT-B-32.pt")) == f"ViT-B-32.pt@{hashlib.sha256(b'weights').hexdigest()[:12]}"
-    assert model.identity(CLIP).startswith("clip@") and model.identity("openai/clip") == "openai/clip"
+    assert model.identity(str(
+        tmp_path / "ViT-B-32.pt")) == f"ViT-B-32.pt@{hashlib.sha256(b'weights').hexdigest()[:12]}"
+    assert model.identity(CLIP).startswith("clip@") and model.identity(
+        "openai/clip") == "openai/clip"

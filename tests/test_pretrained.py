@@ -1,4 +1,5 @@
-"""Models by name, from a hub on 127.0.0.1 and an empty cache: what is fetched, how often, and what becomes of each fault."""
+"""Models by name, from a hub on 127.0.0.1 and an empty cache: what is fetched, how often, and what
+becomes of each fault."""
 
 import errno
 import json
@@ -55,26 +56,33 @@ def hub(served, tmp_path, monkeypatch):
 
 
 def point_to(monkeypatch, url, home):
-    for name, value in {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
-                        "HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": False}.items():
+    for name, value in {
+            "ENDPOINT": url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": False
+    }.items():
         monkeypatch.setattr(constants, name, value)
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 def wanted(hub, name):
     return {file: hub.repositories[name][file] for file in NEEDED[name]}
 
 
-# ---------------------------------------------------------------------------------------- a newcomer's first runs
+# -------------------------------------------------------------------------- a newcomer's first runs
 
 def command(script, *arguments, **environment):
     """Runs a script as a person does. Returns what it printed."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    run = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, env={**kept, "OMP_NUM_THREADS": "1", **environment}, timeout=240)
+    run = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         env={**kept, "OMP_NUM_THREADS": "1", **environment}, timeout=240)
     assert run.returncode == 0, run.stdout
     return run.stdout
 
@@ -84,19 +92,26 @@ def test_every_script_runs_by_the_default_names_then_without_a_network(served, w
     served.hang = {"other"}  # a run that asked for more than it needs would not end
     cache = ("--textfile", tmp_path / "cache.txt", "--embfile", tmp_path / "cache.npy")
     results = tmp_path / "results"
-    runs = [
-        ("compute_cache", "--datadir", world, "--topk", "150", *cache),
-        ("trainer", "--datadir", world, *cache, "--savedir", tmp_path / "checkpoints", "--epochs", 1),
-        ("sampler", "--datadir", world, *cache, "--ckpt", tmp_path / "checkpoints/best.safetensors", "--savedir", results),
-        ("scorer", "--preds", results / "preds.txt", "--images", world / "val2017"),
-        ("stories", "--captions", results / "captions.json", "--savedir", tmp_path / "stories", "--max_tokens", 10)]
-    online = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "TQDM_POSITION": "-1"}  # bars without a terminal
+    runs = [("compute_cache", "--datadir", world, "--topk", "150", *cache),
+            ("trainer", "--datadir", world, *cache, "--savedir", tmp_path / "checkpoints",
+             "--epochs", 1),
+            ("sampler", "--datadir", world, *cache, "--ckpt",
+             tmp_path / "checkpoints/best.safetensors", "--savedir", results),
+            ("scorer", "--preds", results / "preds.txt", "--images", world / "val2017"),
+            ("stories", "--captions", results / "captions.json", "--savedir", tmp_path / "stories",
+             "--max_tokens", 10)]
+    online = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"),
+              "TQDM_POSITION": "-1"}  # bars without a terminal
     printed = [command(*run, **online) for run in runs]
-    assert all(served.fetched(name) == dict.fromkeys(files, 1) for name, files in NEEDED.items()), served.requests
+    assert all(served.fetched(name) == dict.fromkeys(files, 1)
+               for name, files in NEEDED.items()), served.requests
     assert not [request for request in served.requests if request[1] == "other"]
-    for name, said in ((B16, printed[0]), (BART_LARGE, printed[1]), (B32, printed[3]), (NEO, printed[4])):
-        line, = (line for line in said.splitlines() if line.startswith("fetching") and ("weights" in line or "MB" in line))
-        assert name in line and served.url in line and str(tmp_path / "home") in line and re.search(r"\d+\.\d MB in \d+ files", line)
+    for name, said in ((B16, printed[0]), (BART_LARGE, printed[1]), (B32, printed[3]),
+                       (NEO, printed[4])):
+        line, = (line for line in said.splitlines()
+                 if line.startswith("fetching") and ("weights" in line or "MB" in line))
+        assert name in line and served.url in line and str(tmp_path / "home") in line and re.search(
+            r"\d+\.\d MB in \d+ files", line)
     first = (results / "preds.txt").read_text()
     assert len(first.splitlines()) == VAL and "model.safetensors: 100%" in printed[0]
 
@@ -113,7 +128,8 @@ def test_every_script_runs_by_the_default_names_then_without_a_network(served, w
 
 
 def test_models_of_the_hub_compute_as_the_same_models_in_folders(hub):
-    texts, rows = ["a red dog", "two cats next to a house", "Snow"], [["a red dog", "grass"], ["two cats"]]
+    texts, rows = ["a red dog", "two cats next to a house", "Snow"], [["a red dog", "grass"],
+                                                                      ["two cats"]]
     folder = Clip(CLIP)
     for name in ("ViT-B/16", "ViT-B/32"):
         clip = Clip(name)
@@ -128,9 +144,12 @@ def test_models_of_the_hub_compute_as_the_same_models_in_folders(hub):
 @pytest.mark.parametrize("change", [
     lambda files: files.pop("tokenizer_config.json"),
     lambda files: [files.pop(name) for name in ("tokenizer.json", "tokenizer_config.json")],
-    lambda files: files.update({"model.safetensors.index.json": b"{}"}),  # whose shards are elsewhere
+    # whose shards are elsewhere
+    lambda files: files.update({"model.safetensors.index.json": b"{}"}),
     lambda files: files.update({"onnx/model.onnx": b"onnx", "coreml/model.safetensors": b"x", "model.fp16.safetensors": b"x"}),
-], ids=["no tokenizer_config.json", "vocab.json and merges.txt alone", "a lonely index", "more copies of the weights"])
+], ids=["no "
+        "tokenizer_config.json", "vocab.json and merges.txt "
+                                 "alone", "a lonely index", "more copies of the weights"])
 def test_repositories_of_other_forms_load(hub, change):
     hub.repositories[BART_LARGE] = bart_of_2020()
     change(hub.repositories[BART_LARGE])
@@ -139,7 +158,8 @@ def test_repositories_of_other_forms_load(hub, change):
             Captioner(BART_LARGE)
         return
     captioner = Captioner(BART_LARGE)
-    assert len(captioner.tokenizer) == 1100 and captioner.tokenize(["dog"], 9) == captioner.tokenize(["dog"], 9)
+    assert len(captioner.tokenizer) == 1100 and captioner.tokenize(
+        ["dog"], 9) == captioner.tokenize(["dog"], 9)
     hub.requests.clear()
     Captioner(BART_LARGE)
     assert hub.requests == []
@@ -148,17 +168,23 @@ def test_repositories_of_other_forms_load(hub, change):
 def test_siglip2_is_fetched_with_one_of_its_two_tokenizers(hub, tmp_path):
     torch.manual_seed(0)
     size = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    SiglipModel(SiglipConfig(
-        text_config={**size, "vocab_size": 100, "bos_token_id": 2, "eos_token_id": 1, "hidden_size": 32, "projection_size": 48},
-        vision_config={**size, "image_size": 32, "patch_size": 16, "hidden_size": 48})).save_pretrained(tmp_path)
+    SiglipModel(
+        SiglipConfig(
+            text_config={
+                **size, "vocab_size": 100, "bos_token_id": 2, "eos_token_id": 1, "hidden_size": 32,
+                "projection_size": 48
+            }, vision_config={**size, "image_size": 32, "patch_size": 16,
+                              "hidden_size": 48})).save_pretrained(tmp_path)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(gemma_tokenizer(tmp_path)))
     name = "google/siglip2-base-patch16-224"
     hub.repositories[name] = siglip2_of_2025(tmp_path)
     clip = Clip(name)
-    assert torch.equal(clip.encode_texts(["A red dog"]), Clip(str(tmp_path)).encode_texts(["A red dog"]))
-    assert hub.fetched(name) == dict.fromkeys(("config.json", "model.safetensors", "preprocessor_config.json", "special_tokens_map.json",
-                                               "tokenizer.json", "tokenizer_config.json"), 1)
+    assert torch.equal(clip.encode_texts(["A red dog"]),
+                       Clip(str(tmp_path)).encode_texts(["A red dog"]))
+    assert hub.fetched(name) == dict.fromkeys(
+        ("config.json", "model.safetensors", "preprocessor_config.json", "special_tokens_map.json",
+         "tokenizer.json", "tokenizer_config.json"), 1)
 
 
 def test_sharded_weights_are_fetched_whole(hub, tmp_path):
@@ -174,10 +200,11 @@ def test_sharded_weights_are_fetched_whole(hub, tmp_path):
 def test_a_tokenizer_is_fetched_without_its_weights(hub):
     tokenizer = load_tokenizer(B32, "tokenizer")
     assert len(tokenizer) == 1100
-    assert hub.fetched(B32) == dict.fromkeys(NEEDED[B32] - {"pytorch_model.bin", "preprocessor_config.json"}, 1)
+    assert hub.fetched(B32) == dict.fromkeys(
+        NEEDED[B32] - {"pytorch_model.bin", "preprocessor_config.json"}, 1)
 
 
-# ------------------------------------------------------------------------------------ killed, cut and half-filled
+# ---------------------------------------------------------------------- killed, cut and half-filled
 
 def only_fetch(name, url, home):
     with pytest.MonkeyPatch.context() as patch:
@@ -215,8 +242,10 @@ def test_a_file_that_is_lost_is_fetched_again_alone(hub, lost):
 
 
 # As transformers fetches them: one after the other, and it keeps no list of them.
-ORDER = ["config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-         "preprocessor_config.json"]
+ORDER = [
+    "config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "preprocessor_config.json"
+]
 
 
 @pytest.mark.parametrize("there", range(len(ORDER) + 1))
@@ -242,7 +271,9 @@ def test_half_of_the_shards_are_not_whole(tmp_path):
         (tmp_path / file).touch()
     assert not pretrained.whole(tmp_path, ("weights",))
     (tmp_path / "model-00002-of-00002.safetensors").touch()
-    assert pretrained.whole(tmp_path, ("weights",)) and not pretrained.whole(tmp_path, ("weights", "tokenizer"))
+    assert pretrained.whole(tmp_path,
+                            ("weights", )) and not pretrained.whole(tmp_path,
+                                                                    ("weights", "tokenizer"))
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     assert not pretrained.whole(tmp_path, ("weights",))  # an index alone
@@ -266,7 +297,8 @@ def test_what_another_program_left_whole_needs_no_network(hub, monkeypatch):
 
 
 def test_a_cut_download_goes_on_where_it_was(hub, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 20)  # in place of 10 MB, of which a part is lost with the cut
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE",
+                        1 << 20)  # in place of 10 MB, of which a part is lost with the cut
     size = len(hub.repositories[B32]["pytorch_model.bin"])
     hub.cut = {"pytorch_model.bin": size // 2}
     assert content(fetch(B32, "CLIP model", ALL)) == wanted(hub, B32)
@@ -275,7 +307,10 @@ def test_a_cut_download_goes_on_where_it_was(hub, monkeypatch):
 
 def test_two_processes_fetch_each_file_once(hub, tmp_path):
     hub.delay = 0.02
-    runs = [context.Process(target=only_fetch, args=(B32, hub.url, str(tmp_path / "home"))) for _ in range(2)]
+    runs = [
+        context.Process(target=only_fetch, args=(B32, hub.url, str(tmp_path / "home")))
+        for _ in range(2)
+    ]
     for run in runs:
         run.start()
     for run in runs:
@@ -293,13 +328,14 @@ def test_a_newer_version_on_the_hub_does_not_disturb_the_one_that_is_here(hub):
     assert content(fetch(BART_LARGE, "language model", ALL)) == before and hub.requests == []
 
 
-# ------------------------------------------------------------------------------------------- each cause, a sentence
+# --------------------------------------------------------------------------- each cause, a sentence
 
 def refusal(name=B32, parts=ALL):
     with pytest.raises(InputError) as caught:
         fetch(name, "CLIP model", parts)
     text = str(caught.value)
-    assert name in text and "\n" not in text and text.startswith(("the CLIP model", "there is no folder"))
+    assert name in text and "\n" not in text and text.startswith(
+        ("the CLIP model", "there is no folder"))
     return text
 
 
@@ -326,11 +362,17 @@ def test_a_path_that_is_not_there_is_no_name(hub, name):
 
 def test_a_gated_repository(hub):
     hub.gated = {B32}
-    assert re.search(r"is gated; accept its terms at http://.*/openai/clip-vit-base-patch32 and log in", refusal())
+    assert re.search(
+        r"is gated; accept its terms at http://.*/openai/clip-vit-base-patch32 and log in",
+        refusal())
 
 
 @pytest.mark.parametrize("status, said", [
-    (401, "with this login"), (403, "with this login"), (429, "is busy"), (500, "does not work at present"), (502, "does not work"),
+    (401, "with this "
+          "login"), (403, "with this "
+                          "login"), (429, "is "
+                                          "busy"), (500, "does not work at "
+                                                         "present"), (502, "does not work"),
     (503, "does not work"), (418, "refused the request"),
 ])
 def test_a_status_of_the_hub(hub, status, said):
@@ -380,9 +422,11 @@ def test_offline_mode(hub, monkeypatch, fill):
 
 
 def test_a_disk_with_too_little_room_is_told_before(hub, monkeypatch):
-    monkeypatch.setattr(pretrained.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_500))
+    monkeypatch.setattr(pretrained.shutil, "disk_usage",
+                        lambda _: shutil._ntuple_diskusage(10, 9, 1_500))
     text = refusal()
-    assert re.search(r"needs 16\.\d MB in .* but 1\.5 kB are free there; HF_HOME", text) and hub.fetched(B32) == {}
+    assert re.search(r"needs 16\.\d MB in .* but 1\.5 kB are free there; HF_HOME",
+                     text) and hub.fetched(B32) == {}
 
 
 def test_a_disk_that_fills_up(hub, monkeypatch):
@@ -396,7 +440,8 @@ def test_a_disk_that_fills_up(hub, monkeypatch):
 def test_a_folder_that_may_not_be_written(hub, monkeypatch, tmp_path):
     (tmp_path / "file").touch()  # root may write to any folder, but not below a file
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    assert re.search(r"could not be kept in .*file/hub \(Not a directory\); make it writable", refusal())
+    assert re.search(r"could not be kept in .*file/hub \(Not a directory\); make it writable",
+                     refusal())
 
 
 def test_a_repository_without_weights_of_pytorch(hub):
@@ -417,7 +462,10 @@ def test_a_file_that_is_no_model(tmp_path, name, data):
 
 def test_damaged_files_of_the_hub_are_told_with_their_folder(hub):
     hub.repositories[B32] = hub.repositories[B32] | {"config.json": b"{"}
-    with pytest.raises(InputError, match=r"could not be loaded from .*snapshots.*, which a rerun fetches anew once it is deleted"):
+    with pytest.raises(
+            InputError, match=
+            r"could not be loaded from .*snapshots.*, which a rerun fetches anew once it is deleted"
+    ):
         Clip(B32)
 
 
@@ -425,5 +473,7 @@ def test_a_model_of_another_kind(hub):
     with pytest.raises(InputError, match="could not be loaded"):
         Captioner(B32)
     with pytest.raises(InputError, match="it is no CLIP"):
-        hub.repositories["me/bart"] = bart_of_2020() | {"preprocessor_config.json": hub.repositories[B32]["preprocessor_config.json"]}
+        hub.repositories["me/bart"] = bart_of_2020() | {
+            "preprocessor_config.json": hub.repositories[B32]["preprocessor_config.json"]
+        }
         Clip("me/bart")

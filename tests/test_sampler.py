@@ -16,8 +16,8 @@ from snowglobe import scenes
 
 
 def sample(script, cache, savedir, *more, textfiles=(), embfiles=()):
-    run = script("sampler", "--textfile", cache.textfile, *textfiles, "--embfile", cache.embfile, *embfiles, "--savedir", savedir,
-                 "--clip_model", CLIP, "--lm", BART, *more)
+    run = script("sampler", "--textfile", cache.textfile, *textfiles, "--embfile", cache.embfile,
+                 *embfiles, "--savedir", savedir, "--clip_model", CLIP, "--lm", BART, *more)
     assert run.code == 0, run.err
     with open(savedir / "details.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -27,17 +27,23 @@ def test_results_come_in_all_forms_and_agree(script, world, cache, checkpoint, t
     records = sample(script, cache, tmp_path, "--datadir", world, "--ckpt", checkpoint)
     pictures = read_coco(world, "val2017")
     assert [r["image_id"] for r in records] == [p.id for p in pictures]
-    assert json.loads((tmp_path / "captions.json").read_text()) == [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]
+    assert json.loads((tmp_path / "captions.json").read_text()) == [
+        {"image_id": r["image_id"], "caption": r["caption"]} for r in records
+    ]
     assert (tmp_path / "preds.txt").read_text().splitlines() == [r["caption"] for r in records]
     for i in range(5):
-        assert (tmp_path / f"ref{i}.txt").read_text().splitlines() == [p.captions[i] for p in pictures]
+        assert (tmp_path / f"ref{i}.txt").read_text().splitlines() == [
+            p.captions[i] for p in pictures
+        ]
     page = (tmp_path / "gallery.html").read_text()
     assert page.count('<div class="card">') == len(records)
 
 
 def test_the_evidence_is_the_truth(script, world, cache, checkpoint, tmp_path):
-    """Entries and candidates carry CLIP's own cosines, best first, and the best candidate is the caption."""
-    records, clip = sample(script, cache, tmp_path, "--datadir", world, "--ckpt", checkpoint), Clip(CLIP)
+    """Entries and candidates carry CLIP's own cosines, best first, and the best candidate is the
+    caption."""
+    records, clip = sample(script, cache, tmp_path, "--datadir", world, "--ckpt",
+                           checkpoint), Clip(CLIP)
     lines = open(cache.textfile, encoding="utf-8").read().splitlines()
     for record in records[:3]:
         image = clip.encode_images([read_image(record["file"])])[0]
@@ -51,7 +57,8 @@ def test_the_evidence_is_the_truth(script, world, cache, checkpoint, tmp_path):
         assert record["caption"] == texts[0] and record["score"] == cosines[0]
 
 
-def test_samples_of_an_image_do_not_depend_on_its_batch_or_neighbours(script, world, cache, checkpoint, tmp_path):
+def test_samples_of_an_image_do_not_depend_on_its_batch_or_neighbours(script, world, cache,
+                                                                      checkpoint, tmp_path):
     how = ("--ckpt", checkpoint, "--do_sample", "--num_return_sequences", "8", "--top_p", "0.9")
     paths = [str(p.path) for p in read_coco(world, "val2017")[:4]]
     together = sample(script, cache, tmp_path / "a", "--images", *paths, *how)
@@ -62,7 +69,8 @@ def test_samples_of_an_image_do_not_depend_on_its_batch_or_neighbours(script, wo
     assert [c[0] for c in together[2]["candidates"]] == [c[0] for c in alone[0]["candidates"]]
 
 
-def test_images_need_no_captions_and_are_named_by_their_path(script, world, cache, checkpoint, tmp_path):
+def test_images_need_no_captions_and_are_named_by_their_path(script, world, cache, checkpoint,
+                                                             tmp_path):
     folder = world / "near"
     records = sample(script, cache, tmp_path, "--images", folder, "--ckpt", checkpoint)
     assert [r["image_id"] for r in records] == sorted(str(p) for p in folder.glob("*.png"))
@@ -74,15 +82,18 @@ def test_without_a_checkpoint_the_model_writes_as_pretrained(script, world, cach
     assert all(len(r["table"]) == 6 for r in records)
 
 
-def test_a_word_beside_the_cache_is_offered_where_it_fits(script, world, cache, checkpoint, tmp_path):
-    """The promise: a line of text makes a thing nameable, with no training; the rest of the table stays in order."""
+def test_a_word_beside_the_cache_is_offered_where_it_fits(script, world, cache, checkpoint,
+                                                          tmp_path):
+    """The promise: a line of text makes a thing nameable, with no training; the rest of the table
+    stays in order."""
     (tmp_path / "words.txt").write_text("penguin\n")
-    made = script("compute_cache", "--entries", tmp_path / "words.txt", "--textfile", tmp_path / "w.txt", "--embfile", tmp_path / "w.npy",
-                  "--clip_model", CLIP)
+    made = script("compute_cache", "--entries", tmp_path / "words.txt", "--textfile",
+                  tmp_path / "w.txt", "--embfile", tmp_path / "w.npy", "--clip_model", CLIP)
     assert made.code == 0, made.err
-    before = sample(script, cache, tmp_path / "a", "--datadir", world, "--split", "out", "--ckpt", checkpoint)
-    after = sample(script, cache, tmp_path / "b", "--datadir", world, "--split", "out", "--ckpt", checkpoint,
-                   textfiles=[tmp_path / "w.txt"], embfiles=[tmp_path / "w.npy"])
+    before = sample(script, cache, tmp_path / "a", "--datadir", world, "--split", "out", "--ckpt",
+                    checkpoint)
+    after = sample(script, cache, tmp_path / "b", "--datadir", world, "--split", "out", "--ckpt",
+                   checkpoint, textfiles=[tmp_path / "w.txt"], embfiles=[tmp_path / "w.npy"])
     described = json.loads((world / "annotations" / "scenes_out.json").read_text())
     for scene, b, a in zip(described, before, after):
         offered = [entry for entry, _ in a["table"]]
@@ -91,27 +102,35 @@ def test_a_word_beside_the_cache_is_offered_where_it_fits(script, world, cache, 
         assert rest == [entry for entry, _ in b["table"]][:len(rest)]
 
 
-def test_only_and_ban_keep_words_out_of_tables_and_captions(script, world, cache, checkpoint, tmp_path):
+def test_only_and_ban_keep_words_out_of_tables_and_captions(script, world, cache, checkpoint,
+                                                            tmp_path):
     plain = sample(script, cache, tmp_path / "a", "--datadir", world, "--ckpt", checkpoint)
     word = next(w for w in plain[0]["caption"].split() if w not in scenes.FUNCTION_WORDS)
     (tmp_path / "ban.txt").write_text(f"{word.upper()}\n")
-    banned = sample(script, cache, tmp_path / "b", "--datadir", world, "--ckpt", checkpoint, "--ban", tmp_path / "ban.txt")
+    banned = sample(script, cache, tmp_path / "b", "--datadir", world, "--ckpt", checkpoint,
+                    "--ban", tmp_path / "ban.txt")
     for record in banned:
-        for text in [entry for entry, _ in record["table"]] + [text for text, _, _ in record["candidates"]]:
+        for text in [entry for entry, _ in record["table"]
+                     ] + [text for text, _, _ in record["candidates"]]:
             assert word not in re.findall(r"\w+", text.lower())
     entries = [entry for entry, _ in plain[0]["table"]][:5]
     (tmp_path / "only.txt").write_text("\n".join(entries))
-    for record in sample(script, cache, tmp_path / "c", "--datadir", world, "--ckpt", checkpoint, "--only", tmp_path / "only.txt"):
+    for record in sample(script, cache, tmp_path / "c", "--datadir", world, "--ckpt", checkpoint,
+                         "--only", tmp_path / "only.txt"):
         assert {entry for entry, _ in record["table"]} == set(entries)
 
 
-def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(Captioner, "beam", lambda self, tables, *_: [[("a dog", -1.0)], [("a dog", -1.0), ("a cat", -2.0)]])
+def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, cache, tmp_path,
+                                                               monkeypatch):
+    monkeypatch.setattr(
+        Captioner, "beam",
+        lambda self, tables, *_: [[("a dog", -1.0)], [("a dog", -1.0), ("a cat", -2.0)]])
     monkeypatch.setattr(Captioner, "sample", lambda *_, **__: [("Dog, dog", -1.0, 100)])
     (tmp_path / "ban.txt").write_text("dog\n")
-    run = script("sampler", "--images", *sorted((world / "out").glob("*.png"))[:2], "--textfile", cache.textfile, "--embfile", cache.embfile,
-                 "--savedir", tmp_path / "r", "--clip_model", CLIP, "--lm", BART, "--ckpt", "none",
-                 "--ban", tmp_path / "ban.txt")
+    run = script("sampler", "--images",
+                 *sorted((world / "out").glob("*.png"))[:2], "--textfile", cache.textfile,
+                 "--embfile", cache.embfile, "--savedir", tmp_path / "r", "--clip_model", CLIP,
+                 "--lm", BART, "--ckpt", "none", "--ban", tmp_path / "ban.txt")
     assert run.code == 0 and "1 images have an empty caption" in run.err
     assert (tmp_path / "r" / "preds.txt").read_text() == "\na cat\n"
 
@@ -120,27 +139,31 @@ def test_sidecars_and_csv_hold_the_captions(script, world, cache, checkpoint, tm
     folder = shutil.copytree(world / "near", tmp_path / "photos")
     how = ("--images", folder, "--ckpt", checkpoint, "--sidecar")
     records = sample(script, cache, tmp_path / "r", *how, "--csv")
-    assert all(Path(r["file"]).with_suffix(".txt").read_text() == r["caption"] + "\n" for r in records)
+    assert all(
+        Path(r["file"]).with_suffix(".txt").read_text() == r["caption"] + "\n" for r in records)
     with open(tmp_path / "r" / "captions.csv", newline="") as file:
-        assert [(r["file"], r["caption"]) for r in csv.DictReader(file)] == [(r["file"], r["caption"]) for r in records]
+        assert [(r["file"], r["caption"])
+                for r in csv.DictReader(file)] == [(r["file"], r["caption"]) for r in records]
     mine = folder / f"{Path(records[0]['file']).stem}.txt"
     mine.write_text("written by hand")
-    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "s", "--clip_model", CLIP,
-                 "--lm", BART, *how)
+    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
+                 tmp_path / "s", "--clip_model", CLIP, "--lm", BART, *how)
     assert run.code == 2 and "--overwrite" in run.err and mine.read_text() == "written by hand"
     sample(script, cache, tmp_path / "t", *how, "--overwrite")
     assert mine.read_text() == records[0]["caption"] + "\n"
     shutil.copy(records[0]["file"], folder / f"{mine.stem}.webp")
-    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "u", "--clip_model", CLIP,
-                 "--lm", BART, *how, "--overwrite")
+    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
+                 tmp_path / "u", "--clip_model", CLIP, "--lm", BART, *how, "--overwrite")
     assert run.code == 2 and str(mine) in run.err
 
 
 @pytest.mark.parametrize("how", [(), ("--do_sample", "--num_return_sequences", "5")])
-def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, checkpoint, tmp_path, monkeypatch, how):
+def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, checkpoint,
+                                                                tmp_path, monkeypatch, how):
     how = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3", *how)
     sample(script, cache, tmp_path / "whole", *how)
-    arguments = ("--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "cut", "--clip_model", CLIP, "--lm", BART)
+    arguments = ("--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
+                 tmp_path / "cut", "--clip_model", CLIP, "--lm", BART)
     seen = []
 
     def stops(clip, features, candidates):
@@ -163,13 +186,15 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, c
     assert not list((tmp_path / "cut").glob("*.part"))
 
 
-def test_a_stopped_run_of_other_settings_is_not_gone_on_with(script, world, cache, checkpoint, tmp_path, monkeypatch):
+def test_a_stopped_run_of_other_settings_is_not_gone_on_with(script, world, cache, checkpoint,
+                                                             tmp_path, monkeypatch):
     how = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3")
     calls = []
-    monkeypatch.setattr("model.rescore", lambda *a: calls.append(1) or (rescore(*a) if len(calls) < 3 else [].pop()))
+    monkeypatch.setattr("model.rescore",
+                        lambda *a: calls.append(1) or (rescore(*a) if len(calls) < 3 else [].pop()))
     with pytest.raises(IndexError):
-        script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path, "--clip_model", CLIP,
-               "--lm", BART, *how)
+        script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
+               tmp_path, "--clip_model", CLIP, "--lm", BART, *how)
     monkeypatch.setattr("model.rescore", rescore)
     records = sample(script, cache, tmp_path, *how, "--topk", "6")
     assert all(len(r["table"]) == 6 for r in records) and not list(tmp_path.glob("*.part"))
@@ -179,6 +204,9 @@ def test_the_weight_of_the_likelihood_moves_the_choice(script, world, cache, che
     how = ("--datadir", world, "--ckpt", checkpoint)
     for weight in (0, 0.5, 1e6):
         for record in sample(script, cache, tmp_path / str(weight), *how, "--lm_weight", weight):
-            scores = [cosine + weight * likelihood for _, cosine, likelihood in record["candidates"]]
+            scores = [
+                cosine + weight * likelihood for _, cosine, likelihood in record["candidates"]
+            ]
             assert scores == sorted(scores, reverse=True)
-            assert record["caption"] == record["candidates"][0][0] and record["score"] == record["candidates"][0][1]
+            assert record["caption"] == record["candidates"][0][0] and record["score"] == record[
+                "candidates"][0][1]

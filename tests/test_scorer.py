@@ -1,4 +1,5 @@
-"""Scores: against published values, against the formulas, in both forms; what is missing is named and the rest still comes."""
+"""Scores: against published values, against the formulas, in both forms; what is missing is named
+and the rest still comes."""
 
 import json
 import re
@@ -20,14 +21,22 @@ from antarctic.images import read_image
 from model import Clip
 
 # The example of https://github.com/jmhessel/clipscore, and the scores that its README gives to it.
-GOOD = ["an orange cat and a grey cat are lying together.",
-        "a black dog wearing headphones looks at the camera as an orange cat walks in the background."]
+GOOD = [
+    "an orange cat and a grey cat are lying together.",
+    "a black dog wearing headphones looks at the camera as an orange cat walks in the background."
+]
 BAD = ["a calico cat and a white cat are lying together.",
        "a black dog wearing a hat looks at the camera as a tabby walks in the background."]
-REFERENCES = [["two cats are sleeping next to each other.", "a grey cat is cuddling with an orange cat on a blanket.",
-               "the orange cat is happy that the black cat is close to it."],
-              ["a dog is wearing ear muffs as it lies on a carpet.",
-               "a black dog and an orange cat are looking at the photographer.", "headphones are placed on a dogs ears."]]
+REFERENCES = [[
+    "two cats are sleeping next to each other.",
+    "a grey cat is cuddling with an orange cat on a blanket.",
+    "the orange cat is happy that the black cat is close to it."
+],
+              [
+                  "a dog is wearing ear muffs as it lies on a carpet.",
+                  "a black dog and an orange cat are looking at the photographer.",
+                  "headphones are placed on a dogs ears."
+              ]]
 PUBLISHED = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
 GOOD_SCORES = dict(zip(PUBLISHED, (0.6667, 0.4899, 0.3469, 0, 0.3444, 0.4280, 0.5637)))
 BAD_SCORES = dict(zip(PUBLISHED, (0.4815, 0.2404, 0.1359, 0, 0.1861, 0.3121, 0.2790)))
@@ -53,11 +62,16 @@ def lines(folder, captions, references=()):
 
 
 def coco(folder, captions, references):
-    """The arguments of COCO's form: image i has the id 10 i; one more image is annotated and has no caption."""
+    """The arguments of COCO's form: image i has the id 10 i; one more image is annotated and has no
+    caption."""
     ids, all_told = [10 * i for i in range(len(references))], [*references, ["a bus"]]
-    (folder / "captions.json").write_text(json.dumps([{"image_id": i, "caption": text} for i, text in zip(ids, captions)]))
-    data = {"images": [{"id": i, "file_name": f"{i}.png"} for i in (*ids, 7)],
-            "annotations": [{"image_id": i, "caption": text} for i, told in zip((*ids, 7), all_told) for text in told]}
+    (folder / "captions.json").write_text(
+        json.dumps([{"image_id": i, "caption": text} for i, text in zip(ids, captions)]))
+    data = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in (*ids, 7)],
+        "annotations": [{"image_id": i, "caption": text} for i, told in zip((*ids, 7), all_told)
+                        for text in told]
+    }
     (folder / "told.json").write_text(json.dumps(data))
     return ["--results", folder / "captions.json", "--annotations", folder / "told.json"]
 
@@ -69,13 +83,15 @@ def score(script, folder, *arguments):
     return json.loads((folder / "scores.json").read_text()), result.out
 
 
-# ---------------------------------------------------------------------------------- against what is known
+# ---------------------------------------------------------------------------- against what is known
 
 @pytest.mark.parametrize("form", [lines, coco])
-@pytest.mark.parametrize("captions, published", [(GOOD, GOOD_SCORES), (BAD, BAD_SCORES)], ids=["good", "bad"])
+@pytest.mark.parametrize("captions, "
+                         "published", [(GOOD, GOOD_SCORES), (BAD, BAD_SCORES)], ids=["good", "bad"])
 def test_published_values_come_without_java(script, no_java, tmp_path, form, captions, published):
     report, _ = score(script, tmp_path, *form(tmp_path, captions, REFERENCES))
-    assert report["tokenizer"] == "treebank" and report["captions"] == 2 and report["references"] == 6
+    assert report["tokenizer"] == "treebank" and report["captions"] == 2 and report[
+        "references"] == 6
     for name in set(PUBLISHED) - {"METEOR"}:
         assert report["scores"][name] == pytest.approx(published[name], abs=5e-5), name
     assert report["left_out"]["METEOR"] == report["left_out"]["SPICE"] == "there is no Java here"
@@ -107,8 +123,12 @@ def test_javas_tokens_are_those_of_pycocoevalcaps_wrapper():
     assert scorer.tokenize(texts, "ptb") == [wrapped[i][0] for i in range(len(texts))]
 
 
-def test_a_caption_equal_to_its_reference_scores_all_and_an_unrelated_one_nothing(script, no_java, tmp_path):
-    told = ["a red dog sleeps on the beach", "two whales swim under an old boat", "snow falls over some quiet mushrooms"]
+def test_a_caption_equal_to_its_reference_scores_all_and_an_unrelated_one_nothing(
+        script, no_java, tmp_path):
+    told = [
+        "a red dog sleeps on the beach", "two whales swim under an old boat",
+        "snow falls over some quiet mushrooms"
+    ]
     references = [[text] for text in told]
     equal, _ = score(script, tmp_path, *lines(tmp_path, told, references))
     for name, most in {"BLEU-1": 1, "BLEU-4": 1, "ROUGE-L": 1, "CIDEr-D": 10}.items():
@@ -118,40 +138,53 @@ def test_a_caption_equal_to_its_reference_scores_all_and_an_unrelated_one_nothin
         assert other["scores"][name] == pytest.approx(0, abs=1e-6), name
 
 
-def test_words_are_novel_where_no_training_caption_has_them_each_time_they_are_written(script, no_java, tmp_path):
+def test_words_are_novel_where_no_training_caption_has_them_each_time_they_are_written(
+        script, no_java, tmp_path):
     captions = ["A penguin, a penguin!", "a dog", "A dog."]  # 8 words
     write_lines(tmp_path / "train.txt", ["The dog", "A cat"])
     images = [{"id": 1, "file_name": "1.jpg"}]
-    (tmp_path / "train.json").write_text(json.dumps(
-        {"images": images, "annotations": [{"image_id": 1, "caption": text} for text in ("The dog", "A cat")]}))
+    (tmp_path / "train.json").write_text(
+        json.dumps({
+            "images": images,
+            "annotations": [{"image_id": 1, "caption": text} for text in ("The dog", "A cat")]
+        }))
     arguments = lines(tmp_path, captions, [["a dog"]] * 3)
     for name in ("train.txt", "train.json"):
         report, _ = score(script, tmp_path, *arguments, "--train_captions", tmp_path / name)
         assert report["novel_words"] == {"penguin": 2} and report["scores"]["novel words"] == 2 / 8
     assert report["scores"]["distinct captions"] == 2 / 3  # case and punctuation make no difference
     assert report["scores"]["mean length"] == 8 / 3
-    assert score(script, tmp_path, *arguments)[0]["left_out"]["novel words"] == "no --train_captions"
+    assert score(script, tmp_path,
+                 *arguments)[0]["left_out"]["novel words"] == "no --train_captions"
 
 
-# ------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
-    """Four images in the plane, by hand: the caption fits both, the references alone, the image alone, and none."""
-    vectors = {"near": (0.6, 0.8), "far": (-0.6, 0.8), "told": (0.8, 0.6), "back": (-0.6, -0.8), "left": (-1.0, 0.0)}
+    """Four images in the plane, by hand: the caption fits both, the references alone, the image
+    alone, and none."""
+    vectors = {
+        "near": (0.6, 0.8), "far": (-0.6, 0.8), "told": (0.8, 0.6), "back": (-0.6, -0.8),
+        "left": (-1.0, 0.0)
+    }
 
     class Plane:
         def encode_texts(self, texts, *_):
             assert all(text.startswith("A photo depicts ") for text in texts)
             return torch.tensor([vectors[text.split()[-1]] for text in texts])
 
-    monkeypatch.setattr("antarctic.features.image_features", lambda clip, pictures, *_: (torch.tensor([(1.0, 0.0)] * 4), pictures, []))
-    captions, references = ["near", "far", "near", "far"], [["back", "told"], ["far"], ["back"], ["told", "back"]]
-    one = 2 * 1.5 * 0.96 / (1.5 + 0.96)  # cosines .6 with the image and .48 + .48 with the better reference
+    monkeypatch.setattr("antarctic.features.image_features", lambda clip, pictures, *_:
+                        (torch.tensor([(1.0, 0.0)] * 4), pictures, []))
+    captions, references = ["near", "far", "near", "far"], [["back", "told"], ["far"], ["back"],
+                                                            ["told", "back"]]
+    one = 2 * 1.5 * 0.96 / (1.5 + 0.96
+                            )  # cosines .6 with the image and .48 + .48 with the better reference
     found, read = scorer.clip_scores(Plane(), captions, references, [None] * 4, tmp_path, 3)
     assert read == 4
     assert found["CLIPScore"] == pytest.approx(2.5 * (0.6 + 0 + 0.6 + 0) / 4)
     assert found["RefCLIPScore"] == pytest.approx(one / 4)
-    both_zero, _ = scorer.clip_scores(Plane(), ["left"] * 4, [["told"]] * 4, [None] * 4, tmp_path, 3)
+    both_zero, _ = scorer.clip_scores(Plane(), ["left"] * 4, [["told"]] * 4, [None] * 4, tmp_path,
+                                      3)
     assert both_zero == {"CLIPScore": 0, "RefCLIPScore": 0}
 
 
@@ -159,40 +192,48 @@ def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
 def sampled(script, world, cache, checkpoint, tmp_path_factory):
     """A folder of sampler.py's results on val2017."""
     folder = tmp_path_factory.mktemp("sampled")
-    result = script("sampler", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", folder,
-                    "--ckpt", checkpoint, "--clip_model", CLIP, "--lm", BART)
+    result = script("sampler", "--datadir", world, "--textfile", cache.textfile, "--embfile",
+                    cache.embfile, "--savedir", folder, "--ckpt", checkpoint, "--clip_model", CLIP,
+                    "--lm", BART)
     assert result.code == 0, result.err
     return folder
 
 
 def test_what_the_sampler_wrote_is_scored_in_both_forms(script, world, sampled, no_java):
-    captions, train = (world / "annotations" / f"captions_{split}.json" for split in ("val2017", "train2017"))
+    captions, train = (world / "annotations" / f"captions_{split}.json"
+                       for split in ("val2017", "train2017"))
     more = ("--images", world / "val2017", "--clip_model", CLIP, "--train_captions", train)
     before = set(sampled.iterdir())
     a = script("scorer", "--results", sampled / "captions.json", "--annotations", captions, *more)
     assert a.code == 0, a.err
     report = json.loads((sampled / "scores.json").read_text())
-    assert set(sampled.iterdir()) - before == {sampled / "scores.json"}, "the sampler's image features were not found again"
-    b = script("scorer", "--preds", sampled / "preds.txt", "--refs", *sorted(sampled.glob("ref*.txt")), *more)
+    assert set(sampled.iterdir()) - before == {
+        sampled / "scores.json"
+    }, "the sampler's image features were not found again"
+    b = script("scorer", "--preds", sampled / "preds.txt", "--refs",
+               *sorted(sampled.glob("ref*.txt")), *more)
     assert b.code == 0, b.err
     assert b.out == a.out and json.loads((sampled / "scores.json").read_text()) == report
     assert report["clip_images"] == report["captions"] == VAL and report["references"] == 5 * VAL
     assert set(report["scores"]) | set(report["left_out"]) == set(scorer.TABLE)
 
-    # The sampler keeps the cosine of image and caption without the prompt; with it, and as the formula has it:
+    # The sampler keeps the cosine of image and caption without the prompt; with it, and as the
+    # formula has it:
     clip, pictures = Clip(CLIP), read_coco(world, "val2017")
     images = clip.encode_images([read_image(p.path) for p in pictures])
-    said, *told = (clip.encode_texts([scorer.PROMPT + text for text in (sampled / name).read_text().splitlines()])
+    said, *told = (clip.encode_texts(
+        [scorer.PROMPT + text for text in (sampled / name).read_text().splitlines()])
                    for name in ("preds.txt", *(f"ref{i}.txt" for i in range(5))))
     by_image = 2.5 * (images * said).sum(1).clamp(min=0)
     by_reference = torch.stack([(said * rows).sum(1) for rows in told]).amax(0).clamp(min=0)
     assert report["scores"]["CLIPScore"] == pytest.approx(by_image.mean().item(), abs=1e-5)
-    assert report["scores"]["RefCLIPScore"] == pytest.approx((2 / (1 / by_image + 1 / by_reference)).mean().item(), abs=1e-5)
+    assert report["scores"]["RefCLIPScore"] == pytest.approx(
+        (2 / (1 / by_image + 1 / by_reference)).mean().item(), abs=1e-5)
 
 
 def test_the_table_says_what_the_json_says(script, world, sampled, no_java, tmp_path):
-    report, out = score(script, tmp_path, "--preds", sampled / "preds.txt", "--refs", sampled / "ref0.txt", "--images",
-                        world / "val2017", "--clip_model", CLIP)
+    report, out = score(script, tmp_path, "--preds", sampled / "preds.txt", "--refs",
+                        sampled / "ref0.txt", "--images", world / "val2017", "--clip_model", CLIP)
     shown = dict(re.match(r"(.+?)  +(\S.*)", line).groups() for line in out.splitlines()[1:-1])
     assert list(shown) == list(scorer.TABLE)
     for name, told in shown.items():
@@ -200,18 +241,22 @@ def test_the_table_says_what_the_json_says(script, world, sampled, no_java, tmp_
             assert told == f"- {report['left_out'][name]}"
         else:
             assert told == f"{report['scores'][name]:.4f}"
-    assert out.startswith(f"{VAL} captions, {VAL} references; words by NLTK") and report["clip_model"] in out.splitlines()[0]
+    assert out.startswith(f"{VAL} captions, {VAL} references; words by NLTK"
+                          ) and report["clip_model"] in out.splitlines()[0]
 
 
-def test_an_image_that_cannot_be_read_is_named_and_left_out_of_the_clip_scores_alone(script, world, sampled, no_java, tmp_path):
+def test_an_image_that_cannot_be_read_is_named_and_left_out_of_the_clip_scores_alone(
+        script, world, sampled, no_java, tmp_path):
     images = shutil.copytree(world / "val2017", tmp_path / "images")
     broken = sorted(images.iterdir())[2]
     broken.write_bytes(b"no picture")
-    captions, told = ((sampled / name).read_text().splitlines() for name in ("preds.txt", "ref0.txt"))
+    captions, told = ((sampled / name).read_text().splitlines()
+                      for name in ("preds.txt", "ref0.txt"))
     arguments = lines(tmp_path, captions, [[text] for text in told])
     result = script("scorer", *arguments, "--images", images, "--clip_model", CLIP)
     assert result.code == 0 and f"skipped {broken}: " in result.err
-    report = json.loads((tmp_path / "scores.json").read_text())  # beside the captions, where nothing else is said
+    report = json.loads(
+        (tmp_path / "scores.json").read_text())  # beside the captions, where nothing else is said
     assert report["clip_images"] == VAL - 1 and report["captions"] == VAL
     broken.unlink()
     del captions[2], told[2]
@@ -221,15 +266,19 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out_of_the_clip_scores_a
         assert report["scores"][name] == pytest.approx(without["scores"][name], abs=1e-6)
 
 
-def test_captions_without_references_are_held_against_their_images(script, world, sampled, no_java, tmp_path):
-    report, _ = score(script, tmp_path, "--preds", sampled / "preds.txt", "--images", world / "val2017", "--clip_model", CLIP)
+def test_captions_without_references_are_held_against_their_images(script, world, sampled, no_java,
+                                                                   tmp_path):
+    report, _ = score(script, tmp_path, "--preds", sampled / "preds.txt", "--images",
+                      world / "val2017", "--clip_model", CLIP)
     assert set(report["scores"]) == {"CLIPScore", "distinct captions", "mean length"}
     assert report["left_out"]["CIDEr-D"] == report["left_out"]["RefCLIPScore"] == "no --refs"
 
 
-# -------------------------------------------------------------------------------------- what is not there
+# -------------------------------------------------------------------------------- what is not there
 
-def test_spice_is_named_where_its_parts_are_missing_and_nothing_is_fetched(script, monkeypatch, tmp_path):
+
+def test_spice_is_named_where_its_parts_are_missing_and_nothing_is_fetched(
+        script, monkeypatch, tmp_path):
     def fail(*_):
         raise AssertionError("a download was begun")
     monkeypatch.setattr("urllib.request.urlopen", fail)
@@ -250,7 +299,8 @@ def test_spice_is_named_where_its_parts_are_missing_and_nothing_is_fetched(scrip
         raise subprocess.CalledProcessError(1, ["java"])
     monkeypatch.setattr(Spice, "compute_score", stop)
     report, _ = score(script, tmp_path, *arguments)
-    assert "CalledProcessError" in report["left_out"]["SPICE"] and report["scores"]["CIDEr-D"] == pytest.approx(0.5637, abs=5e-5)
+    assert "CalledProcessError" in report["left_out"]["SPICE"] and report["scores"][
+        "CIDEr-D"] == pytest.approx(0.5637, abs=5e-5)
 
 
 def test_a_java_that_stops_is_named_and_does_not_hang(script, no_java, tmp_path):
@@ -259,7 +309,8 @@ def test_a_java_that_stops_is_named_and_does_not_hang(script, no_java, tmp_path)
     java.chmod(0o755)
     arguments = lines(tmp_path, GOOD, REFERENCES)
     report, _ = score(script, tmp_path, *arguments, "--tokenizer", "treebank")
-    assert report["left_out"]["METEOR"].startswith("its scorer failed") and "CIDEr-D" in report["scores"]
+    assert report["left_out"]["METEOR"].startswith(
+        "its scorer failed") and "CIDEr-D" in report["scores"]
     result = script("scorer", *arguments)
     assert result.code == 2 and "try --tokenizer treebank" in result.err
 
@@ -269,15 +320,18 @@ def test_one_image_has_no_cider(script, no_java, tmp_path):
     assert "one image" in report["left_out"]["CIDEr-D"] and report["scores"]["BLEU-1"] > 0
 
 
-def test_a_blank_line_is_no_reference_and_an_empty_caption_scores_nothing(script, no_java, tmp_path):
+def test_a_blank_line_is_no_reference_and_an_empty_caption_scores_nothing(
+        script, no_java, tmp_path):
     full, _ = score(script, tmp_path, *coco(tmp_path, GOOD, [REFERENCES[0], REFERENCES[1][:2]]))
-    blank, _ = score(script, tmp_path, *lines(tmp_path, GOOD, [REFERENCES[0], [*REFERENCES[1][:2], ""]]))
+    blank, _ = score(script, tmp_path,
+                     *lines(tmp_path, GOOD, [REFERENCES[0], [*REFERENCES[1][:2], ""]]))
     assert blank["scores"] == full["scores"] and blank["references"] == 5
     silent, _ = score(script, tmp_path, *lines(tmp_path, [GOOD[0], ""], REFERENCES))
-    assert 0 < silent["scores"]["CIDEr-D"] < full["scores"]["CIDEr-D"] and silent["scores"]["mean length"] == 5
+    assert 0 < silent["scores"]["CIDEr-D"] < full["scores"]["CIDEr-D"] and silent["scores"][
+        "mean length"] == 5
 
 
-# ------------------------------------------------------------------------------------- what cannot be used
+# ------------------------------------------------------------------------------ what cannot be used
 
 def refused(script, folder, arguments, *named):
     result = script("scorer", *arguments, "--savedir", folder / "out")
@@ -320,14 +374,20 @@ def test_files_of_other_lengths_are_refused(script, tmp_path, extra):
 
 
 def test_a_caption_without_reference_is_refused(script, tmp_path):
-    refused(script, tmp_path, lines(tmp_path, GOOD, [REFERENCES[0], ["", "", ""]]), "caption 2", "preds.txt")
-    refused(script, tmp_path, coco(tmp_path, GOOD, [[], REFERENCES[1]]), "caption 1", "captions.json")
+    refused(script, tmp_path, lines(tmp_path, GOOD, [REFERENCES[0], ["", "", ""]]), "caption 2",
+            "preds.txt")
+    refused(script, tmp_path, coco(tmp_path, GOOD, [[], REFERENCES[1]]), "caption 1",
+            "captions.json")
 
 
 @pytest.mark.parametrize("name", ["captions.json", "told.json"])
-@pytest.mark.parametrize("text", ["", "a cat\n", "7", "{}", "[]", "[1]", '["a"]', '{"images": [], "annotations": []}',
-                                  *(f"[{{{entry}}}]" for entry in ('"image_id": 10', '"image_id": 10, "caption": 5',
-                                                                   '"image_id": [], "caption": "a cat"'))])
+@pytest.mark.parametrize("text", ["", "a "
+                                      "cat\n", "7", "{}", "[]", "[1]", '["a"]', '{"images": [], "annotations": []}',
+                                  *(f"[{{{entry}}}]" for entry in ('"image_id": '
+                                                                   '10', '"image_id": 10, '
+                                                                         '"caption": 5',
+                                                                   '"image_id": [], "caption": "a '
+                                                                   'cat"'))])
 def test_json_of_another_kind_is_refused(script, tmp_path, name, text):
     arguments = coco(tmp_path, GOOD, REFERENCES)
     (tmp_path / name).write_text(text)
@@ -339,7 +399,8 @@ def test_json_of_another_kind_is_refused(script, tmp_path, name, text):
 def test_strange_and_doubled_images_are_refused(script, tmp_path):
     arguments = coco(tmp_path, GOOD, REFERENCES)
     results = json.loads((tmp_path / "captions.json").read_text())
-    (tmp_path / "captions.json").write_text(json.dumps(results + [{"image_id": "10", "caption": "a dog"}]))
+    (tmp_path / "captions.json").write_text(
+        json.dumps(results + [{"image_id": "10", "caption": "a dog"}]))
     refused(script, tmp_path, arguments, "1 of 3", "'10'", "told.json")
     (tmp_path / "captions.json").write_text(json.dumps(results + results[1:]))
     refused(script, tmp_path, arguments, "more than one caption of the image 10")
@@ -347,14 +408,19 @@ def test_strange_and_doubled_images_are_refused(script, tmp_path):
 
 def test_images_that_do_not_belong_to_the_captions_are_refused(script, world, tmp_path):
     folder = world / "val2017"
-    refused(script, tmp_path, [*lines(tmp_path, GOOD, REFERENCES), "--images", folder], "2 lines", f"{folder} has {VAL} images")
-    refused(script, tmp_path, [*lines(tmp_path, GOOD, REFERENCES), "--images", tmp_path / "nowhere"], tmp_path / "nowhere")
-    refused(script, tmp_path, [*coco(tmp_path, GOOD, REFERENCES), "--images", folder], folder / "0.png")
+    refused(script, tmp_path, [*lines(tmp_path, GOOD, REFERENCES), "--images", folder], "2 lines",
+            f"{folder} has {VAL} images")
+    refused(script, tmp_path,
+            [*lines(tmp_path, GOOD, REFERENCES), "--images", tmp_path / "nowhere"],
+            tmp_path / "nowhere")
+    refused(script, tmp_path, [*coco(tmp_path, GOOD, REFERENCES), "--images", folder],
+            folder / "0.png")
 
 
 def test_a_wrong_clip_is_refused_before_anything_is_scored(script, world, tmp_path):
     arguments = lines(tmp_path, ["a dog"] * VAL, [["a dog"]] * VAL)
-    refused(script, tmp_path, [*arguments, "--images", world / "val2017", "--clip_model", "no/clip"], "no/clip")
+    refused(script, tmp_path,
+            [*arguments, "--images", world / "val2017", "--clip_model", "no/clip"], "no/clip")
 
 
 def test_what_cannot_be_done_is_refused(script, no_java, tmp_path):
@@ -365,7 +431,7 @@ def test_what_cannot_be_done_is_refused(script, no_java, tmp_path):
     assert result.code == 2 and f"{tmp_path / 'scores.json'} is a folder" in result.err
 
 
-# -------------------------------------------------------------------------------------- old spellings
+# ------------------------------------------------------------------------------------ old spellings
 
 def test_json_still_writes_exactly_that_file_and_warns_once(script, no_java, tmp_path):
     arguments = lines(tmp_path, GOOD, REFERENCES)

@@ -67,7 +67,8 @@ def test_a_file_is_resumed_at_every_length(tmp_path):
         path.write_bytes(whole[:size])
         lines = resume(path)
         assert lines == max(n for n, end in enumerate(ends) if end <= size)
-        assert path.read_bytes() == whole[:ends[lines]] and list(read_sealed(path)) == RECORDS[:lines]
+        assert path.read_bytes() == whole[:ends[lines]] and list(
+            read_sealed(path)) == RECORDS[:lines]
 
 
 @pytest.mark.parametrize("lines, multiple, total, kept", [

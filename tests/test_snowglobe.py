@@ -30,7 +30,11 @@ def test_every_caption_is_true_of_its_scene(split):
             assert scenes.named(text) <= {g[0] for g in scene.groups} and scenes.named(text)
 
 
-@pytest.mark.parametrize("wrong", ["a red dog", "two dogs", "a dog in the snow", "a dog under a cat", "a tiny dog", "three green cats"])
+@pytest.mark.parametrize("wrong", ["a red "
+                                   "dog", "two "
+                                          "dogs", "a dog in the "
+                                                  "snow", "a dog under a "
+                                                          "cat", "a tiny dog", "three green cats"])
 def test_a_false_caption_is_found_out(wrong):
     scene = scenes.Scene("beach", (("dog", "blue", 1), ("cat", "red", 1)), "next to", "", (), 0)
     assert not scenes.claims(wrong) <= scenes.truths(scene)
@@ -41,11 +45,14 @@ def test_a_thing_changes_the_picture_within_its_box_and_nowhere_else():
     for scene, _ in some_scenes("val2017", 40):
         whole = scenes.draw_scene(scene)
         for i, thing in enumerate(scene.things):
-            without = scenes.draw_scene(scene._replace(things=scene.things[:i] + scene.things[i + 1:]))
+            without = scenes.draw_scene(
+                scene._replace(things=scene.things[:i] + scene.things[i + 1:]))
             box = ImageChops.difference(whole, without).getbbox()
             assert box, "a thing that is told must be seen"
-            left, top, side = ((v * scenes.SIZE) for v in (thing.x - thing.size / 2, thing.y - thing.size, thing.size))
-            assert left - 3 <= box[0] and top - 3 <= box[1] and box[2] <= left + side + 3 and box[3] <= top + side + 3
+            left, top, side = ((v * scenes.SIZE) for v in (thing.x - thing.size / 2,
+                                                           thing.y - thing.size, thing.size))
+            assert left - 3 <= box[0] and top - 3 <= box[1] and box[2] <= left + side + 3 and box[
+                3] <= top + side + 3
 
 
 def test_relations_are_drawn_as_they_are_told():
@@ -110,8 +117,10 @@ def test_annotations_are_laid_out_as_cocos(world):
 
 
 def test_objects_count_synonyms_and_plurals():
-    described = [{"groups": [["dog", "red", 2], ["penguin", "", 1]]}, {"groups": [["ice cream", "", 1]]}]
-    recall, precision, held_out = measure.objects(["two puppies near a cat", "some Ice Creams"], described)
+    described = [{"groups": [["dog", "red", 2], ["penguin", "", 1]]},
+                 {"groups": [["ice cream", "", 1]]}]
+    recall, precision, held_out = measure.objects(["two puppies near a cat", "some Ice Creams"],
+                                                  described)
     assert (recall, precision, held_out) == (2 / 3, 2 / 3, 0)
 
 
@@ -127,18 +136,23 @@ def test_a_copy_of_a_reference_scores_best_and_nonsense_zero():
 def test_scores_equal_published_ones():
     """Two candidates of which one is its own reference: BLEU-4 by hand."""
     captions = ["a cat sits on the mat today", "a dog runs"]
-    _, bleu = measure.coco_scores(captions, [["a cat sits on the mat today"], ["the dog runs fast"]])
+    _, bleu = measure.coco_scores(captions,
+                                  [["a cat sits on the mat today"], ["the dog runs fast"]])
     # n-gram matches 9/10, 7/8, 5/6, 4/4 (the second has no 4-gram); brevity exp(1 - 11/10)
-    assert bleu == pytest.approx((0.9 * 0.875 * 5 / 6 * 1) ** 0.25 * 2.718281828 ** (1 - 11 / 10), abs=1e-4)
+    assert bleu == pytest.approx((0.9 * 0.875 * 5 / 6 * 1)**0.25 * 2.718281828**(1 - 11 / 10),
+                                 abs=1e-4)
 
 
 def test_perfect_tables_hold_true_entries_and_random_ones_any():
-    entries = [e for _, told in some_scenes("val2017", 60) for text in told for e in text.split()] + ["red dog", "two cats"]
+    entries = [e for _, told in some_scenes("val2017", 60) for text in told
+               for e in text.split()] + ["red dog", "two cats"]
     entries, rng = sorted(set(entries)), random.Random(0)
     for i, (scene, _) in enumerate(some_scenes("val2017", 30)):
         described = json.loads(json.dumps({"image_id": i, **scene._asdict()}))
         table = measure.perfect_table(described, entries, 8, rng)
-        assert table and all(scenes.claims(entry) and scenes.claims(entry) <= scenes.truths(scene) for entry in table)
+        assert table and all(
+            scenes.claims(entry) and scenes.claims(entry) <= scenes.truths(scene)
+            for entry in table)
         assert len(set(measure.random_table(described, entries, 8, rng))) == 8
 
 
@@ -147,17 +161,22 @@ def test_noise_keeps_to_words_of_the_text_and_lists_in_order():
     for _ in range(200):
         text = build.bart_text(rng)
         kept = [word for word in build.noised(rng, text).split() if word != "<mask>"]
-        assert not {word.rstrip(".") for word in kept} - {word.rstrip(".") for word in text.split()}  # sentences may be parted
+        assert not {word.rstrip(".")
+                    for word in kept} - {word.rstrip(".")
+                                         for word in text.split()}  # sentences may be parted
         if "|" in text.split():
             words = iter(text.split())
             assert all(word in words for word in kept)  # a subsequence
 
 
 def test_fragment_losses_fall_as_true_fragments_rise():
-    truth = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # the third fragment is true of nothing
+    truth = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0,
+                                            0.0]])  # the third fragment is true of nothing
     plain = names_kind = torch.ones(3, dtype=torch.bool)
     right = [loss.item() for loss in build.fragment_losses(20 * truth, truth, plain, names_kind)]
-    wrong = [loss.item() for loss in build.fragment_losses(20 * truth.flip(0), truth, plain, names_kind)]
+    wrong = [
+        loss.item() for loss in build.fragment_losses(20 * truth.flip(0), truth, plain, names_kind)
+    ]
     assert all(abs(loss) < 1e-3 for loss in right) and all(loss > 5 for loss in wrong)
 
 
@@ -167,7 +186,8 @@ def test_built_models_load_as_the_real_ones_do(tmp_path):
     build.build_gpt(tmp_path, minutes=1e-4, seed=0, resume=False)
     clip, captioner = Clip(str(tmp_path / "clip")), Captioner(str(tmp_path / "bart"))
     assert clip.encode_texts(["a dog", "a penguin"]).shape == (2, clip.dim)
-    assert clip.encode_images([scenes.draw_scene(scenes.split_scene("out", 0, 0)[0])]).shape == (1, clip.dim)
+    assert clip.encode_images([scenes.draw_scene(scenes.split_scene("out", 0,
+                                                                    0)[0])]).shape == (1, clip.dim)
     assert len(captioner.beam(captioner.tokenize(["a dog | "], 16))[0]) == 3
     assert (tmp_path / "gpt" / "model.safetensors").is_file()
 
@@ -176,11 +196,14 @@ def test_bad_folders_end_in_one_sentence(script, tmp_path):
     (tmp_path / "file").write_text("")
     for name, flag in (("snowglobe.scenes", "--datadir"), ("snowglobe.measure", "--folder")):
         run = script(name, flag, tmp_path / "file" / "folder")
-        assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1 and "folder" in run.err
+        assert run.code == 2 and run.err.startswith("error: ") and run.err.count(
+            "\n") == 1 and "folder" in run.err
 
 
 def test_the_world_is_drawn_by_the_command_to_the_end(tmp_path):
     """With its pool of processes, which the tests' other worlds do without."""
-    subprocess.run([sys.executable, "-m", "snowglobe.scenes", "--datadir", tmp_path, "--train", "40", "--val", "5"], cwd=ROOT, check=True,
-                   timeout=120, capture_output=True)
+    subprocess.run([
+        sys.executable, "-m", "snowglobe.scenes", "--datadir", tmp_path, "--train", "40", "--val",
+        "5"
+    ], cwd=ROOT, check=True, timeout=120, capture_output=True)
     assert len(list((tmp_path / "train2017").glob("*.png"))) == 40

@@ -1,4 +1,5 @@
-"""Stories: each goes on from its caption as the model would, and depends on its caption and the seed alone."""
+"""Stories: each goes on from its caption as the model would, and depends on its caption and the
+seed alone."""
 
 import contextlib
 import io
@@ -20,22 +21,30 @@ from antarctic.decoding import invert, nucleus
 from antarctic.sealed import seal
 
 GPT = str(ROOT / "snowglobe" / "weights" / "gpt")
-CAPTIONS = ["a red dog", "A whale by a lighthouse.", "two sheep and an umbrella in a quiet wood", "Geoff Hinton on a bus",
-            "a red dog", "a pair of red windmills, a black turtle, a yellow rocket, and four purple pigs by a train in the dark"]
+CAPTIONS = [
+    "a red dog", "A whale by a lighthouse.", "two sheep and an umbrella in a quiet wood",
+    "Geoff Hinton on a bus", "a red dog",
+    "a pair of red windmills, a black turtle, a yellow rocket, and four purple pigs by a train in "
+    "the dark"
+]
 
 
 @pytest.fixture(scope="module")
 def lm():
     """The model and tokenizer as transformers loads them."""
-    return AutoModelForCausalLM.from_pretrained(GPT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(GPT)
+    return AutoModelForCausalLM.from_pretrained(
+        GPT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(GPT)
 
 
 @pytest.fixture
 def tell(script, tmp_path):
-    """tell(arguments...) runs the script on CAPTIONS, or on other captions, and returns the lines of stories.jsonl."""
+    """tell(arguments...) runs the script on CAPTIONS, or on other captions, and returns the lines
+    of stories.jsonl."""
     def told(*arguments, captions=CAPTIONS):
-        source = ["--captions", captions] if not isinstance(captions, list) else ["--caption", *captions]
-        result = script("stories", *source, "--savedir", tmp_path / "out", "--lm", GPT, "--device", "cpu", *arguments)
+        source = ["--captions", captions
+                  ] if not isinstance(captions, list) else ["--caption", *captions]
+        result = script("stories", *source, "--savedir", tmp_path / "out", "--lm", GPT, "--device",
+                        "cpu", *arguments)
         assert result.code == 0, result.err
         with open(tmp_path / "out" / "stories.jsonl", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
@@ -51,9 +60,11 @@ def test_a_batch_equals_one_by_one(tell):
 
 
 def test_a_story_is_drawn_as_by_the_plain_loop(lm):
-    """Against the definition: the whole text through the model for each token, no padding, no cache."""
+    """Against the definition: the whole text through the model for each token, no padding, no
+    cache."""
     model, tokenizer = lm
-    prompts = tokenizer([f"Once upon a time there was {caption}" for caption in CAPTIONS])["input_ids"]
+    prompts = tokenizer(
+        [f"Once upon a time there was {caption}" for caption in CAPTIONS])["input_ids"]
     ours = causal_lm.load_lm(GPT, [tokenizer.eos_token_id], "cpu", torch.float32)
     found = causal_lm.sample(ours, prompts, range(len(prompts)), 60, temperature=1.3, top_p=0.95)
     assert any(ended for _, ended in found)
@@ -93,14 +104,18 @@ def test_a_caption_has_as_many_stories_as_asked_and_all_begin_with_its_prompt(te
     for caption, record, fewer in zip(CAPTIONS, many, few):
         assert record["caption"] == caption and "image_id" not in record
         assert len(record["stories"]) == len(set(record["stories"])) == 5
-        assert record["stories"][:2] == fewer["stories"]  # asking for more keeps those that were there
-        assert all(story.startswith(record["prompt"]) and len(story) > len(record["prompt"]) for story in record["stories"])
+        assert record["stories"][:2] == fewer[
+            "stories"]  # asking for more keeps those that were there
+        assert all(
+            story.startswith(record["prompt"]) and len(story) > len(record["prompt"])
+            for story in record["stories"])
     assert not set(many[0]["stories"]) & set(many[4]["stories"])  # one caption that comes twice
 
 
 @pytest.mark.parametrize("template, caption, prompt", [
     ("Once upon a time there was {caption}", "A whale.", "Once upon a time there was a whale"),
-    ("Once upon a time there was {caption}", "Antarctica .", "Once upon a time there was Antarctica"),
+    ("Once upon a time there was "
+     "{caption}", "Antarctica .", "Once upon a time there was Antarctica"),
     ("{caption}. One day", "The whale.", "The whale. One day"),
     ("{} {0} {name} {caption}{{", "a whale", "{} {0} {name} a whale{{"),
     ("There was {caption}", "Two dogs are running.", "There was Two dogs are running"),
@@ -115,26 +130,36 @@ def test_the_caption_is_set_into_the_template(template, caption, prompt):
 def test_all_forms_of_captions_agree(tell, tmp_path):
     ids = [42, "photos/a.jpg", 7, 8, 9, 10]
     results = [{"image_id": i, "caption": caption} for i, caption in zip(ids, CAPTIONS)]
-    forms = {"preds.txt": "".join(f"{caption}\n" for caption in CAPTIONS), "captions.json": json.dumps(results),
-             "details.jsonl": "".join(json.dumps(r | {"file": "x.jpg", "table": [], "candidates": []}) + "\n" for r in results),
-             "marked.txt": "\ufeff" + "\r\n\r\n".join(CAPTIONS)}
+    forms = {
+        "preds.txt": "".join(f"{caption}\n" for caption in CAPTIONS),
+        "captions.json": json.dumps(results), "details.jsonl": "".join(
+            json.dumps(r | {"file": "x.jpg", "table": [], "candidates": []}) + "\n"
+            for r in results), "marked.txt": "\ufeff" + "\r\n\r\n".join(CAPTIONS)
+    }
     direct = tell()
     for name, text in forms.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         records = tell(captions=tmp_path / name)
-        assert [r.pop("image_id", None) for r in records] == ([None] * 6 if name.endswith(".txt") else ids)
+        assert [r.pop("image_id", None)
+                for r in records] == ([None] * 6 if name.endswith(".txt") else ids)
         assert records == direct
 
 
-def test_without_a_folder_stories_are_printed_as_they_come_in_order_of_the_captions(script, tell, monkeypatch):
-    """Also where prompts that leave less room than --max_tokens are written in batches of their own."""
+def test_without_a_folder_stories_are_printed_as_they_come_in_order_of_the_captions(
+        script, tell, monkeypatch):
+    """Also where prompts that leave less room than --max_tokens are written in batches of their
+    own."""
     captions = ["a " + " ".join(["red dog"] * 50), *CAPTIONS, "a " + " ".join(["red dog"] * 51)]
     how = ("--max_tokens", 40, "--batch_size", 2, "--num_return_sequences", 2)
     said, write = [], stories.write
-    monkeypatch.setattr(stories, "write", lambda *batch: said.append(sys.stdout.getvalue()) or write(*batch))
+    monkeypatch.setattr(stories, "write",
+                        lambda *batch: said.append(sys.stdout.getvalue()) or write(*batch))
     result = script("stories", "--caption", *captions, "--lm", GPT, "--device", "cpu", *how)
     assert result.code == 0, result.err
-    lines = [" ".join(story.split()) for record in tell(*how, captions=captions) for story in record["stories"]]
+    lines = [
+        " ".join(story.split()) for record in tell(*how, captions=captions)
+        for story in record["stories"]
+    ]
     assert result.out.splitlines() == lines
     counts = [out.count("\n") for out in said[:8]]
     assert counts[0] == 0 and counts[4] >= 2 and counts == sorted(counts)
@@ -143,7 +168,8 @@ def test_without_a_folder_stories_are_printed_as_they_come_in_order_of_the_capti
 def run_with_stdout(stream, *arguments):
     """The script's exit code and what it wrote to err, where standard output is this stream."""
     err = io.StringIO()
-    with mock.patch.object(sys, "argv", ["stories.py", "--lm", GPT, "--device", "cpu", *map(str, arguments)]):
+    with mock.patch.object(sys, "argv",
+                           ["stories.py", "--lm", GPT, "--device", "cpu", *map(str, arguments)]):
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(err):
             try:
                 runtime.run(stories.main)
@@ -172,16 +198,21 @@ def closed_pipe():
 def test_where_nobody_reads_results_are_written_all_the_same(tell, tmp_path):
     expected = tell()
     with closed_pipe() as stream:
-        code, err = run_with_stdout(stream, "--caption", *CAPTIONS, "--savedir", tmp_path / "closed")
+        code, err = run_with_stdout(stream, "--caption", *CAPTIONS, "--savedir",
+                                    tmp_path / "closed")
     assert code == 0 and "error" not in err and "Traceback" not in err
-    assert [json.loads(line) for line in (tmp_path / "closed" / "stories.jsonl").read_text().splitlines()] == expected
+    assert [
+        json.loads(line)
+        for line in (tmp_path / "closed" / "stories.jsonl").read_text().splitlines()
+    ] == expected
     assert files(tmp_path / "closed") == files(tmp_path / "out")
 
 
 def test_where_nobody_reads_and_nothing_is_written_the_run_ends_with_a_sentence():
     with closed_pipe() as stream:
         code, err = run_with_stdout(stream, "--caption", *CAPTIONS)
-    assert code == 2 and err.splitlines()[-1] == "error: stories cannot be printed any more (Broken pipe); --savedir writes them to files"
+    assert code == 2 and err.splitlines(
+    )[-1] == "error: stories cannot be printed any more (Broken pipe); --savedir writes them to files"
 
 
 def test_a_long_story_is_printed_whole(capsys):
@@ -193,7 +224,8 @@ def test_a_long_story_is_printed_whole(capsys):
 def test_a_story_broken_off_ends_with_its_last_full_sentence(tell):
     whole = tell("--num_return_sequences", 4, captions=CAPTIONS[:3])
     cut = tell("--num_return_sequences", 4, "--max_tokens", 20, captions=CAPTIONS[:3])
-    for story, short in ((s, c) for w, c in zip(whole, cut) for s, c in zip(w["stories"], c["stories"])):
+    for story, short in ((s, c) for w, c in zip(whole, cut)
+                         for s, c in zip(w["stories"], c["stories"])):
         assert story.startswith(short) and short.endswith(".") and len(short) < len(story)
 
 
@@ -210,7 +242,8 @@ def test_only_what_is_broken_off_is_cut(lm, new, ended, more):
 
 
 def test_positions_bound_a_story_and_no_neighbour_does(tell, lm):
-    """Prompts near the model's 128 positions, of several lengths, beside a short one that has room for all."""
+    """Prompts near the model's 128 positions, of several lengths, beside a short one that has room
+    for all."""
     long = ["a " + " ".join(["red dog"] * n) for n in (50, 30, 51, 51)]
     assert len(lm[1](f"Once upon a time there was {long[-1]}")["input_ids"]) in range(100, 128)
     together = tell("--top_p", 1, "--batch_size", 8, captions=long + CAPTIONS)
@@ -243,16 +276,19 @@ def test_settings_that_a_model_brings_do_not_steer_the_sampling(tell, tmp_path):
     assert tell("--lm", folder) == tell()
 
 
-# ----------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 @pytest.fixture
 def refuse(script, tmp_path):
     """refuse(what the one sentence names, arguments...): exit code 2, no story, no file."""
     def refused(named, *arguments):
-        source = [] if "--caption" in arguments or "--captions" in arguments else ["--caption", "a dog"]
+        source = [] if "--caption" in arguments or "--captions" in arguments else [
+            "--caption", "a dog"
+        ]
         result = script("stories", "--savedir", tmp_path / "out", "--lm", GPT, *source, *arguments)
         assert result.code == 2 and result.out == "", result.err
-        assert result.err.startswith("error: ") and result.err.count("\n") == 1 and str(named) in result.err, result.err
+        assert result.err.startswith("error: ") and result.err.count("\n") == 1 and str(
+            named) in result.err, result.err
         assert not list((tmp_path / "out").glob("*"))
     return refused
 
@@ -281,18 +317,22 @@ def test_what_cannot_work_is_named(refuse, named, arguments):
 
 def test_a_prompt_may_fill_all_positions_but_one(tell, refuse, lm):
     captions = ["a" + " red" * n for n in range(140)]
-    lengths = [len(lm[1](f"Once upon a time there was {caption}")["input_ids"]) for caption in captions]
+    lengths = [
+        len(lm[1](f"Once upon a time there was {caption}")["input_ids"]) for caption in captions
+    ]
     refuse("128", "--caption", captions[lengths.index(128)])
     assert len(tell(captions=[captions[lengths.index(127)]])) == 1
 
 
 def test_a_model_without_weights_is_named(refuse, tmp_path):
-    (tmp_path / "config.json").write_text((ROOT / "snowglobe" / "weights" / "gpt" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        (ROOT / "snowglobe" / "weights" / "gpt" / "config.json").read_text())
     refuse(tmp_path, "--lm", tmp_path)
 
 
 @pytest.mark.parametrize("name, text", [
-    ("a.txt", b""), ("a.txt", b"\n \n"), ("a.txt", "ein Bär".encode("utf-16")), ("a.jsonl", b""), ("a.jsonl", b"a dog\n"),
+    ("a.txt", b""), ("a.txt", b"\n \n"), ("a.txt", "ein "
+                                                   "Bär".encode("utf-16")), ("a.jsonl", b""), ("a.jsonl", b"a dog\n"),
     ("a.jsonl", b'{"caption": "a dog"}\n{"caption'), ("a.jsonl", b'{"captions": []}'), ("a.json", b""), ("a.json", b"[]"),
     ("a.json", b"a dog\n"), ("a.json", b'["a dog"]'), ("a.json", b'[{"image_id": 1}]'), ("a.json", b'[{"caption": "a'),
     ("a.json", b'{"caption": "a dog"}'), ("a.json", b'[{"caption": 5}]'), ("a.json", b'[{"caption": ["a dog"]}]'),
@@ -315,14 +355,16 @@ def test_a_failure_leaves_the_old_files_whole(script, tell, tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-# ------------------------------------------------------------------------------------------- stopped runs
+# ------------------------------------------------------------------------------------- stopped runs
 
-MANY = ("--num_return_sequences", 3, "--batch_size", 4, "--max_tokens", 20)  # 18 stories in 5 batches
+MANY = (
+    "--num_return_sequences", 3, "--batch_size", 4, "--max_tokens", 20)  # 18 stories in 5 batches
 
 
 @pytest.fixture
 def stopped(script, tmp_path, monkeypatch):
-    """stopped(n, arguments...): a run in the folder "stopped" that is interrupted in its batch n. Returns the part file."""
+    """stopped(n, arguments...): a run in the folder "stopped" that is interrupted in its batch n.
+    Returns the part file."""
     def run(n, *arguments):
         calls, write = itertools.count(), stories.write
 
@@ -331,7 +373,8 @@ def stopped(script, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return write(*batch)
         monkeypatch.setattr(stories, "write", interrupted)
-        result = script("stories", "--caption", *CAPTIONS, "--savedir", tmp_path / "stopped", "--lm", GPT, "--device", "cpu", *MANY, *arguments)
+        result = script("stories", "--caption", *CAPTIONS, "--savedir", tmp_path / "stopped",
+                        "--lm", GPT, "--device", "cpu", *MANY, *arguments)
         assert result.code == 130
         monkeypatch.setattr(stories, "write", write)
         [part] = (tmp_path / "stopped").iterdir()
@@ -341,11 +384,13 @@ def stopped(script, tmp_path, monkeypatch):
 
 @pytest.fixture
 def go_on(script, tmp_path, monkeypatch):
-    """go_on(arguments...) runs in the folder "stopped" to the end. Returns how many batches it wrote."""
+    """go_on(arguments...) runs in the folder "stopped" to the end. Returns how many batches it
+    wrote."""
     def run(*arguments):
         batches, write = [], stories.write
         monkeypatch.setattr(stories, "write", lambda *batch: batches.append(batch) or write(*batch))
-        result = script("stories", "--caption", *CAPTIONS, "--savedir", tmp_path / "stopped", "--lm", GPT, "--device", "cpu", *MANY, *arguments)
+        result = script("stories", "--caption", *CAPTIONS, "--savedir", tmp_path / "stopped",
+                        "--lm", GPT, "--device", "cpu", *MANY, *arguments)
         assert result.code == 0, result.err
         monkeypatch.setattr(stories, "write", write)
         return len(batches)
@@ -367,7 +412,8 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(stopped, go_on, tell
     (lambda data: data + seal("abcd")[:-1], 3), (lambda data: data.replace(b"red", b"rod", 1), 0),
     (lambda data: b"".join(line.split(b" ", 1)[1] for line in data.splitlines(True)), 0),
 ])
-def test_what_a_crash_left_of_a_batch_is_cut_off_and_written_again(stopped, go_on, tell, tmp_path, damage, kept):
+def test_what_a_crash_left_of_a_batch_is_cut_off_and_written_again(stopped, go_on, tell, tmp_path,
+                                                                   damage, kept):
     tell(*MANY)
     part = stopped(3)
     part.write_bytes(damage(part.read_bytes()))

@@ -19,8 +19,9 @@ from trainer import batches, cosine_rate
 
 
 def train(script, world, cache, savedir, *more):
-    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", savedir,
-                 "--clip_model", CLIP, "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2", *more)
+    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile",
+                 cache.embfile, "--savedir", savedir, "--clip_model", CLIP, "--lm", BART, "--topk",
+                 "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2", *more)
     assert run.code == 0, run.err
     return run
 
@@ -44,7 +45,8 @@ def test_an_epoch_takes_each_image_once_with_a_caption_of_its_own_and_can_be_res
     epoch = list(batches(captions, 5, 0, 0))
     assert [len(rows) for rows, _ in epoch] == [5, 5, 5, 5, 3]
     assert sorted(row for rows, _ in epoch for row in rows) == list(range(23))
-    assert all(caption in captions[row] for rows, chosen in epoch for row, caption in zip(rows, chosen, strict=True))
+    assert all(caption in captions[row] for rows, chosen in epoch
+               for row, caption in zip(rows, chosen, strict=True))
     assert list(islice(batches(captions, 5, 0, 0), 2, None)) == epoch[2:]
     for seed, number in ((0, 1), (1, 0)):
         assert list(batches(captions, 5, seed, number)) != epoch
@@ -55,8 +57,10 @@ def test_help_and_a_refusal_load_no_library(tmp_path):
     for name in ("torch", "transformers", "matplotlib", "numpy"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} is loaded')\n")
     for arguments, code in (["--help"], 0), (["--topk", "0"], 2), ([], 2):
-        run = subprocess.run([sys.executable, ROOT / "trainer.py", "--datadir", tmp_path, *arguments], capture_output=True,
-                             text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        run = subprocess.run(
+            [sys.executable, ROOT / "trainer.py", "--datadir", tmp_path, *arguments],
+            capture_output=True, text=True, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)})
         assert run.returncode == code, run.stderr
         assert code == 0 or run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
 
@@ -64,7 +68,8 @@ def test_help_and_a_refusal_load_no_library(tmp_path):
 def test_training_says_what_it_trains_and_leaves_all_files(script, world, cache, tmp_path):
     run = train(script, world, cache, tmp_path)
     assert "training 3,456 of 3,389,184 parameters" in run.out
-    best, last = (checkpoint_settings(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
+    best, last = (checkpoint_settings(tmp_path / f"{name}.safetensors")
+                  for name in ("best", "last"))
     with open(tmp_path / "loss.csv") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["val_loss"]) for row in rows if row["val_loss"]]
@@ -96,17 +101,21 @@ def test_every_weight_can_be_trained_for_comparison(script, world, cache, tmp_pa
     assert "training 3,389,184 of 3,389,184 parameters" in run.out
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(script, world, cache, tmp_path):
-    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path,
-                 "--clip_model", CLIP, "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "inf", "--epochs", "3")
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
+        script, world, cache, tmp_path):
+    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile",
+                 cache.embfile, "--savedir", tmp_path, "--clip_model", CLIP, "--lm", BART, "--topk",
+                 "8", "--batch_size", "16", "--lrate", "inf", "--epochs", "3")
     assert run.code == 2 and "the loss became" in run.err and "at step" in run.err
     if (tmp_path / "best.safetensors").exists():
         assert math.isfinite(checkpoint_settings(tmp_path / "best.safetensors")["val_loss"])
 
 
 @pytest.mark.parametrize("stop_at, save_seconds", [(2, 0), (3, 0), (4, 0), (5, 1000), (6, 0)])
-def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, tmp_path, monkeypatch, stop_at, save_seconds):
-    """Stopped before its loss of step stop_at: in an epoch, at its end, before any save but that of the first epoch."""
+def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, tmp_path,
+                                                                monkeypatch, stop_at, save_seconds):
+    """Stopped before its loss of step stop_at: in an epoch, at its end, before any save but that of
+    the first epoch."""
     train(script, world, cache, tmp_path / "whole")
     plain, steps = Captioner.loss, []
 
@@ -118,20 +127,25 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, c
         return plain(self, tables, captions)
 
     monkeypatch.setattr(Captioner, "loss", stops)
-    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path / "cut",
-                 "--clip_model", CLIP, "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2",
+    run = script("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile",
+                 cache.embfile, "--savedir", tmp_path / "cut", "--clip_model", CLIP, "--lm", BART,
+                 "--topk", "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2",
                  "--save_seconds", save_seconds)
     assert run.code == 130 and len(list((tmp_path / "cut").glob("state-*.pt"))) == 1
     train(script, world, cache, tmp_path / "cut", "--save_seconds", save_seconds)
-    assert len(steps) == 6 + 1 + (1 if save_seconds else 0)  # the one that was cut, and what was not saved
+    assert len(steps) == 6 + 1 + (1 if save_seconds else 0
+                                  )  # the one that was cut, and what was not saved
     for name in ("best.safetensors", "last.safetensors", "loss.csv", "loss.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" /
+                                                            name).read_bytes(), name
     assert not list((tmp_path / "cut").glob("state-*.pt"))
 
 
 @pytest.mark.parametrize("tmax", [100, 5])
-def test_a_run_that_was_stopped_as_it_validated_validates_and_trains_no_step_twice(script, world, cache, tmp_path, monkeypatch, tmax):
-    """In its last validation, at the end of an epoch or inside one: the state is that of the last step."""
+def test_a_run_that_was_stopped_as_it_validated_validates_and_trains_no_step_twice(
+        script, world, cache, tmp_path, monkeypatch, tmax):
+    """In its last validation, at the end of an epoch or inside one: the state is that of the last
+    step."""
     how = "--tmax", tmax, "--save_seconds", 0
     train(script, world, cache, tmp_path / "whole", *how)
     calls = []
@@ -148,13 +162,18 @@ def test_a_run_that_was_stopped_as_it_validated_validates_and_trains_no_step_twi
     monkeypatch.setattr("trainer.share_step", lambda *_: pytest.fail("a step was trained twice"))
     train(script, world, cache, tmp_path / "cut", *how)
     for name in ("best.safetensors", "last.safetensors", "loss.csv", "loss.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" /
+                                                            name).read_bytes(), name
 
 
-def test_a_damaged_state_is_named_and_other_settings_start_anew(script, world, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.write_curve", lambda *_: [].pop())  # after the first epoch's checkpoints, before its state
-    arguments = ("--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir", tmp_path, "--clip_model", CLIP,
-                 "--lm", BART, "--topk", "8", "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2", "--save_seconds", "0")
+def test_a_damaged_state_is_named_and_other_settings_start_anew(script, world, cache, tmp_path,
+                                                                monkeypatch):
+    monkeypatch.setattr(
+        "trainer.write_curve",
+        lambda *_: [].pop())  # after the first epoch's checkpoints, before its state
+    arguments = ("--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile,
+                 "--savedir", tmp_path, "--clip_model", CLIP, "--lm", BART, "--topk", "8",
+                 "--batch_size", "16", "--lrate", "1e-2", "--epochs", "2", "--save_seconds", "0")
     with pytest.raises(IndexError):
         script("trainer", *arguments)
     monkeypatch.undo()

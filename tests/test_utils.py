@@ -44,8 +44,11 @@ def test_images_of_folders_are_found_with_subfolders_and_each_once(tmp_path):
 def test_coco_captions_come_in_the_order_of_ids(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
-    data = {"images": [{"id": 9, "file_name": "9.jpg"}, {"id": 2, "file_name": "2.jpg"}],
-            "annotations": [{"image_id": 9, "caption": " A dog. \n"}, {"image_id": 2, "caption": "A cat."}, {"image_id": 9, "caption": "Grass"}]}
+    data = {
+        "images": [{"id": 9, "file_name": "9.jpg"}, {"id": 2, "file_name": "2.jpg"}],
+        "annotations": [{"image_id": 9, "caption": " A dog. \n"},
+                        {"image_id": 2, "caption": "A cat."}, {"image_id": 9, "caption": "Grass"}]
+    }
     (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(data))
     pictures = datasets.read_coco(tmp_path, "val2017")
     assert [(p.id, p.captions) for p in pictures] == [(2, ("A cat.",)), (9, ("A dog.", "Grass"))]
@@ -56,8 +59,10 @@ def test_coco_captions_come_in_the_order_of_ids(tmp_path):
 def test_the_gallery_shows_a_users_text_as_text(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "i.png")
     evil = "<script>alert(1)</script> \"'&"
-    record = {"image_id": evil, "file": str(tmp_path / "i.png"), "caption": evil, "score": 0.3, "table": [[evil, 0.3], ["dog", 0.2]],
-              "candidates": [[evil, 0.3, -1.0]]}
+    record = {
+        "image_id": evil, "file": str(tmp_path / "i.png"), "caption": evil, "score": 0.3,
+        "table": [[evil, 0.3], ["dog", 0.2]], "candidates": [[evil, 0.3, -1.0]]
+    }
     write_gallery(tmp_path / "gallery.html", evil, [(evil, evil, [record], [(evil,)])])
     page = (tmp_path / "gallery.html").read_text()
     assert "<script" not in page
@@ -71,7 +76,9 @@ def test_patterns_folders_and_files_are_listed_once_in_order(tmp_path):
         (tmp_path / name).touch()
     whole = [tmp_path / name for name in ("a.JPG", "b.png", "sub/c.webp")]
     assert [p.path for p in datasets.list_images([tmp_path])] == whole
-    assert [p.path for p in datasets.list_images([f"{tmp_path}/*.png", tmp_path])] == [whole[1], whole[0], whole[2]]
+    assert [p.path for p in datasets.list_images([f"{tmp_path}/*.png", tmp_path])] == [
+        whole[1], whole[0], whole[2]
+    ]
     assert [p.path for p in datasets.list_images([f"{tmp_path}/**/*.webp"])] == whole[2:]
     with pytest.raises(InputError, match="only local files"):
         datasets.list_images(["https://example.com/dog.jpg"])

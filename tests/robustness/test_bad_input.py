@@ -1,4 +1,5 @@
-"""What a user can get wrong: one sentence on stderr that names it and exit code 2, before any long work.
+"""What a user can get wrong: one sentence on stderr that names it and exit code 2, before any long
+work.
 
 Images are the exception: what can be captioned is captioned, and the rest is named.
 """
@@ -23,9 +24,12 @@ from safetensors.torch import load_file, save_file
 
 from antarctic.images import read_image
 
-SCRIPTS, READERS = ("compute_cache", "trainer", "sampler"), ("trainer", "sampler")  # READERS of caches and images
-READ_SPLITS = [("compute_cache", "train2017"), ("trainer", "train2017"), ("trainer", "val2017"), ("sampler", "val2017")]
-every_script, every_reader = pytest.mark.parametrize("name", SCRIPTS), pytest.mark.parametrize("name", READERS)
+SCRIPTS, READERS = ("compute_cache", "trainer", "sampler"), (
+    "trainer", "sampler")  # READERS of caches and images
+READ_SPLITS = [("compute_cache", "train2017"), ("trainer", "train2017"), ("trainer", "val2017"),
+               ("sampler", "val2017")]
+every_script, every_reader = pytest.mark.parametrize("name", SCRIPTS), pytest.mark.parametrize(
+    "name", READERS)
 
 
 def one_sentence(result, *named):
@@ -38,10 +42,13 @@ def one_sentence(result, *named):
 
 @pytest.fixture
 def command(script, world, cache, checkpoint, tmp_path):
-    """command(name, option=value, ...) runs a script with arguments that work but for those given; None leaves one out."""
+    """command(name, option=value, ...) runs a script with arguments that work but for those given;
+    None leaves one out."""
     out = tmp_path / "out"
     common = {"clip_model": CLIP, "datadir": world}
-    reader = common | {"textfile": cache.textfile, "embfile": cache.embfile, "savedir": out, "lm": BART}
+    reader = common | {
+        "textfile": cache.textfile, "embfile": cache.embfile, "savedir": out, "lm": BART
+    }
     works = {
         "compute_cache": common | {"textfile": out / "cache.txt", "embfile": out / "cache.npy"},
         "trainer": reader | {"topk": 24, "epochs": 1},
@@ -52,14 +59,16 @@ def command(script, world, cache, checkpoint, tmp_path):
         arguments = []
         for option, value in (works[name] | changes).items():
             if value is not None:
-                arguments += [f"--{option}"] + ([] if value is True else value if isinstance(value, list) else [value])
+                arguments += [f"--{option}"] + ([] if value is True else
+                                                value if isinstance(value, list) else [value])
         return script(name, *arguments)
     return run
 
 
 @pytest.fixture
 def refuse(command, tmp_path):
-    """refuse(name, what the sentence names..., option=value, ...): the command is refused, and leaves no file."""
+    """refuse(name, what the sentence names..., option=value, ...): the command is refused, and
+    leaves no file."""
     def refused(name, *named, **changes):
         result = command(name, **changes)
         one_sentence(result, *named)
@@ -68,7 +77,7 @@ def refuse(command, tmp_path):
     return refused
 
 
-# --------------------------------------------------------------------------------------------- the data
+# ----------------------------------------------------------------------------------------- the data
 
 @pytest.fixture
 def own_world(world, tmp_path):
@@ -81,7 +90,8 @@ def test_a_missing_data_folder_is_named(refuse, tmp_path, name):
     refuse(name, tmp_path / "nowhere", datadir=tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name, option", [(name, "split") for name in SCRIPTS] + [("trainer", "val_split")])
+@pytest.mark.parametrize("name, "
+                         "option", [(name, "split") for name in SCRIPTS] + [("trainer", "val_split")])
 def test_an_unknown_split_is_answered_with_those_that_exist(refuse, world, name, option):
     refuse(name, "tset2017", world, "near, out, train2017, val2017", **{option: "tset2017"})
 
@@ -95,8 +105,10 @@ ANNOTATIONS = {
     "no object": lambda text: "7",
     "another shape": lambda text: '{"questions": []}',
     "boxes in place of captions": lambda text: text.replace('"caption"', '"bbox"'),
-    "captions that are no text": lambda text: text.replace('"caption": "', '"caption": 5, "not": "'),
-    "ids of two kinds": lambda text: text.replace('"images": [{"id": ', '"images": [{"id": "a", "was": '),
+    "captions that are no text": lambda text: text.replace('"caption": "', '"caption": 5, "not": "'
+                                                           ),
+    "ids of two kinds": lambda text: text.replace('"images": [{"id": ',
+                                                  '"images": [{"id": "a", "was": '),
     "no images": lambda text: json.dumps(json.loads(text) | {"images": []}),
 }
 
@@ -128,13 +140,16 @@ def test_mining_needs_no_images(command, own_world):
     assert command("compute_cache", datadir=own_world, topk=2).code == 0
 
 
-# -------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 @pytest.fixture
 def own_cache(cache, tmp_path):
-    """A copy of the cache that a test may damage: paths of the text, the embeddings and their description."""
-    made = SimpleNamespace(text=tmp_path / "own.txt", rows=tmp_path / "own.npy", side=tmp_path / "own.npy.json")
-    for source, copy in ((cache.textfile, made.text), (cache.embfile, made.rows), (f"{cache.embfile}.json", made.side)):
+    """A copy of the cache that a test may damage: paths of the text, the embeddings and their
+    description."""
+    made = SimpleNamespace(text=tmp_path / "own.txt", rows=tmp_path / "own.npy",
+                           side=tmp_path / "own.npy.json")
+    for source, copy in ((cache.textfile, made.text), (cache.embfile, made.rows),
+                         (f"{cache.embfile}.json", made.side)):
         shutil.copy(source, copy)
     return made
 
@@ -201,7 +216,8 @@ CACHES = {  # how it is damaged, and which file the sentence names
 @pytest.mark.parametrize("damage, named", CACHES.values(), ids=CACHES)
 def test_a_cache_that_cannot_be_used_is_named(refuse, own_cache, damage, named, name):
     damage(own_cache)
-    refuse(name, *(getattr(own_cache, file) for file in named.split()), textfile=own_cache.text, embfile=own_cache.rows)
+    refuse(name, *(getattr(own_cache, file) for file in named.split()), textfile=own_cache.text,
+           embfile=own_cache.rows)
 
 
 @every_reader
@@ -220,10 +236,11 @@ def test_caches_go_in_pairs(refuse, cache, own_cache, name):
 @every_reader
 def test_caches_of_two_widths_do_not_mix(refuse, cache, own_cache, name):
     of_another_width(own_cache)
-    refuse(name, own_cache.rows, textfile=[cache.textfile, own_cache.text], embfile=[cache.embfile, own_cache.rows])
+    refuse(name, own_cache.rows, textfile=[cache.textfile, own_cache.text],
+           embfile=[cache.embfile, own_cache.rows])
 
 
-# --------------------------------------------------------------------------------------------- the models
+# --------------------------------------------------------------------------------------- the models
 
 @every_script
 def test_a_model_that_does_not_exist_is_named(refuse, tmp_path, name):
@@ -248,12 +265,14 @@ MODELS = {  # what is wrong with a model's folder
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "damaged tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "damaged config": lambda folder: (folder / "config.json").write_text("{"),
-    "config of another size": lambda folder: change_json(folder / "config.json", d_model=64, projection_dim=64),
+    "config of another "
+    "size": lambda folder: change_json(folder / "config.json", d_model=64, projection_dim=64),
     "unknown architecture": lambda folder: change_json(folder / "config.json", model_type="nosuch"),
 }
 
 
-@pytest.mark.parametrize("name, option", [(name, "clip_model") for name in SCRIPTS] + [(name, "lm") for name in READERS])
+@pytest.mark.parametrize("name, "
+                         "option", [(name, "clip_model") for name in SCRIPTS] + [(name, "lm") for name in READERS])
 @pytest.mark.parametrize("damage", MODELS.values(), ids=MODELS)
 def test_a_folder_without_a_whole_model_is_named(refuse, tmp_path, name, option, damage):
     folder = shutil.copytree({"clip_model": CLIP, "lm": BART}[option], tmp_path / "model")
@@ -275,8 +294,10 @@ def test_models_of_the_wrong_kind_are_named(refuse, name):
 
 
 def test_a_process_says_no_more_than_the_sentence(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "compute_cache.py", "--entries", __file__, "--textfile", tmp_path / "c.txt",
-                             "--embfile", tmp_path / "c.npy", "--clip_model", "nobody/nothing"], capture_output=True, text=True)
+    result = subprocess.run([
+        sys.executable, ROOT / "compute_cache.py", "--entries", __file__, "--textfile",
+        tmp_path / "c.txt", "--embfile", tmp_path / "c.npy", "--clip_model", "nobody/nothing"
+    ], capture_output=True, text=True)
     one_sentence(SimpleNamespace(code=result.returncode, err=result.stderr), "nobody/nothing")
 
 
@@ -294,10 +315,13 @@ CHECKPOINTS = {  # how it is damaged
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "of something else": lambda path: save_file(load_file(path), path),
-    "settings of another shape": lambda path: save_file(load_file(path), path, {"antarctic_captions": "[]"}),
-    "settings that lack some": lambda path: save_file(load_file(path), path, {"antarctic_captions": "{}"}),
+    "settings of another "
+    "shape": lambda path: save_file(load_file(path), path, {"antarctic_captions": "[]"}),
+    "settings that lack "
+    "some": lambda path: save_file(load_file(path), path, {"antarctic_captions": "{}"}),
     "another language model": change_settings(lm="other@0123456789ab"),
-    "other tensors": lambda path: save_file({"x": load_file(path).popitem()[1]}, path, safe_open(path, "pt").metadata()),
+    "other "
+    "tensors": lambda path: save_file({"x": load_file(path).popitem()[1]}, path, safe_open(path, "pt").metadata()),
 }
 
 
@@ -316,17 +340,22 @@ def test_the_checkpoint_of_another_language_model_names_both(refuse, checkpoint,
     refuse("sampler", "other@0123456789ab", "bart@", ckpt=path)
 
 
-# ------------------------------------------------------------------------------------------- the settings
+# ------------------------------------------------------------------------------------- the settings
 
 SETTINGS = [
-    *((name, option, value) for name in SCRIPTS for option in ("topk", "batch_size") for value in (0, -1)),
+    *((name, option, value) for name in SCRIPTS for option in ("topk", "batch_size")
+      for value in (0, -1)),
     ("compute_cache", "ncaptions", -1),
     *(("trainer", option, 0) for option in ("epochs", "tmax", "maxlen_enc", "maxlen_dec")),
-    ("trainer", "maxlen_enc", 100_000), ("trainer", "lrate", -1.0), ("trainer", "lrate", "nan"), ("trainer", "warmup", -1),
+    ("trainer", "maxlen_enc", 100_000),
+    ("trainer", "lrate", -1.0),
+    ("trainer", "lrate", "nan"),
+    ("trainer", "warmup", -1),
     *(("sampler", option, 0) for option in ("num_beams", "num_return_sequences")),
     *(("sampler", "temperature", value) for value in ("0.0", "-1.0", "nan", "inf")),
     *(("sampler", "top_p", value) for value in ("0.0", "1.5", "nan")),
-    ("sampler", "gallery", -1), ("sampler", "lm_weight", "nan"),
+    ("sampler", "gallery", -1),
+    ("sampler", "lm_weight", "nan"),
     *((name, "device", "toaster") for name in SCRIPTS),
 ]
 
@@ -356,7 +385,7 @@ def test_only_names_what_no_cache_holds(refuse, tmp_path):
     refuse("sampler", "hippogriff", only=tmp_path / "words.txt")
 
 
-# -------------------------------------------------------------------------------------------- the folders
+# -------------------------------------------------------------------------------------- the folders
 
 @pytest.fixture
 def blocked(tmp_path):
@@ -379,10 +408,11 @@ def test_a_folder_in_the_place_of_an_output_file_is_named(refuse, tmp_path, opti
 
 
 def test_the_two_files_of_a_cache_are_two(refuse, tmp_path):
-    refuse("compute_cache", tmp_path / "out" / "same", textfile=tmp_path / "out" / "same", embfile=tmp_path / "out" / "same")
+    refuse("compute_cache", tmp_path / "out" / "same", textfile=tmp_path / "out" / "same",
+           embfile=tmp_path / "out" / "same")
 
 
-# -------------------------------------------------------------------------------------------- the sources
+# -------------------------------------------------------------------------------------- the sources
 
 def test_compute_cache_has_one_source(refuse, tmp_path):
     sources = "--datadir", "--corpus", "--entries"
@@ -398,7 +428,8 @@ def test_sampler_has_one_source(refuse, world):
 
 
 @pytest.mark.parametrize("option", ["corpus", "entries"])
-@pytest.mark.parametrize("content", [b"", b"\n \n\n", b"caf\xe9\n", "a dog\n".encode("utf-16"), None],
+@pytest.mark.parametrize("content", [b"", b"\n \n\n", b"caf\xe9\n", "a "
+                                                                    "dog\n".encode("utf-16"), None],
                          ids=["empty", "blank", "latin-1", "utf-16", "missing"])
 def test_a_text_without_usable_lines_is_named(refuse, tmp_path, option, content):
     path = tmp_path / "lines.txt"
@@ -408,7 +439,8 @@ def test_a_text_without_usable_lines_is_named(refuse, tmp_path, option, content)
 
 
 def test_a_missing_image_is_named(refuse, world, tmp_path):
-    refuse("sampler", tmp_path / "no.png", datadir=None, images=[world / "near", tmp_path / "no.png"])
+    refuse("sampler", tmp_path / "no.png", datadir=None,
+           images=[world / "near", tmp_path / "no.png"])
 
 
 def test_a_folder_without_images_is_named(refuse, world, tmp_path):
@@ -417,7 +449,7 @@ def test_a_folder_without_images_is_named(refuse, world, tmp_path):
     refuse("sampler", tmp_path / "texts", datadir=None, images=[world / "near", tmp_path / "texts"])
 
 
-# --------------------------------------------------------------------------------------------- the images
+# --------------------------------------------------------------------------------------- the images
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -498,7 +530,8 @@ def save(folder, *names):
 def test_an_image_is_read_upright_on_white_in_rgb(tmp_path, name):
     image = read_image(save(tmp_path, name) / name)
     assert image.mode == "RGB"
-    assert np.abs(np.asarray(image, dtype=int) - np.array(IMAGES[name][2])).max() <= (1 if name.endswith(".jpg") else 0)
+    assert np.abs(np.asarray(image, dtype=int) -
+                  np.array(IMAGES[name][2])).max() <= (1 if name.endswith(".jpg") else 0)
 
 
 def test_images_of_every_kind_are_captioned(command, tmp_path):
@@ -512,8 +545,10 @@ def test_images_of_every_kind_are_captioned(command, tmp_path):
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_damaged_image_raises_oserror_alone(tmp_path, name):
-    """Cut anywhere, or with a few bytes changed: it is read, or it is named as damaged; no other error comes through."""
-    data, rng, path = (save(tmp_path, name) / name).read_bytes(), random.Random(name), tmp_path / f"damaged_{name}"
+    """Cut anywhere, or with a few bytes changed: it is read, or it is named as damaged; no other
+    error comes through."""
+    data, rng, path = (save(tmp_path, name) /
+                       name).read_bytes(), random.Random(name), tmp_path / f"damaged_{name}"
     damaged = [data[:length] for length in range(0, len(data), max(1, len(data) // 60))]
     for _ in range(120):
         changed = bytearray(data)
@@ -530,9 +565,11 @@ def test_a_damaged_image_raises_oserror_alone(tmp_path, name):
 
 def png_of_size(width, height):
     """A PNG that says that it is of this size, and holds nothing."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks)
 
 
 def spoil(folder):
@@ -548,7 +585,10 @@ def spoil(folder):
 def skipped(result, folder):
     """Names of the images that a run said it skipped, in order; the last line counts them."""
     prefix = f"skipped {folder}{os.sep}"
-    names = [line.removeprefix(prefix).split(": ")[0] for line in result.err.splitlines() if line.startswith(prefix)]
+    names = [
+        line.removeprefix(prefix).split(": ")[0] for line in result.err.splitlines()
+        if line.startswith(prefix)
+    ]
     assert f"{len(names)} images could not be read and were skipped" in result.err
     return names
 
@@ -560,10 +600,12 @@ def test_bad_images_are_named_counted_and_skipped(command, tmp_path):
         result = command("sampler", datadir=None, images=folder)
         assert result.code == 0
         assert skipped(result, folder) == bad
-        assert result.err.splitlines()[-1].startswith(f"{len(bad)} images")  # the report comes at the end
+        assert result.err.splitlines()[-1].startswith(
+            f"{len(bad)} images")  # the report comes at the end
         assert ("encoding images" in result.err) != seen_before
         captions = json.loads((tmp_path / "out" / "captions.json").read_text())
-        assert [c["image_id"] for c in captions] == [str(folder / name) for name in ("grey.jpg", "rgb.png")]
+        assert [c["image_id"]
+                for c in captions] == [str(folder / name) for name in ("grey.jpg", "rgb.png")]
         assert len((tmp_path / "out" / "preds.txt").read_text().splitlines()) == 2
         assert "captioned 2 images" in result.out
 
@@ -578,7 +620,8 @@ def test_captions_and_references_stay_in_step_around_bad_images(command, own_wor
     data = json.loads((own_world / "annotations" / "captions_val2017.json").read_text())
     told = {a["image_id"]: a["caption"] for a in reversed(data["annotations"])}
     kept = [image["id"] for image in data["images"][2:]]
-    assert [c["image_id"] for c in json.loads((tmp_path / "out" / "captions.json").read_text())] == kept
+    assert [c["image_id"]
+            for c in json.loads((tmp_path / "out" / "captions.json").read_text())] == kept
     assert (tmp_path / "out" / "ref0.txt").read_text().splitlines() == [told[i] for i in kept]
     assert len((tmp_path / "out" / "preds.txt").read_text().splitlines()) == len(kept) == VAL - 2
 
@@ -608,7 +651,8 @@ def test_a_split_of_nothing_but_bad_images_is_an_error(command, own_world, tmp_p
         path.write_text("no picture")
     result = command("trainer", datadir=own_world)
     assert result.code == 2
-    assert split in result.err.splitlines()[-1] and result.err.splitlines()[-1].startswith("error: ")
+    assert split in result.err.splitlines()[-1] and result.err.splitlines()[-1].startswith(
+        "error: ")
     assert not (tmp_path / "out" / "last.safetensors").exists()
 
 
@@ -619,4 +663,5 @@ def test_an_image_whose_name_is_no_utf8_is_captioned(command, tmp_path):
     (folder / "rgb.png").rename(folder / name)
     result = command("sampler", datadir=None, images=folder)
     assert result.code == 0
-    assert [c["image_id"] for c in json.loads((tmp_path / "out" / "captions.json").read_text())] == [str(folder / name)]
+    assert [c["image_id"] for c in json.loads((tmp_path / "out" / "captions.json").read_text())
+            ] == [str(folder / name)]

@@ -1,6 +1,8 @@
-"""Mutated real files: whatever a byte or a value becomes, a reader gives a correct result or InputError (of an image OSError).
+"""Mutated real files: whatever a byte or a value becomes, a reader gives a correct result or
+InputError (of an image OSError).
 
-It never takes more than 10 seconds, nor a GB. The mutations are the same in every run; FUZZ=5000 asks for so many of each kind.
+It never takes more than 10 seconds, nor a GB. The mutations are the same in every run; FUZZ=5000
+asks for so many of each kind.
 """
 
 import copy
@@ -37,7 +39,8 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("FUZZ", "20"))
-fuzz = settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None,
+                suppress_health_check=list(HealthCheck))
 COUNTS = Counter()  # outcomes: printed where FUZZ is set
 
 
@@ -50,19 +53,24 @@ def count():
         print(f"{sum(COUNTS.values()):7} mutated files")
 
 
-# --------------------------------------------------------------------------------------------- mutations
+# ---------------------------------------------------------------------------------------- mutations
 
-PLACES = st.integers(0, 400) | st.integers(-100, -1) | st.floats(0, 1)  # from the beginning, from the end, a share of the file
-BYTES = st.binary(min_size=1, max_size=9) | st.sampled_from(
-    [b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(8),
-     b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\n", b"\r", b"(" * 300, b"[" * 9000, b"9" * 5000, b"NaN", b"-", b"1e999",
-     b"\xe2\x80\xa8", b"\x1b[2J", b"\xed\xa0\x80"])
-BYTE_EDITS = st.lists(st.one_of(
-    st.tuples(st.just("set"), PLACES, BYTES), st.tuples(st.just("flip"), PLACES, st.integers(0, 7)),
-    st.tuples(st.just("insert"), PLACES, BYTES), st.tuples(st.just("cut"), PLACES),
-    st.tuples(st.just("remove"), PLACES, st.integers(1, 300)),
-    st.tuples(st.just("repeat"), PLACES, st.integers(1, 300)), st.tuples(st.just("swap"), PLACES, PLACES, st.integers(1, 300))),
-    min_size=1, max_size=5)
+PLACES = st.integers(0, 400) | st.integers(-100, -1) | st.floats(
+    0, 1)  # from the beginning, from the end, a share of the file
+BYTES = st.binary(min_size=1, max_size=9) | st.sampled_from([
+    b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff",
+    b"\xff\xff\xff\x7f",
+    bytes(8), b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\n", b"\r", b"(" * 300, b"[" * 9000,
+    b"9" * 5000, b"NaN", b"-", b"1e999", b"\xe2\x80\xa8", b"\x1b[2J", b"\xed\xa0\x80"
+])
+BYTE_EDITS = st.lists(
+    st.one_of(st.tuples(st.just("set"), PLACES, BYTES),
+              st.tuples(st.just("flip"), PLACES, st.integers(0, 7)),
+              st.tuples(st.just("insert"), PLACES, BYTES), st.tuples(st.just("cut"), PLACES),
+              st.tuples(st.just("remove"), PLACES, st.integers(1, 300)),
+              st.tuples(st.just("repeat"), PLACES, st.integers(1, 300)),
+              st.tuples(st.just("swap"), PLACES, PLACES, st.integers(1, 300))), min_size=1,
+    max_size=5)
 
 
 def mutate(data, edits):
@@ -75,7 +83,8 @@ def mutate(data, edits):
         if what == "set":
             data = data[:at] + more[0] + data[at + len(more[0]):]
         elif what == "flip":
-            data = data[:at] + bytes(byte ^ 1 << more[0] for byte in data[at:at + 1]) + data[at + 1:]
+            data = data[:at] + bytes(byte ^ 1 << more[0]
+                                     for byte in data[at:at + 1]) + data[at + 1:]
         elif what == "insert":
             data = data[:at] + more[0] + data[at:]
         elif what == "cut":
@@ -87,22 +96,23 @@ def mutate(data, edits):
         else:
             low, high = sorted((at, locate(more[0])))
             n = min(more[1], high - low)
-            data = data[:low] + data[high:high + n] + data[low + n:high] + data[low:low + n] + data[high + n:]
+            data = data[:low] + data[high:high + n] + data[low + n:high] + data[low:low +
+                                                                                n] + data[high + n:]
     return data
 
 
 VALUES = st.sampled_from([
-    None, True, False, 0, -1, 1, 7, 1.5, float("nan"), float("inf"), -0.0, 1 << 31, 1 << 63, 1 << 64, 10 ** 30, -10 ** 4000, "",
-    "a", "7",
-    "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "\udcff", "\x1b[2J", "\u202e", "\u2028", "<script>", "F64", "BF16",
-    "a" * 20_000,
-    [], {}, [[]], [1, 2], {"a": 1}, ["a", "b"],
-    [0, 8], [8, 0], [1 << 40, 1 << 41], [1] * 40, {"id": 1}, {"caption": "a"}, "DEEP"])
+    None, True, False, 0, -1, 1, 7, 1.5,
+    float("nan"),
+    float("inf"), -0.0, 1 << 31, 1 << 63, 1 << 64, 10**30, -10**4000, "", "a", "7",
+    "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "\udcff", "\x1b[2J", "\u202e", "\u2028",
+    "<script>", "F64", "BF16", "a" * 20_000, [], {}, [[]], [1, 2], {"a": 1}, ["a", "b"], [0, 8],
+    [8, 0], [1 << 40, 1 << 41], [1] * 40, {"id": 1}, {"caption": "a"}, "DEEP"
+])
 VALUES |= st.integers() | st.text(max_size=5)
-JSON_EDITS = st.lists(st.tuples(
-    st.sampled_from(["replace", "replace", "delete", "repeat", "rename", "copy"]), st.integers(0, 1 << 30),
-    st.integers(0, 1 << 30), VALUES),
-    min_size=1, max_size=4)
+JSON_EDITS = st.lists(
+    st.tuples(st.sampled_from(["replace", "replace", "delete", "repeat", "rename", "copy"]),
+              st.integers(0, 1 << 30), st.integers(0, 1 << 30), VALUES), min_size=1, max_size=4)
 
 
 def places(data):
@@ -110,7 +120,8 @@ def places(data):
     found, waiting = [], [data]
     while waiting:
         one = waiting.pop()
-        for key in one if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ():
+        for key in one if isinstance(one,
+                                     dict) else range(len(one)) if isinstance(one, list) else ():
             found.append((one, key))
             waiting.append(one[key])
     return found
@@ -148,31 +159,38 @@ def outcome(name, path, content, read, error=InputError):
             COUNTS[name, "refused"] += 1
 
 
-# ------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-ENTRIES = ["a dog", "grass", "naïve café", "", "\u202eodd\x00", "penguin", "two red cats", "x" * 100]
+ENTRIES = [
+    "a dog", "grass", "naïve café", "", "\u202eodd\x00", "penguin", "two red cats", "x" * 100
+]
 DIM = 8
 
 
 def made_cache(folder):
     """{name: bytes} of the three files of a cache."""
-    rows = torch.nn.functional.normalize(torch.randn(len(ENTRIES), DIM, generator=torch.Generator().manual_seed(0)), dim=1)
-    cache_module.write_cache(folder / "c.txt", folder / "c.npy", ENTRIES, rows.numpy(), "clip@1", "")
+    rows = torch.nn.functional.normalize(
+        torch.randn(len(ENTRIES), DIM, generator=torch.Generator().manual_seed(0)), dim=1)
+    cache_module.write_cache(folder / "c.txt", folder / "c.npy", ENTRIES, rows.numpy(), "clip@1",
+                             "")
     return {name: (folder / name).read_bytes() for name in ("c.txt", "c.npy", "c.npy.json")}
 
 
 def read_cache(folder):
     entries, rows = cache_module.read_cache([folder / "c.txt"], [folder / "c.npy"], "clip@1", DIM)
     values = rows[:]
-    assert len(entries) == len(rows) == len(values) and values.shape[1] == DIM and values.dtype == torch.float32
-    assert values.isfinite().all() and all(isinstance(entry, str) and "\n" not in entry for entry in entries)
+    assert len(entries) == len(rows) == len(
+        values) and values.shape[1] == DIM and values.dtype == torch.float32
+    assert values.isfinite().all() and all(
+        isinstance(entry, str) and "\n" not in entry for entry in entries)
     scores, indices = cache_module.search(torch.ones(1, DIM), rows, 3)
-    assert indices.max() < len(entries) and torch.equal((torch.ones(1, DIM) @ values.T)[0, indices[0]], scores[0])
+    assert indices.max() < len(entries) and torch.equal(
+        (torch.ones(1, DIM) @ values.T)[0, indices[0]], scores[0])
 
 
 @pytest.mark.parametrize("name", ["c.txt", "c.npy", "c.npy.json"])
@@ -191,7 +209,8 @@ def test_a_cache_of_mutated_bytes(folder, name, checked):
             (folder / "c.npy.json").unlink()
         elif name == "c.txt":  # as if that were its text, so that more than the digest is tried
             (folder / name).write_bytes(content)
-            (folder / "c.npy.json").write_text(json.dumps(told | {"text_sha256": file_sha256(folder / name)}))
+            (folder / "c.npy.json").write_text(
+                json.dumps(told | {"text_sha256": file_sha256(folder / name)}))
         outcome(f"cache {name}", folder / name, content, lambda _: read_cache(folder))
     run()
 
@@ -209,7 +228,7 @@ def test_a_cache_with_a_description_of_mutated_values(folder):
     run()
 
 
-SIDES = st.integers(-9, 99) | st.sampled_from([1 << 31, 1 << 62, 1 << 64, 10 ** 18, -10 ** 30, True])
+SIDES = st.integers(-9, 99) | st.sampled_from([1 << 31, 1 << 62, 1 << 64, 10**18, -10**30, True])
 DTYPES = ["<f4", ">f4", "<f2", "<f8", "<f16", "|O", "<U3", "|V0", "<c8", "|b1", "<i4", "<M8[s]"]
 
 
@@ -217,19 +236,24 @@ DTYPES = ["<f4", ">f4", "<f2", "<f8", "<f16", "|O", "<U3", "|V0", "<c8", "|b1", 
 @given(st.lists(SIDES, max_size=4), st.sampled_from(DTYPES), st.booleans(), st.binary(max_size=600))
 def test_a_cache_whose_array_has_any_header(folder, shape, descr, fortran, data):
     made_cache(folder)
-    header = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {tuple(shape)}}}\n".encode()
+    header = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {tuple(shape)}}}\n".encode(
+    )
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
     outcome("cache header", folder / "c.npy", content, lambda _: read_cache(folder))
 
 
-# ------------------------------------------------------------------------------------------------ JSON and text
+# ------------------------------------------------------------------------------------ JSON and text
 
 def read_annotations(path):
-    listed = {picture.id: picture[1:] for picture in datasets.read_coco(path.parents[1], "val2017", need_images=False)}
+    listed = {
+        picture.id: picture[1:]
+        for picture in datasets.read_coco(path.parents[1], "val2017", need_images=False)
+    }
     for pictures in (datasets.read_annotations(path), listed):
         for image, (place, captions) in pictures.items():
             assert type(image) in (int, str) and ".." not in Path(place).parts
-            assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT for caption in captions if caption)
+            assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT
+                       for caption in captions if caption)
             utils.seed_of(0, image)
             os.fsencode(path.parent / place)
 
@@ -254,8 +278,12 @@ def read_records(path):
 
 
 RECORDS = [RECORD | {"image_id": f"{name}.png", "file": f"{name}.png"} for name in "abcdef"]
-COCO = {"info": {"year": 2017}, "images": [{"id": i, "file_name": f"{i}.png", "width": 9} for i in range(5)],
-        "annotations": [{"id": i, "image_id": i % 5, "caption": f"a dog and {i} cats"} for i in range(12)]}
+COCO = {
+    "info": {"year": 2017},
+    "images": [{"id": i, "file_name": f"{i}.png", "width": 9} for i in range(5)], "annotations": [
+        {"id": i, "image_id": i % 5, "caption": f"a dog and {i} cats"} for i in range(12)
+    ]
+}
 RESULTS = [{"image_id": i, "caption": f"a dog and {i} cats"} for i in range(5)]
 TEXT = "a dog\nnaïve café\n\n two  cats \r\n".encode()
 DOCUMENTS = {  # name: (file, its values or None, a line each: True, or how it is written; reader)
@@ -275,7 +303,8 @@ def document(values, by_line):
         return TEXT
     if by_line is seal:
         return b"".join(map(seal, values))
-    return b"".join(json.dumps(record).encode() + b"\n" for record in values) if by_line else json.dumps(values).encode()
+    return b"".join(json.dumps(record).encode() + b"\n"
+                    for record in values) if by_line else json.dumps(values).encode()
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -300,7 +329,8 @@ def test_a_document_of_mutated_values(tmp_path, name):
     def run(edits, line):
         if by_line:
             lines = document(values, by_line).splitlines(keepends=True)
-            digits = lines[line][:DIGITS + 1] if by_line is seal else b""  # the seal of what was written
+            digits = lines[line][:DIGITS +
+                                 1] if by_line is seal else b""  # the seal of what was written
             lines[line] = digits + mutate_json(values[line], edits) + b"\n"
             content = b"".join(lines)
         else:
@@ -309,7 +339,7 @@ def test_a_document_of_mutated_values(tmp_path, name):
     run()
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 @pytest.fixture(scope="module")
 def captioner():
@@ -319,7 +349,9 @@ def captioner():
 def load_checkpoint(captioner):
     def read(path):
         settings = checkpoints.load_checkpoint(path, captioner)
-        assert all(type(settings[name]) is int and settings[name] > 0 for name in ("topk", "maxlen_enc", "maxlen_dec"))
+        assert all(
+            type(settings[name]) is int and settings[name] > 0
+            for name in ("topk", "maxlen_enc", "maxlen_dec"))
         assert all(parameter.isfinite().all() for parameter in captioner.model.parameters())
     return read
 
@@ -327,18 +359,23 @@ def load_checkpoint(captioner):
 def openai_weights(vocabulary):
     """A small CLIP's, by OpenAI's names."""
     def tower(prefix):
-        shapes = {"ln_1.weight": (64,), "ln_1.bias": (64,), "ln_2.weight": (64,), "ln_2.bias": (64,),
-                  "attn.in_proj_weight": (192, 64), "attn.in_proj_bias": (192,), "attn.out_proj.weight": (64, 64),
-                  "attn.out_proj.bias": (64,), "mlp.c_fc.weight": (256, 64), "mlp.c_fc.bias": (256,), "mlp.c_proj.weight": (64, 256), "mlp.c_proj.bias": (64,)}
+        shapes = {
+            "ln_1.weight": (64, ), "ln_1.bias": (64, ), "ln_2.weight": (64, ), "ln_2.bias": (64, ),
+            "attn.in_proj_weight": (192, 64), "attn.in_proj_bias": (192, ),
+            "attn.out_proj.weight": (64, 64), "attn.out_proj.bias": (64, ),
+            "mlp.c_fc.weight": (256, 64), "mlp.c_fc.bias": (256, ), "mlp.c_proj.weight": (64, 256),
+            "mlp.c_proj.bias": (64, )
+        }
         return {f"{prefix}transformer.resblocks.0.{name}": shape for name, shape in shapes.items()}
 
     shapes = tower("") | tower("visual.") | {
-        "visual.class_embedding": (64,), "visual.positional_embedding": (5, 64), "visual.conv1.weight": (64, 3, 16, 16),
-        "visual.ln_pre.weight": (64,), "visual.ln_pre.bias": (64,), "visual.ln_post.weight": (64,), "visual.ln_post.bias": (64,),
-        "visual.proj": (64, 32), "logit_scale": (),
-        "token_embedding.weight": (vocabulary, 64), "positional_embedding": (77, 64), "ln_final.weight": (64,),
-        "ln_final.bias": (64,),
-        "text_projection": (64, 32)}
+        "visual.class_embedding": (64, ), "visual.positional_embedding": (5, 64),
+        "visual.conv1.weight": (64, 3, 16, 16), "visual.ln_pre.weight": (64, ),
+        "visual.ln_pre.bias": (64, ), "visual.ln_post.weight": (64, ),
+        "visual.ln_post.bias": (64, ), "visual.proj": (64, 32), "logit_scale": (),
+        "token_embedding.weight": (vocabulary, 64), "positional_embedding": (77, 64),
+        "ln_final.weight": (64, ), "ln_final.bias": (64, ), "text_projection": (64, 32)
+    }
     return {name: torch.zeros(shape).half() for name, shape in shapes.items()}
 
 
@@ -361,8 +398,13 @@ def state_of():
 def torch_files(captioner, checkpoint, tmp_path_factory):
     """{name: (file, bytes, reader)} of all that holds tensors."""
     folder = tmp_path_factory.mktemp("made")
-    weights = {f"model.{name}": weight.detach() for name, weight in captioner.model.named_parameters() if checkpoints.is_layernorm(name)}
-    lightning = {"epoch": 5, "state_dict": weights, "hyper_parameters": {"topk": 24, "note": (1, "a")}}
+    weights = {
+        f"model.{name}": weight.detach() for name, weight in captioner.model.named_parameters()
+        if checkpoints.is_layernorm(name)
+    }
+    lightning = {
+        "epoch": 5, "state_dict": weights, "hyper_parameters": {"topk": 24, "note": (1, "a")}
+    }
     tokenizer = model.load_tokenizer(CLIP, "tokenizer")
     trained, optimizer, progress = state_of()
     checkpoints.save_state(folder / "state-0.pt", trained, optimizer, progress)
@@ -385,7 +427,8 @@ def torch_files(captioner, checkpoint, tmp_path_factory):
 
     return {
         "safetensors": ("a.safetensors", checkpoint.read_bytes(), load_checkpoint(captioner)),
-        "features": ("features-0.safetensors", (folder / "features.safetensors").read_bytes(), read_features),
+        "features": ("features-0.safetensors", (folder / "features.safetensors").read_bytes(),
+                     read_features),
         "Lightning .ckpt": ("a.ckpt", saved(lightning), load_checkpoint(captioner)),
         "OpenAI .pt": ("a.pt", saved(openai_weights(len(tokenizer))), read_openai),
         "trainer's state": ("state-0.pt", (folder / "state-0.pt").read_bytes(), read_state),
@@ -420,7 +463,8 @@ def test_tensors_with_a_header_of_mutated_values(tmp_path, torch_files, name):
             if both:  # the settings, which are JSON in a text of the header
                 changed["__metadata__"][key] = mutate_json(json.loads(text), inner).decode()
         made = json.dumps(changed).encode() if both else mutate_json(changed, edits)
-        outcome(f"{name}, values", tmp_path / file, struct.pack("<Q", len(made)) + made + data, read)
+        outcome(f"{name}, values", tmp_path / file,
+                struct.pack("<Q", len(made)) + made + data, read)
     run()
 
 
@@ -437,16 +481,18 @@ def test_a_zip_with_a_mutated_pickle(tmp_path, torch_files, name):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for member, data in members.items():
-                archive.writestr(member, mutate(data, edits) if member.endswith("/data.pkl") else data)
+                archive.writestr(member,
+                                 mutate(data, edits) if member.endswith("/data.pkl") else data)
         outcome(f"{name}, pickle", tmp_path / file, buffer.getvalue(), read)
     run()
 
 
-# ----------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 def encoded(format, mode="RGB", **options):
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).convert(mode) if mode != "I;16" else Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
+    image = Image.fromarray(noise).convert(mode) if mode != "I;16" else Image.fromarray(
+        noise[:, :, 0].astype(np.uint16) * 257)
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     image.save(buffer, format, **({} if format in ("BMP", "GIF") else {"exif": exif}), **options)
@@ -454,15 +500,25 @@ def encoded(format, mode="RGB", **options):
 
 
 IMAGES = {
-    "rgb.png": encoded("PNG"), "palette.png": encoded("PNG", "P", transparency=3), "grey16.png": encoded("PNG", "I;16"),
-    "bits.png": encoded("PNG", "1"), "rgba.png": encoded("PNG", "RGBA"), "rgb.jpg": encoded("JPEG"),
+    "rgb.png": encoded("PNG"),
+    "palette.png": encoded("PNG", "P", transparency=3),
+    "grey16.png": encoded("PNG", "I;16"),
+    "bits.png": encoded("PNG", "1"),
+    "rgba.png": encoded("PNG", "RGBA"),
+    "rgb.jpg": encoded("JPEG"),
     "steps.jpg": encoded("JPEG", progressive=True),
-    "cmyk.jpg": encoded("JPEG", "CMYK"), "two.jpg": encoded("MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))]),
-    "lossy.webp": encoded("WEBP"), "lossless.webp": encoded("WEBP", "RGBA", lossless=True), "rgb.bmp": encoded("BMP"),
-    "palette.gif": encoded("GIF", "P", transparency=3, save_all=True, append_images=[Image.new("P", (60, 40))]),
+    "cmyk.jpg": encoded("JPEG", "CMYK"),
+    "two.jpg": encoded("MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))]),
+    "lossy.webp": encoded("WEBP"),
+    "lossless.webp": encoded("WEBP", "RGBA", lossless=True),
+    "rgb.bmp": encoded("BMP"),
+    "palette.gif": encoded("GIF", "P", transparency=3, save_all=True,
+                           append_images=[Image.new("P", (60, 40))]),
     "plain.tif": encoded("TIFF"),
-    "lzw.tif": encoded("TIFF", compression="tiff_lzw"), "jpeg.tif": encoded("TIFF", compression="jpeg"),
-    "deflate.tif": encoded("TIFF", "RGBA", compression="tiff_deflate"), "fax.tif": encoded("TIFF", "1", compression="group4"),
+    "lzw.tif": encoded("TIFF", compression="tiff_lzw"),
+    "jpeg.tif": encoded("TIFF", compression="jpeg"),
+    "deflate.tif": encoded("TIFF", "RGBA", compression="tiff_deflate"),
+    "fax.tif": encoded("TIFF", "1", compression="group4"),
 }
 
 

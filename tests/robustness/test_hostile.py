@@ -1,4 +1,5 @@
-"""Files that somebody made to do harm: each ends in a correct result or in one clear error, in 10 seconds and a GB of memory."""
+"""Files that somebody made to do harm: each ends in a correct result or in one clear error, in 10
+seconds and a GB of memory."""
 
 import contextlib
 import html.parser
@@ -40,7 +41,8 @@ from antarctic.images import read_image
 from antarctic.sealed import checksum, read_sealed, resume, seal
 from model import Captioner
 
-CLEAR = "/proc/self/clear_refs"  # a 5 written there sets the peak of this process's memory to what it has now
+# a 5 written there sets the peak of this process's memory to what it has now
+CLEAR = "/proc/self/clear_refs"
 
 
 class Hang(BaseException):  # no reader catches it by mistake
@@ -54,8 +56,8 @@ def memory(field):
 
 @contextlib.contextmanager
 def bounded(seconds=10, megabytes=1024):
-    """The body must not compute longer, nor take more memory beyond what the process had (measured on Linux alone); where it waits,
-    or the machine is busy, it gets three times as long."""
+    """The body must not compute longer, nor take more memory beyond what the process had (measured
+    on Linux alone); where it waits, or the machine is busy, it gets three times as long."""
     def hang(*_):
         raise Hang(f"more than {3 * seconds} s")
 
@@ -93,7 +95,7 @@ def refusal(read, *arguments):
     return str(refused.value)
 
 
-# --------------------------------------------------------------------------------------------- the images
+# --------------------------------------------------------------------------------------- the images
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -104,11 +106,13 @@ def png(width, height, *more, depth=8, colour=2, rows=0, row=b""):
     squeeze = zlib.compressobj(1)
     data = b"".join([squeeze.compress(row) for _ in range(rows)] + [squeeze.flush()])
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + chunk(b"IDAT", data) + chunk(
+        b"IEND", b"")
 
 
 def black(width, height, channels=1):
-    return png(width, height, colour={1: 0, 3: 2, 4: 6}[channels], rows=height, row=bytes(1 + width * channels))
+    return png(width, height, colour={1: 0, 3: 2, 4: 6}[channels], rows=height,
+               row=bytes(1 + width * channels))
 
 
 def gif(width, height, left=0):
@@ -118,23 +122,29 @@ def gif(width, height, left=0):
 
 def tiff(width, height, strip_rows=None):
     """A grey TIFF of one strip that holds a byte."""
-    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, strip_rows or height), (279, 1)]
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1),
+            (278, strip_rows or height), (279, 1)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return b"II*\0" + struct.pack("<I", 10) + b"\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 10) + b"\0\0" + struct.pack("<H",
+                                                                    len(tags)) + entries + bytes(4)
 
 
 def webp(width, height):
-    extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
-    bits = b"VP8L" + struct.pack("<I", 6) + b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + b"\0"
+    extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + struct.pack(
+        "<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    bits = b"VP8L" + struct.pack("<I", 6) + b"\x2f" + struct.pack("<I", (width - 1) |
+                                                                  (height - 1) << 14) + b"\0"
     return b"RIFF" + struct.pack("<I", 4 + len(extended + bits)) + b"WEBP" + extended + bits
 
 
 def bmp(width, height):
-    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width,
+                                                                    height, 1, 24, 0, 0, 0, 0, 0, 0)
 
 
 def jpeg(width, height):
-    return b"\xff\xd8\xff\xc0\0\x0b\x08" + struct.pack(">HH", height, width) + b"\x01\x01\x11\0\xff\xd9"
+    return b"\xff\xd8\xff\xc0\0\x0b\x08" + struct.pack(">HH", height,
+                                                       width) + b"\x01\x01\x11\0\xff\xd9"
 
 
 TEXT_CHUNK = zlib.compress(bytes(1 << 28))
@@ -164,14 +174,17 @@ HOSTILE = {  # name: content; none is an image that can be read
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_image_is_refused_by_its_header(tmp_path, monkeypatch, name):
-    """Or cut down to what it said it holds, as Pillow does of chunks that unpack to more than a MB."""
+    """Or cut down to what it said it holds, as Pillow does of chunks that unpack to more than a
+    MB."""
     monkeypatch.setenv("PATH", "")  # no Ghostscript, if it were asked for
     (tmp_path / name).write_bytes(HOSTILE[name]())
     with bounded(megabytes=300):
         try:
-            assert read_image(tmp_path / name).width < 2000 and ("bomb" in name or "inflates" in name)
+            assert read_image(tmp_path / name).width < 2000 and ("bomb" in name
+                                                                 or "inflates" in name)
         except OSError as error:
-            assert "gigapixels" not in name or "damaged" in str(error) or "too large" in str(error) or "identify" in str(error)
+            assert "gigapixels" not in name or "damaged" in str(error) or "too large" in str(
+                error) or "identify" in str(error)
 
 
 @pytest.mark.parametrize("name", ["long.png", "high.png"])
@@ -182,13 +195,16 @@ def test_an_image_like_a_thread_says_so(tmp_path, name):
 
 
 def test_a_real_image_of_fifty_thousand_by_fifty_thousand_is_refused_at_once(tmp_path):
-    (tmp_path / "huge.png").write_bytes(png(50_000, 50_000, depth=1, colour=0, rows=50_000, row=bytes(1 + 6250)))
-    with bounded(seconds=1, megabytes=20), pytest.raises(OSError, match="too large: more than 64 million pixels"):
+    (tmp_path / "huge.png").write_bytes(
+        png(50_000, 50_000, depth=1, colour=0, rows=50_000, row=bytes(1 + 6250)))
+    with bounded(seconds=1, megabytes=20), pytest.raises(
+            OSError, match="too large: more than 64 million pixels"):
         read_image(tmp_path / "huge.png")
 
 
 def test_the_largest_image_is_read_in_a_gigabyte(tmp_path):
-    (tmp_path / "large.png").write_bytes(black(8000, 8000, 4))  # clear, so that it needs all the steps
+    (tmp_path / "large.png").write_bytes(black(8000, 8000,
+                                               4))  # clear, so that it needs all the steps
     with bounded():
         assert read_image(tmp_path / "large.png").size == (8000, 8000)
 
@@ -205,7 +221,8 @@ def test_a_batch_of_large_images_is_encoded_in_a_gigabyte(tmp_path):
     (tmp_path / "a.png").write_bytes(black(4000, 3000))
     clip = Counting()
     with bounded(megabytes=400):
-        vectors, bad = features.encode_files(clip, [tmp_path / "a.png"] * 10, 64, tqdm(disable=True))
+        vectors, bad = features.encode_files(clip, [tmp_path / "a.png"] * 10, 64,
+                                             tqdm(disable=True))
     assert len(vectors) == 10 and not bad and clip.batches == [3, 3, 3, 1]
 
 
@@ -220,7 +237,8 @@ def test_strips_are_read_as_the_whole_image(tmp_path, mode, orientation):
         image.putalpha(Image.fromarray(noise[:, :, 3]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "a.png", exif=exif, **({"transparency": 7} if mode in ("P", "I;16") else {}))
+    image.save(tmp_path / "a.png", exif=exif,
+               **({"transparency": 7} if mode in ("P", "I;16") else {}))
     turns = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
     with Image.open(tmp_path / "a.png") as plain:
         if mode == "I;16":
@@ -235,7 +253,7 @@ def test_strips_are_read_as_the_whole_image(tmp_path, mode, orientation):
     assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), np.asarray(plain))
 
 
-# ------------------------------------------------------------------------------------------- files and folders
+# -------------------------------------------------------------------------------- files and folders
 
 @pytest.fixture
 def photos(tmp_path):
@@ -259,7 +277,8 @@ def test_links_out_of_a_folder_are_not_followed_but_told(photos, capsys):
     (photos / "folder").symlink_to("../elsewhere")
     assert names([photos]) == ["a.png", "inside.png"]
     told, = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"warning: 3 links, such as {photos / 'folder'}, lead out of the folder {photos}")
+    assert told.startswith(
+        f"warning: 3 links, such as {photos / 'folder'}, lead out of the folder {photos}")
     # Whoever names it means it.
     assert names([photos / "out.png"]) == names([photos / "o*.png"]) == ["out.png"]
     assert names([photos / "folder"]) == ["secret.png"]
@@ -300,7 +319,8 @@ def test_what_is_no_file_is_skipped_and_keeps_nobody_waiting(photos, special, mo
     else:
         path.mkdir()
     with bounded(seconds=2):
-        assert ("special.png" in names([photos])) == (special in ("pipe", "socket"))  # one leads out, one is a folder
+        assert ("special.png" in names([photos])) == (
+            special in ("pipe", "socket"))  # one leads out, one is a folder
         with pytest.raises(OSError, match="no regular file"):
             read_image(path)
         if special != "folder":
@@ -316,9 +336,11 @@ def test_a_file_that_says_it_has_a_terabyte_is_not_read(tmp_path):
         read_image(tmp_path / "a.webp")
 
 
-# ---------------------------------------------------------------------------------------------- annotations
+# -------------------------------------------------------------------------------------- annotations
 
-def annotations(folder, images=({"id": 1, "file_name": "a.png"},), told=({"image_id": 1, "caption": "a dog"},)):
+
+def annotations(folder, images=({"id": 1, "file_name": "a.png"}, ),
+                told=({"image_id": 1, "caption": "a dog"}, )):
     (folder / "annotations").mkdir(exist_ok=True)
     path = folder / "annotations" / "captions_val2017.json"
     path.write_text(json.dumps({"images": images, "annotations": told}))
@@ -328,11 +350,13 @@ def annotations(folder, images=({"id": 1, "file_name": "a.png"},), told=({"image
 @pytest.mark.parametrize("name", [
     "../../etc/passwd", "/etc/passwd", "a/../../b.png", "..", "//etc/passwd", "a\0.png", "sub/../a.png", "\x1b[2J/../a.png"])
 def test_a_file_name_that_leads_out_of_the_folder_is_refused_by_name(tmp_path, name):
-    """A caption file with such a name was made to show a file of this computer: nothing of it is used."""
+    """A caption file with such a name was made to show a file of this computer: nothing of it is
+    used."""
     path = annotations(tmp_path, [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": name}])
     told = refusal(read_annotations, path)
     assert told == refusal(read_coco, tmp_path, "val2017", False)
-    assert "is no path inside the folder of images" in told and errors.escape_control(repr(name)) in told
+    assert "is no path inside the folder of images" in told and errors.escape_control(
+        repr(name)) in told
 
 
 def test_an_ordinary_file_name_may_hold_dots_and_folders(tmp_path):
@@ -359,9 +383,12 @@ def test_an_image_that_makes_no_sense_is_named(tmp_path, images, named):
 
 
 def test_what_nobody_asks_for_may_be_anything(tmp_path):
-    images = [{"id": 10 ** 4000, "file_name": "a.png", "width": float("nan"), "height": -1}, {"id": -1, "file_name": "b.png"}]
-    told = [{"image_id": -1, "caption": "a \ud800 dog\x00", "id": float("inf")}, {"image_id": None, "caption": "of nothing"}]
-    assert read_annotations(annotations(tmp_path, images, told)) == {10 ** 4000: ("a.png", []), -1: ("b.png", ["a ? dog\0"])}
+    images = [{"id": 10**4000, "file_name": "a.png", "width": float("nan"), "height": -1},
+              {"id": -1, "file_name": "b.png"}]
+    told = [{"image_id": -1, "caption": "a \ud800 dog\x00", "id": float("inf")},
+            {"image_id": None, "caption": "of nothing"}]
+    assert read_annotations(annotations(
+        tmp_path, images, told)) == {10**4000: ("a.png", []), -1: ("b.png", ["a ? dog\0"])}
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -373,9 +400,11 @@ JSON_READERS = {
 
 @pytest.mark.parametrize("read", JSON_READERS.values(), ids=JSON_READERS)
 @pytest.mark.parametrize("text", [
-    DEEP, '{"images": ' + DEEP + ', "annotations": []}', '{"a":' * 100_000, "9" * 5000, "NaN", "-Infinity", "null", "[null]",
+    DEEP, '{"images": ' + DEEP + ', "annotations": '
+                                 '[]}', '{"a":' * 100_000, "9" * 5000, "NaN", "-Infinity", "null", "[null]",
     "[[]]",
-    '"' + "a" * 100_000 + '"', "[" + "9" * 5000 + "]", '[{"image_id": [], "caption": "a"}]', '{"clip_model": 1}', "\0" * 1000,
+    '"' + "a" * 100_000 + '"', "[" + "9" * 5000 + "]", '[{"image_id": [], "caption": '
+                                                       '"a"}]', '{"clip_model": 1}', "\0" * 1000,
     "\ufeff"],
     ids=lambda text: f"{text[:12]}... {len(text)}")
 def test_json_that_is_something_else_is_refused(tmp_path, read, text):
@@ -387,7 +416,7 @@ def test_json_that_is_something_else_is_refused(tmp_path, read, text):
         assert str(path) in refusal(read, path)
 
 
-# ----------------------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------- texts
 
 LONG = "a" * 10_000_000
 TEXT_READERS = {
@@ -403,7 +432,8 @@ def test_a_line_of_ten_megabytes_is_refused(tmp_path, read):
     """A tokenizer takes 17 seconds and 2 GB for it."""
     path = tmp_path / "a.txt"
     path.write_text(f"a dog\n{LONG}\n")
-    assert "10,000,000 characters" in refusal(read, path) and "10,000 are read at most" in refusal(read, path)
+    assert "10,000,000 characters" in refusal(read, path) and "10,000 are read at most" in refusal(
+        read, path)
     assert len(refusal(read, path)) < 300
 
 
@@ -419,26 +449,31 @@ def test_a_corpus_may_be_one_line(script, tmp_path):
     """As some are; but a word of more than 100 characters is no word."""
     (tmp_path / "corpus.txt").write_text("a red dog " * 100_000 + LONG)
     with bounded():
-        result = script("compute_cache", "--corpus", tmp_path / "corpus.txt", "--textfile", tmp_path / "c.txt", "--embfile",
-                        tmp_path / "c.npy", "--clip_model", CLIP)
-    assert result.code == 0 and (tmp_path / "c.txt").read_text().split("\n")[:3] == ["a", "dog", "red"]
+        result = script("compute_cache", "--corpus", tmp_path / "corpus.txt", "--textfile",
+                        tmp_path / "c.txt", "--embfile", tmp_path / "c.npy", "--clip_model", CLIP)
+    assert result.code == 0 and (tmp_path /
+                                 "c.txt").read_text().split("\n")[:3] == ["a", "dog", "red"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("first", ["", "\ufeff"])
 def test_line_i_of_a_cache_is_row_i_whatever_is_in_it(tmp_path, capsys, end, first):
-    entries = ["a\rb", "c\x00d", "e\u2028f", "g\x85h", "i\x0b\x0c\x1c\x1d\x1e\u2029j", "", "\u202ekl\u202c", "\x1b[31mm\x07", "n"]
+    entries = [
+        "a\rb", "c\x00d", "e\u2028f", "g\x85h", "i\x0b\x0c\x1c\x1d\x1e\u2029j", "",
+        "\u202ekl\u202c", "\x1b[31mm\x07", "n"
+    ]
     (tmp_path / "c.txt").write_bytes((first + "".join(entry + end for entry in entries)).encode())
     np.save(tmp_path / "c.npy", np.eye(len(entries), dtype=np.float32))
     found, rows = cache_module.read_cache([tmp_path / "c.txt"], [tmp_path / "c.npy"], "clip")
     assert found == entries and torch.equal(rows[:], torch.eye(len(entries)))
 
 
-# ----------------------------------------------------------------------------------------- arrays and tensors
+# ------------------------------------------------------------------------------- arrays and tensors
 
 def npy(header, version=(1, 0), size=64):
     header = header.encode() if isinstance(header, str) else header
-    return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I", len(header)) + header + bytes(size)
+    return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I",
+                                                       len(header)) + header + bytes(size)
 
 
 def described(shape, descr="<f4"):
@@ -446,17 +481,30 @@ def described(shape, descr="<f4"):
 
 
 ARRAYS = {
-    "10^18 rows": described("(1000000000000000000, 8)"), "10^30 rows": described(f"({10 ** 30}, 8)"),
+    "10^18 rows": described("(1000000000000000000, 8)"),
+    "10^30 rows": described(f"({10 ** 30}, 8)"),
     "no columns": described(f"({10 ** 19}, 0)"),
-    "negative rows": described("(-2, 8)"), "negative columns": described("(2, -8)"), "both": described("(-2, -8)"),
-    "columns that overflow": described(f"({1 << 62}, 4)"), "a truth": described("(True, 99)"), "one number": described("()"),
-    "no tuple": described("8"), "three sides": described("(1, 2, 2)"), "text": described("(2, 8)", "<U4"),
-    "objects": described("(2, 8)", "|O"), "nothing wide": described("(2, 8)", "|V0"),
+    "negative rows": described("(-2, 8)"),
+    "negative columns": described("(2, -8)"),
+    "both": described("(-2, -8)"),
+    "columns that overflow": described(f"({1 << 62}, 4)"),
+    "a truth": described("(True, 99)"),
+    "one number": described("()"),
+    "no tuple": described("8"),
+    "three sides": described("(1, 2, 2)"),
+    "text": described("(2, 8)", "<U4"),
+    "objects": described("(2, 8)", "|O"),
+    "nothing wide": described("(2, 8)", "|V0"),
     "a record": described("(2, 8)", [("a", "<f4")]),
-    "no type": described("(2, 8)", "<zz"), "complex": described("(2, 4)", "<c8"),
-    "brackets": npy("(" * 9000), "braces": npy("{" * 60_000), "minus": npy("-" * 9000 + "1"),
+    "no type": described("(2, 8)", "<zz"),
+    "complex": described("(2, 4)", "<c8"),
+    "brackets": npy("(" * 9000),
+    "braces": npy("{" * 60_000),
+    "minus": npy("-" * 9000 + "1"),
     "a program": npy("__import__('os')"),
-    "a string without end": npy("'''"), "bytes": npy(bytes(range(256))), "a version to come": npy("{}", (9, 9)),
+    "a string without end": npy("'''"),
+    "bytes": npy(bytes(range(256))),
+    "a version to come": npy("{}", (9, 9)),
 }
 
 
@@ -464,14 +512,16 @@ ARRAYS = {
 def test_an_array_that_lies_is_refused(tmp_path, name):
     (tmp_path / "c.txt").write_text("a\nb\n")
     (tmp_path / "c.npy").write_bytes(ARRAYS[name])
-    assert str(tmp_path / "c.npy") in refusal(cache_module.read_cache, [tmp_path / "c.txt"], [tmp_path / "c.npy"], "clip")
+    assert str(tmp_path / "c.npy") in refusal(cache_module.read_cache, [tmp_path / "c.txt"],
+                                              [tmp_path / "c.npy"], "clip")
 
 
 def test_an_array_whose_header_has_four_gigabytes_is_refused(tmp_path):
     with open(tmp_path / "c.npy", "wb") as file:
         file.write(b"\x93NUMPY\x02\x00" + struct.pack("<I", 0xFFFFFFF0))
         file.truncate(5 << 30)
-    with bounded(seconds=1, megabytes=20), pytest.raises(InputError, match="not a .npy file of numbers"):
+    with bounded(seconds=1, megabytes=20), pytest.raises(InputError,
+                                                         match="not a .npy file of numbers"):
         cache_module.Rows(tmp_path / "c.npy")
 
 
@@ -487,17 +537,21 @@ def tensor(shape=(4,), begin=0, end=16, dtype="F32"):
 
 
 SAFETENSORS = {
-    "longer than the file": safetensors(tensor(), 1 << 40), "longest": safetensors(tensor(), (1 << 64) - 1),
+    "longer than the file": safetensors(tensor(), 1 << 40),
+    "longest": safetensors(tensor(), (1 << 64) - 1),
     "no header": safetensors({}, 0),
-    "a number too far": safetensors(tensor((5,), 0, 20), data=bytes(16)),
+    "a number too far": safetensors(tensor((5, ), 0, 20), data=bytes(16)),
     "behind the end": safetensors(tensor(begin=1 << 40, end=(1 << 40) + 16)),
-    "from behind": safetensors(tensor(begin=16, end=0)), "negative": safetensors(tensor((-4,), 0, -16)),
-    "sizes that overflow": safetensors(tensor((1 << 33, 1 << 33))), "no list": safetensors(tensor(7)),
+    "from behind": safetensors(tensor(begin=16, end=0)),
+    "negative": safetensors(tensor((-4, ), 0, -16)),
+    "sizes that overflow": safetensors(tensor((1 << 33, 1 << 33))),
+    "no list": safetensors(tensor(7)),
     "no type": safetensors(tensor(dtype="X9")),
-    "deep": safetensors(b'{"a":' * 100_000), "deep settings": safetensors(
-        {"__metadata__": {"antarctic_captions": DEEP}}),
-        "huge number": safetensors({"__metadata__": {"antarctic_captions": "9" * 5000}}),
-    "a list": safetensors([]), "no text": safetensors({"__metadata__": {"antarctic_captions": 5}}),
+    "deep": safetensors(b'{"a":' * 100_000),
+    "deep settings": safetensors({"__metadata__": {"antarctic_captions": DEEP}}),
+    "huge number": safetensors({"__metadata__": {"antarctic_captions": "9" * 5000}}),
+    "a list": safetensors([]),
+    "no text": safetensors({"__metadata__": {"antarctic_captions": 5}}),
     "half": safetensors(tensor())[:60],
 }
 
@@ -521,35 +575,46 @@ def test_a_safetensors_file_that_lies_is_refused(tmp_path, captioner, name):
     {"maxlen_enc": [1]}, {"maxlen_dec": {}}, {"lm": 5}, {"lm": None}], ids=str)
 def test_settings_of_a_checkpoint_are_what_they_should_be(tmp_path, changes):
     settings = {"lm": "a", "topk": 1, "maxlen_enc": 8, "maxlen_dec": 8}
-    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {"antarctic_captions": json.dumps(settings)})
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors",
+              {"antarctic_captions": json.dumps(settings)})
     assert checkpoint_settings(tmp_path / "a.safetensors") == settings
-    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {"antarctic_captions": json.dumps(settings | changes)})
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors",
+              {"antarctic_captions": json.dumps(settings | changes)})
     assert "is not a checkpoint" in refusal(checkpoint_settings, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("change, named", [
-    (lambda tensors: tensors.popitem(), "does not fit"), (lambda tensors: tensors.clear(), "does not fit"),
+    (lambda tensors: tensors.popitem(), "does not "
+                                        "fit"), (lambda tensors: tensors.clear(), "does not fit"),
     (lambda tensors: next(iter(tensors.values())).fill_(float("nan")), "not finite"),
     (lambda tensors: next(iter(tensors.values()))[:1].fill_(float("inf")), "not finite"),
 ], ids=["one less", "none", "nan", "infinite"])
 def test_a_checkpoint_changes_all_layernorms_to_numbers_or_none(tmp_path, captioner, change, named):
-    before = {name: parameter.detach().clone() for name, parameter in captioner.train_only(checkpoints.is_layernorm).items()}
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in captioner.train_only(checkpoints.is_layernorm).items()
+    }
     tensors = {name: parameter + 1 for name, parameter in before.items()}
     change(tensors)
     settings = {"lm": captioner.identity, "topk": 1, "maxlen_enc": 8, "maxlen_dec": 8}
     save_file(tensors, tmp_path / "a.safetensors", {"antarctic_captions": json.dumps(settings)})
     assert named in refusal(load_checkpoint, tmp_path / "a.safetensors", captioner)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in captioner.train_only(checkpoints.is_layernorm).items())
+    assert all(
+        torch.equal(parameter, before[name])
+        for name, parameter in captioner.train_only(checkpoints.is_layernorm).items())
 
 
 FEATURES = {
-    "others": lambda f, bad: ({"other": f}, bad), "fewer": lambda f, bad: ({"features": f[:1]}, bad),
-    "narrower": lambda f, bad: ({"features": f[:, :3].contiguous()}, bad), "half": lambda f, bad: ({"features": f.half()}, bad),
-    "nan": lambda f, bad: ({"features": f * float("nan")}, bad), "a bad one too many": lambda f,
-    bad: ({"features": f}, {"0": "a", "1": "b"}),
-    "a bad one that is none": lambda f, bad: ({"features": f}, {"9": "a"}), "a negative one": lambda f,
-    bad: ({"features": f}, {"-1": "a"}),
-    "no reason": lambda f, bad: ({"features": f}, {"1": 5}), "a list": lambda f, bad: ({"features": f}, [1]),
+    "others": lambda f, bad: ({"other": f}, bad),
+    "fewer": lambda f, bad: ({"features": f[:1]}, bad),
+    "narrower": lambda f, bad: ({"features": f[:, :3].contiguous()}, bad),
+    "half": lambda f, bad: ({"features": f.half()}, bad),
+    "nan": lambda f, bad: ({"features": f * float("nan")}, bad),
+    "a bad one too many": lambda f, bad: ({"features": f}, {"0": "a", "1": "b"}),
+    "a bad one that is none": lambda f, bad: ({"features": f}, {"9": "a"}),
+    "a negative one": lambda f, bad: ({"features": f}, {"-1": "a"}),
+    "no reason": lambda f, bad: ({"features": f}, {"1": 5}),
+    "a list": lambda f, bad: ({"features": f}, [1]),
 }
 
 
@@ -564,7 +629,7 @@ def test_features_that_do_not_belong_to_the_images_are_computed_again(tmp_path, 
     assert features.read_features(path, 3, 4) is None
 
 
-# ------------------------------------------------------------------------------------------ pickles and zips
+# --------------------------------------------------------------------------------- pickles and zips
 
 class Canary:
     """Whoever unpickles it writes a file."""
@@ -577,21 +642,30 @@ class Canary:
 
 
 PICKLES = {  # how a pickle is put into a file, and what reads it
-    "npy of objects": ("c.npy", lambda path, canary: np.save(path, np.array([[canary]], dtype=object)), cache_module.Rows),
-    "npz of objects": ("c.npz", lambda path, canary: np.savez(path, np.array([canary], dtype=object)),
+    "npy of "
+    "objects": ("c.npy", lambda path, canary: np.save(path, np.array([[canary]], dtype=object)), cache_module.Rows),
+    "npz of "
+    "objects": ("c.npz", lambda path, canary: np.savez(path, np.array([canary], dtype=object)),
                        cache_module.Rows),
-    "pickle called npy": ("c.npy", lambda path, canary: path.write_bytes(pickle.dumps(canary)), cache_module.Rows),
-    "pickle called safetensors": ("a.safetensors", lambda path, canary: path.write_bytes(pickle.dumps(canary)),
+    "pickle called "
+    "npy": ("c.npy", lambda path, canary: path.write_bytes(pickle.dumps(canary)), cache_module.Rows),
+    "pickle called "
+    "safetensors": ("a.safetensors", lambda path, canary: path.write_bytes(pickle.dumps(canary)),
                                   checkpoint_settings),
-    "pickle called ckpt": ("a.ckpt", lambda path, canary: path.write_bytes(pickle.dumps(canary)), checkpoint_settings),
-    "old pt": ("a.pt", lambda path, canary: torch.save(canary, path, _use_new_zipfile_serialization=False),
+    "pickle called "
+    "ckpt": ("a.ckpt", lambda path, canary: path.write_bytes(pickle.dumps(canary)), checkpoint_settings),
+    "old "
+    "pt": ("a.pt", lambda path, canary: torch.save(canary, path, _use_new_zipfile_serialization=False),
                openai_clip.read_openai_clip),
     "pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), openai_clip.read_openai_clip),
     "ckpt": ("a.ckpt", lambda path, canary: torch.save({"state_dict": {}, "x": canary}, path), checkpoint_settings),
-    "CLIP's .pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), lambda path: model.Clip(str(path))),
-    "state of the trainer": ("state-1.pt", lambda path, canary: torch.save({"trained": canary}, path),
+    "CLIP's "
+    ".pt": ("a.pt", lambda path, canary: torch.save({"x": canary}, path), lambda path: model.Clip(str(path))),
+    "state of the "
+    "trainer": ("state-1.pt", lambda path, canary: torch.save({"trained": canary}, path),
                              lambda path: checkpoints.load_state(path, {}, torch.optim.AdamW([torch.zeros(1)]))),
-    "weights in a folder": ("pytorch_model.bin", lambda path, canary: shutil.copy(f"{BART}/config.json", path.parent) and
+    "weights in a "
+    "folder": ("pytorch_model.bin", lambda path, canary: shutil.copy(f"{BART}/config.json", path.parent) and
                             torch.save(canary, path), lambda path: Captioner(str(path.parent))),
 }
 
@@ -609,7 +683,8 @@ def test_no_pickle_is_ever_executed(tmp_path, name):
 
 def test_features_that_are_a_pickle_are_computed_again(tmp_path):
     (tmp_path / "features.safetensors").write_bytes(pickle.dumps(Canary(tmp_path / "marker")))
-    assert features.read_features(tmp_path / "features.safetensors", 1, 4) is None and not (tmp_path / "marker").exists()
+    assert features.read_features(tmp_path / "features.safetensors", 1,
+                                  4) is None and not (tmp_path / "marker").exists()
 
 
 def archive(path, pickled=b"}.", compression=zipfile.ZIP_STORED, **storages):
@@ -623,11 +698,13 @@ STAND_IN = b"cpathlib\nPath\nq\x00"
 BOMBS = {  # pickles that would take a long time, much memory, or the process itself
     "tuples in tuples as a key": b"}N" + b"\x85" * 300_000 + b"Ns.",
     "pairs in pairs as a key": b"}N" + b"N\x86" * 300_000 + b"Ns.",
-    "tensors in tensors as a key": b"}" + b"ctorch._utils\n_rebuild_tensor_v2\nq\x00(" * 1000 + b".",
+    "tensors in tensors as a "
+    "key": b"}" + b"ctorch._utils\n_rebuild_tensor_v2\nq\x00(" * 1000 + b".",
     "16 MB of lists": b"]" * (1 << 24), "2 MB of lists": b"]" * ((1 << 21) - 1),
     "2 MB of objects": STAND_IN + b"h\x00)R" * (1 << 18) + b".",
     "a number of megabytes": b"\x8b" + struct.pack("<i", 1 << 20) + b"\xff" * (1 << 20) + b".",
-    "a text of 10^18": b"\x8d" + struct.pack("<Q", 10 ** 18) + b"a.", "a far memo": b"Nr\xff\xff\xff\x7f.",
+    "a text of "
+    "10^18": b"\x8d" + struct.pack("<Q", 10 ** 18) + b"a.", "a far memo": b"Nr\xff\xff\xff\x7f.",
     "a decimal number": b"I" + b"9" * 1_000_000 + b"\n.",
 }
 
@@ -640,7 +717,8 @@ def test_a_pickle_bomb_is_refused(tmp_path, name):
 
 
 def test_tuples_in_a_checkpoint_are_read_all_the_same(tmp_path):
-    torch.save({"state_dict": {}, "x": ((1, 2), (3,), (), (4, 5, 6), (7, 8, 9, 10))}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": {}, "x": ((1, 2), (3, ), (), (4, 5, 6), (7, 8, 9, 10))},
+               tmp_path / "a.ckpt")
     with pickles.torch_file(tmp_path / "a.ckpt") as (content, _):
         assert content["x"] == [[1, 2], [3], [], [4, 5, 6], [7, 8, 9, 10]]
     assert checkpoint_settings(tmp_path / "a.ckpt")["topk"] == 10
@@ -656,12 +734,13 @@ def test_a_zip_bomb_is_refused(tmp_path):
 def test_one_storage_is_not_ten_thousand_tensors(tmp_path):
     """16 MB that would be 160 GB."""
     numbers = torch.zeros(4 << 20)
-    tensors = dict.fromkeys(["visual.conv1.weight", "text_projection", *map(str, range(9990))], numbers)
+    tensors = dict.fromkeys(["visual.conv1.weight", "text_projection", *map(str, range(9990))],
+                            numbers)
     torch.save(tensors, tmp_path / "a.pt")
     assert "a.pt" in refusal(openai_clip.read_openai_clip, tmp_path / "a.pt")
 
 
-# ------------------------------------------------------------------------------------------------- the gallery
+# -------------------------------------------------------------------------------------- the gallery
 
 class Page(html.parser.HTMLParser):
     """Elements with their attributes, and the texts, of a page."""
@@ -686,15 +765,34 @@ class Page(html.parser.HTMLParser):
 
 
 EVIL = [
-    "<script>alert(1)</script>", "</bdi></span></div><img src=x onerror=alert(1)>", "\" onload=\"alert(1)\" x=\"",
+    "<script>alert(1)</script>",
+    "</bdi></span></div><img src=x onerror=alert(1)>",
+    "\" onload=\"alert(1)\" x=\"",
     "' onclick='alert(1)",
-    "javascript:alert(1)", "<a href=javascript:alert(1)>x</a>", "<!--", "-->", "]]>", "</title></style><svg onload=alert(1)>",
+    "javascript:alert(1)",
+    "<a href=javascript:alert(1)>x</a>",
+    "<!--",
+    "-->",
+    "]]>",
+    "</title></style><svg onload=alert(1)>",
     "<style>*{}",
-    "&lt;b&gt;&#60;i&#62;&amp", "<iframe srcdoc='<script>1</script>'>", "`${alert(1)}`", "<base href=//evil.example>",
+    "&lt;b&gt;&#60;i&#62;&amp",
+    "<iframe srcdoc='<script>1</script>'>",
+    "`${alert(1)}`",
+    "<base href=//evil.example>",
     "<meta http-equiv=refresh>",
-    "%s%d{0}{record}", "\u202egnp.exe", "\u2067right\u2066left", "\x1b[2Jgone", "a\x00b\x08c\rd\x85e\u2028f",
+    "%s%d{0}{record}",
+    "\u202egnp.exe",
+    "\u2067right\u2066left",
+    "\x1b[2Jgone",
+    "a\x00b\x08c\rd\x85e\u2028f",
     "data:text/html,<script>1</script>",
-    "<plaintext>", "<xmp>", "<\x00script>", "\ud800", "<bdi>", "</bdi>",
+    "<plaintext>",
+    "<xmp>",
+    "<\x00script>",
+    "\ud800",
+    "<bdi>",
+    "</bdi>",
 ]
 
 
@@ -709,19 +807,28 @@ def page_of(path, texts):
 
 
 def test_nothing_of_a_users_text_becomes_an_element_or_an_attribute(tmp_path):
-    """The page has the elements and attributes of one with plain words, and every text comes back as it was."""
+    """The page has the elements and attributes of one with plain words, and every text comes back
+    as it was."""
     path = tmp_path / "<img src=x onerror=alert(1)> \" onload='1'.png"
     Image.new("RGB", (8, 8), "red").save(path)
-    plain, evil = Page(page_of(path, [f"w{i} and" for i in range(len(EVIL))])), Page(page_of(path, EVIL))
+    plain, evil = Page(page_of(path, [f"w{i} and" for i in range(len(EVIL))])), Page(
+        page_of(path, EVIL))
 
     def without_use(elements):  # whether an entry's words are in the caption is told by a class
-        return [(tag, attributes | ({"class": "entry"} if attributes.get("class") == "entry used" else {}))
-                for tag, attributes in elements]
+        return [
+            (tag,
+             attributes | ({"class": "entry"} if attributes.get("class") == "entry used" else {}))
+            for tag, attributes in elements
+        ]
 
     assert without_use(evil.elements) == without_use(plain.elements)
     for _, attributes in evil.elements:
-        assert not [name for name in attributes if name.startswith("on") or name in ("href", "srcdoc", "action")]
-        assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+        assert not [
+            name
+            for name in attributes if name.startswith("on") or name in ("href", "srcdoc", "action")
+        ]
+        assert attributes.get("src",
+                              "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
     texts = iter(evil.texts)
     for text in EVIL:
         assert text.replace("\ud800", "\\ud800") in texts
@@ -730,7 +837,8 @@ def test_nothing_of_a_users_text_becomes_an_element_or_an_attribute(tmp_path):
 def test_a_policy_forbids_scripts_even_so(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     elements = Page(page_of(tmp_path / "a.png", EVIL)).elements
-    policy, = (attributes["content"] for _, attributes in elements if attributes.get("http-equiv") == "Content-Security-Policy")
+    policy, = (attributes["content"] for _, attributes in elements
+               if attributes.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -739,31 +847,39 @@ def test_an_image_that_has_gone_leaves_its_place_empty(tmp_path):
     assert Page(page_of(tmp_path / "gone.png", ["a dog"])).texts.count("a dog") == 7
 
 
-# ------------------------------------------------------------------------------------------------ the terminal
+# ------------------------------------------------------------------------------------- the terminal
 
 def test_no_escape_sequence_of_a_file_reaches_the_terminal(script, cache, checkpoint, photos):
-    """Names, texts and descriptions that would clear the screen, change its title or turn the line around."""
+    """Names, texts and descriptions that would clear the screen, change its title or turn the line
+    around."""
     evil = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m"
     (photos / f"{evil}.png").write_text("no picture")
     models = "--clip_model", CLIP, "--lm", BART
-    result = script("sampler", "--images", photos, "--textfile", cache.textfile, "--embfile", cache.embfile, *models,
-                    "--ckpt", checkpoint, "--savedir", photos.parent / "out")
+    result = script("sampler", "--images", photos, "--textfile", cache.textfile, "--embfile",
+                    cache.embfile, *models, "--ckpt", checkpoint, "--savedir",
+                    photos.parent / "out")
     assert result.code == 0 and "skipped" in result.err and "owned" in result.err
     assert set(result.err + result.out).isdisjoint("\x1b\x07\x9b\u202e")
     (photos / "results.json").write_text(json.dumps([{"image_id": 1, "caption": f"a {evil} dog"}]))
-    result = script("stories", "--captions", photos / "results.json", "--lm", str(Path(BART).with_name("gpt")), "--max_tokens", 2)
-    assert result.code == 0 and "owned" in result.out and set(result.out).isdisjoint("\x1b\x07\x9b\u202e")
+    result = script("stories", "--captions", photos / "results.json", "--lm",
+                    str(Path(BART).with_name("gpt")), "--max_tokens", 2)
+    assert result.code == 0 and "owned" in result.out and set(
+        result.out).isdisjoint("\x1b\x07\x9b\u202e")
     (photos / f"{evil}.npy").write_text("no numbers")
     (photos / f"{evil}.txt").write_text("dog\n")
-    result = script("sampler", "--images", photos, "--textfile", photos / f"{evil}.txt", "--embfile", photos / f"{evil}.npy", *models,
-                    "--ckpt", "none", "--savedir", photos.parent / "out2")
-    assert result.code == 2 and "owned" in result.err and set(result.err).isdisjoint("\x1b\x07\x9b\u202e")
+    result = script("sampler", "--images", photos, "--textfile", photos / f"{evil}.txt",
+                    "--embfile", photos / f"{evil}.npy", *models, "--ckpt", "none", "--savedir",
+                    photos.parent / "out2")
+    assert result.code == 2 and "owned" in result.err and set(
+        result.err).isdisjoint("\x1b\x07\x9b\u202e")
 
 
-# ------------------------------------------------------------------------------------------------- the results
+# -------------------------------------------------------------------------------------- the results
 
-RECORD = {"image_id": "a.png", "file": "a.png", "caption": "a dog", "score": 0.3, "table": [["dog", 0.3]],
-          "candidates": [["a dog", 0.3, -1.0]]}
+RECORD = {
+    "image_id": "a.png", "file": "a.png", "caption": "a dog", "score": 0.3, "table": [["dog", 0.3]],
+    "candidates": [["a dog", 0.3, -1.0]]
+}
 
 
 @pytest.mark.parametrize("change", [
@@ -773,11 +889,13 @@ RECORD = {"image_id": "a.png", "file": "a.png", "caption": "a dog", "score": 0.3
     {"candidates": [["a dog", "b", "c"]]}, {"candidates": 5}, {"candidates": [[["a"], 0.3, 0.3]]},
     {"table": []}, {"table": {}}, {"score": 10 ** 400}], ids=str)
 def test_a_stopped_runs_record_that_was_changed_is_written_again(tmp_path, change):
-    part, second = tmp_path / "details-1.jsonl.part", seal(RECORD | {"image_id": "b.png", "file": "b.png"})
+    part, second = tmp_path / "details-1.jsonl.part", seal(RECORD
+                                                           | {"image_id": "b.png", "file": "b.png"})
     changed = seal(RECORD)[:17] + seal(RECORD | change)[17:]  # the seal of what was written
     for first, kept in ((seal(RECORD), 2), (changed, 0)):
         part.write_bytes(first + second)
-        assert resume(part) == kept == len(part.read_bytes().splitlines()) == len(list(read_sealed(part)))
+        assert resume(part) == kept == len(part.read_bytes().splitlines()) == len(
+            list(read_sealed(part)))
 
 
 @pytest.mark.parametrize("line", [
@@ -791,10 +909,12 @@ def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
 
 
 @pytest.mark.parametrize("text", [
-    '[{"image_id": 1, "caption": 5}]', '[{"image_id": 1}]', '[5]', '[["a", "b"]]', '{"image_id": 1}', "5", '"text"'])
+    '[{"image_id": 1, "caption": '
+    '5}]', '[{"image_id": 1}]', '[5]', '[["a", "b"]]', '{"image_id": 1}', "5", '"text"'])
 def test_results_of_wrong_types_are_refused(tmp_path, text):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(text)
-    for read, name in ((read_results, "a.json"), (read_captions, "a.json"), (read_captions, "a.jsonl")):
+    for read, name in ((read_results, "a.json"), (read_captions, "a.json"), (read_captions,
+                                                                             "a.jsonl")):
         if text != '[["a", "b"]]' or name == "a.json":
             assert name in refusal(read, tmp_path / name)

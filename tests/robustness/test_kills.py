@@ -1,7 +1,9 @@
-"""A stop at a random moment costs nothing but time: after SIGKILLs the files are in the end those of an uninterrupted run, byte
-for byte, and SIGINT and SIGTERM end a run within five seconds, with a sentence.
+"""A stop at a random moment costs nothing but time: after SIGKILLs the files are in the end those
+of an uninterrupted run, byte for byte, and SIGINT and SIGTERM end a run within five seconds, with a
+sentence.
 
-KILLS=20 ./test.sh tests/robustness/test_kills.py stops each script that often; by itself the suite does it a few times.
+KILLS=20 ./test.sh tests/robustness/test_kills.py stops each script that often; by itself the suite
+does it a few times.
 """
 
 import ctypes
@@ -19,26 +21,31 @@ from conftest import BART, CLIP, ROOT
 from forks import files, finish, start
 
 KILLS = int(os.environ.get("KILLS", "2"))
-SMALL = {"antarctic.features.CHUNK": 32}  # so that what is kept as a run goes on is more than one piece
+SMALL = {"antarctic.features.CHUNK": 32
+         }  # so that what is kept as a run goes on is more than one piece
 
 
 def commands(world, cache, checkpoint):
-    read = ("--textfile", cache.textfile, "--embfile", cache.embfile, "--clip_model", CLIP, "--lm", BART)
+    read = ("--textfile", cache.textfile, "--embfile", cache.embfile, "--clip_model", CLIP, "--lm",
+            BART)
     return {
-        "compute_cache": lambda out: ("--datadir", world, "--textfile", out / "c.txt", "--embfile", out / "c.npy", "--clip_model", CLIP,
-                                      "--batch_size", "1"),
-        "trainer": lambda out: ("--datadir", world, *read, "--savedir", out, "--topk", "8", "--batch_size", "2", "--epochs", "2",
-                                "--lrate", "1e-2", "--save_seconds", "0.2"),
-        "sampler": lambda out: ("--datadir", world, *read, "--savedir", out, "--ckpt", checkpoint, "--batch_size", "2", "--do_sample",
-                                "--num_return_sequences", "30"),
-        "stories": lambda out: ("--caption", *["a red dog", "a whale", "two trains"] * 8, "--lm", ROOT / "snowglobe" / "weights" / "gpt",
-                                "--savedir", out, "--batch_size", "2"),
+        "compute_cache": lambda out: ("--datadir", world, "--textfile", out / "c.txt", "--embfile",
+                                      out / "c.npy", "--clip_model", CLIP, "--batch_size", "1"),
+        "trainer": lambda out:
+        ("--datadir", world, *read, "--savedir", out, "--topk", "8", "--batch_size", "2",
+         "--epochs", "2", "--lrate", "1e-2", "--save_seconds", "0.2"),
+        "sampler": lambda out: ("--datadir", world, *read, "--savedir", out, "--ckpt", checkpoint,
+                                "--batch_size", "2", "--do_sample", "--num_return_sequences", "30"),
+        "stories": lambda out:
+        ("--caption", *["a red dog", "a whale", "two trains"] * 8, "--lm", ROOT / "snowglobe" /
+         "weights" / "gpt", "--savedir", out, "--batch_size", "2"),
     }
 
 
 @pytest.fixture(scope="module", params=["compute_cache", "trainer", "sampler", "stories"])
 def run(request, world, cache, checkpoint, tmp_path_factory):
-    """A script's name, its arguments by the folder to write to, and the seconds and files of an uninterrupted run."""
+    """A script's name, its arguments by the folder to write to, and the seconds and files of an
+    uninterrupted run."""
     name, folder = request.param, tmp_path_factory.mktemp("whole")
     command = commands(world, cache, checkpoint)[name]
     seconds = finish(folder / "log", name, *command(folder / "out"), patches=SMALL)
@@ -48,11 +55,13 @@ def run(request, world, cache, checkpoint, tmp_path_factory):
 def test_a_script_that_is_killed_again_and_again_ends_as_one_that_is_not(run, tmp_path):
     rng, kills = random.Random(run.name), 0
     while kills < KILLS:
-        process = start(tmp_path / "log", run.name, *run.command(tmp_path / "killed"), patches=SMALL)
+        process = start(tmp_path / "log", run.name, *run.command(tmp_path / "killed"),
+                        patches=SMALL)
         process.join(rng.uniform(0.02, 1) * run.seconds)
         process.kill()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL  # else it had ended, and the next one begins anew
+        # else it had ended, and the next one begins anew
+        kills += process.exitcode == -signal.SIGKILL
         assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
     finish(tmp_path / "log", run.name, *run.command(tmp_path / "killed"), patches=SMALL)
     assert files(tmp_path / "killed") == run.files
@@ -73,7 +82,8 @@ def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_
         if process.exitcode == 0:  # it was at its end
             continue
         assert process.exitcode == 130 and time.monotonic() - began < 5, log.read_text()
-        assert log.read_text().splitlines()[-1].startswith("stopped;") and "Traceback" not in log.read_text()
+        assert log.read_text().splitlines()[-1].startswith(
+            "stopped;") and "Traceback" not in log.read_text()
         assert not list((tmp_path / "stopped").glob(".*.tmp"))
         stops += 1
     assert stops
@@ -102,9 +112,10 @@ def test_a_script_that_is_asked_to_stop_while_a_library_loads_stops_with_the_sen
     }
     arguments = arguments[name](tmp_path) if callable(arguments[name]) else arguments[name]
     command = [sys.executable, ROOT / f"{name}.py", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(tmp_path)},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which background jobs ignore
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL))  # which background jobs ignore
     assert process.stdout.readline() == "loading\n"
     began = time.monotonic()
     process.send_signal(sent)
@@ -123,7 +134,8 @@ def deaf(*_):
 
 
 def deletes(*_):
-    """As deaf, but in the deletion of an object: there Python swallows what is raised, and goes on."""
+    """As deaf, but in the deletion of an object: there Python swallows what is raised, and goes
+    on."""
     class Object:
         def __del__(self):
             print("deaf", flush=True)
@@ -132,8 +144,10 @@ def deletes(*_):
     time.sleep(60)
 
 
-@pytest.mark.parametrize("where, sent", [(deaf, signal.SIGINT), (deaf, signal.SIGTERM), (deletes, signal.SIGINT), (deletes, signal.SIGTERM)])
-def test_a_script_that_is_asked_to_stop_where_python_does_not_hear_it_stops_too(world, cache, tmp_path, where, sent):
+@pytest.mark.parametrize("where, "
+                         "sent", [(deaf, signal.SIGINT), (deaf, signal.SIGTERM), (deletes, signal.SIGINT), (deletes, signal.SIGTERM)])
+def test_a_script_that_is_asked_to_stop_where_python_does_not_hear_it_stops_too(
+        world, cache, tmp_path, where, sent):
     log, command = tmp_path / "log", commands(world, cache, None)["compute_cache"](tmp_path)
     process = start(log, "compute_cache", *command, patches={"compute_cache.mine": where})
     while not log.exists() or "deaf" not in log.read_text():
@@ -143,4 +157,5 @@ def test_a_script_that_is_asked_to_stop_where_python_does_not_hear_it_stops_too(
     os.kill(process.pid, sent)
     process.join(20)
     assert process.exitcode == 130 and time.monotonic() - began < 5
-    assert log.read_text().splitlines()[-1].startswith("stopped;") and "Traceback" not in log.read_text()
+    assert log.read_text().splitlines()[-1].startswith(
+        "stopped;") and "Traceback" not in log.read_text()
