@@ -63,8 +63,8 @@ def check_size(name, config):
             if weights < 8 * size:
                 return
             size_named = f"{weights:,} weights"
-    raise InputError(f"the GGUF file {name} is damaged: it tells of {size_named}, which its {size:,} bytes "
-                     f"cannot hold")
+    raise InputError(f"the GGUF file {name} is damaged: it tells of {size_named}, which its "
+                     f"{size:,} bytes cannot hold")
 
 
 def chat_prompts(tokenizer, name, prompts):

@@ -82,7 +82,8 @@ def main():
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         files, index = (Path(folder, "cache.txt"), Path(folder, "cache.npy")), Path(folder, "cache.faiss")
-        write_cache(*files, [f"entry {i}" for i in range(args.rows)], Made(args.rows), "made", "", args.emb_dtype)
+        entries = [f"entry {i}" for i in range(args.rows)]
+        write_cache(*files, entries, Made(args.rows), "made", "", args.emb_dtype)
         note("embeddings, GB", files[1].stat().st_size / 1e9)
         begun = time.process_time()
         took, peak = timed(lambda: note("recall at 10", build_index(index, *files)), CPU)

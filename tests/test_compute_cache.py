@@ -186,7 +186,7 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(scrip
     assert encoded == [*entries[:100], "the stop", *entries[100:]]
 
 
-# -------------------------------------------------------------------------------------- old spellings
+# ------------------------------------------------------------------------------------ old spellings
 
 @pytest.mark.parametrize("old, new", [
     (["--bf16"], ["--dtype", "bfloat16"]),
@@ -195,7 +195,8 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(scrip
 def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
     (tmp_path / "list.txt").write_text("a dog\nred\nGeoff Hinton\n")
     results = []
-    for folder, flags in ((tmp_path / "old", old), (tmp_path / "new", new), (tmp_path / "none", [])):
+    for name, flags in (("old", old), ("new", new), ("none", [])):
+        folder = tmp_path / name
         folder.mkdir()
         run = compute(script, folder, "--entries", tmp_path / "list.txt", *flags)
         assert run.code == 0, run.err
@@ -206,7 +207,8 @@ def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
     assert results[0] == results[1] != results[2]
 
 
-@pytest.mark.parametrize("old", [["--bf16", "--dtype", "float16"], ["--dtype", "float16", "--bf16"]])
+@pytest.mark.parametrize("old", [
+    ["--bf16", "--dtype", "float16"], ["--dtype", "float16", "--bf16"]])
 def test_both_old_spellings_go_together(script, tmp_path, old):
     for folder, flags in ((tmp_path / "old", old),
                           (tmp_path / "new", ["--dtype", "bfloat16", "--emb_dtype", "float16"])):

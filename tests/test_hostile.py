@@ -796,6 +796,7 @@ def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
 def test_results_of_wrong_types_are_refused(tmp_path, text):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(text)
-    for read, name in ((read_results, "a.json"), (read_captions, "a.json"), (read_captions, "a.jsonl")):
+    for read, name in ((read_results, "a.json"), (read_captions, "a.json"),
+                       (read_captions, "a.jsonl")):
         if text != '[["a", "b"]]' or name == "a.json":
             assert name in refusal(read, tmp_path / name)

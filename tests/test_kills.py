@@ -19,7 +19,7 @@ from conftest import BART, CLIP, ROOT
 from forks import files, finish, start
 
 KILLS = int(os.environ.get("KILLS", "2"))
-SMALL = {"antarctic.features.CHUNK": 32}  # so that what is kept as a run goes on is more than one piece
+SMALL = {"antarctic.features.CHUNK": 32}  # so that a run keeps more than one piece
 
 
 def commands(world, cache, checkpoint):

@@ -365,7 +365,7 @@ def test_what_cannot_be_done_is_refused(script, no_java, tmp_path):
     assert result.code == 2 and f"{tmp_path / 'scores.json'} is a folder" in result.err
 
 
-# -------------------------------------------------------------------------------------- old spellings
+# ------------------------------------------------------------------------------------ old spellings
 
 def test_json_still_writes_exactly_that_file_and_warns_once(script, no_java, tmp_path):
     arguments = lines(tmp_path, GOOD, REFERENCES)

@@ -364,7 +364,8 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(stopped, go_on, tell
     (lambda data: data[:-1], 2), (lambda data: data[:-20], 2), (lambda data: data + bytes(500), 3), (lambda data: data + b"[]\n", 3),
     (lambda data: data + b'["a", "b", "c", 4]\n', 3), (lambda data: data + b"[" * 100_000, 3), (lambda data: bytes(len(data)), 0),
     (lambda data: data + b"\xff\xfe\n", 3), (lambda data: b"", 0),
-    (lambda data: data + seal(["a", "b", "c"]), 3), (lambda data: data + seal(["a", "b", "c", 4]), 3),
+    (lambda data: data + seal(["a", "b", "c"]), 3),
+    (lambda data: data + seal(["a", "b", "c", 4]), 3),
     (lambda data: data + seal("abcd"), 3), (lambda data: data.replace(b"red", b"rod", 1), 0),
     (lambda data: b"".join(line.split(b" ", 1)[1] for line in data.splitlines(True)), 0),
 ])
