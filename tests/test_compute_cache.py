@@ -227,7 +227,8 @@ def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
     assert results[0] == results[1] != results[2]
 
 
-@pytest.mark.parametrize("old", [["--bf16", "--dtype", "float16"], ["--dtype", "float16", "--bf16"]])
+@pytest.mark.parametrize("old", [
+    ["--bf16", "--dtype", "float16"], ["--dtype", "float16", "--bf16"]])
 def test_both_old_spellings_go_together(script, tmp_path, old):
     for folder, flags in ((tmp_path / "old", old),
                           (tmp_path / "new", ["--dtype", "bfloat16", "--emb_dtype", "float16"])):
