@@ -195,7 +195,7 @@ def test_a_resnet_that_is_not_whole_is_refused(openai, beside, tmp_path, monkeyp
     torch.save(weights, beside / "resnet.pt")
     look_in(tmp_path, monkeypatch)
     shutil.copytree(openai.folder, tmp_path / "site-packages" / "clip")
-    with pytest.raises(InputError, match="resnet.pt is not quite a CLIP of OpenAI's"):
+    with pytest.raises(InputError, match="resnet.pt differs from OpenAI.s CLIP models"):
         Clip(str(beside / "resnet.pt"))
 
 
@@ -274,7 +274,7 @@ def test_a_pt_file_that_is_not_quite_a_clip_is_refused(openai, beside, change):
     change(weights)
     torch.save(weights, beside / "other.pt")
     with pytest.raises(InputError,
-                       match="not quite a CLIP of OpenAI's .at .*(final_layer_norm|ln_pree).bias"):
+                       match="differs from OpenAI.s CLIP models .at .*(final_layer_norm|ln_pree).bias"):
         Clip(str(beside / "other.pt"))
 
 
