@@ -1,5 +1,5 @@
-"""Language models from GGUF files and with chat templates: a GGUF file writes the same stories as the
-folder of its model, a story has nothing of the chat template, and failures are one sentence."""
+"""Language models from GGUF files and with chat templates: a GGUF file writes the stories of its
+model's folder, a story has nothing of the chat template, and each failure is one sentence."""
 
 import json
 import os

@@ -46,7 +46,8 @@ def test_a_thing_changes_the_picture_within_its_box_and_nowhere_else():
             without = scenes.draw_scene(scene._replace(things=others))
             box = ImageChops.difference(whole, without).getbbox()
             assert box, "an object of the scene must be visible"
-            left, top = (thing.x - thing.size / 2) * scenes.SIZE, (thing.y - thing.size) * scenes.SIZE
+            left = (thing.x - thing.size / 2) * scenes.SIZE
+            top = (thing.y - thing.size) * scenes.SIZE
             side = thing.size * scenes.SIZE
             assert left - 3 <= box[0] and box[2] <= left + side + 3
             assert top - 3 <= box[1] and box[3] <= top + side + 3
