@@ -215,14 +215,15 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
 def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
     (tmp_path / "list.txt").write_text("a dog\nred\nGeoff Hinton\n")
     results = []
-    for folder, flags in ((tmp_path / "old", old), (tmp_path / "new", new), (tmp_path / "none",
-                                                                             [])):
+    for name, flags in (("old", old), ("new", new), ("none", [])):
+        folder = tmp_path / name
         folder.mkdir()
         run = compute(script, folder, "--entries", tmp_path / "list.txt", *flags)
         assert run.code == 0, run.err
         warnings = [line for line in run.err.splitlines() if line.startswith("warning")]
-        expected = f"{' '.join(old)} is an old spelling and will go; use {' '.join(new)}"
-        assert warnings == [f"warning: {expected}"] * (flags == old)
+        expected = (f"warning: {' '.join(old)} is now {' '.join(new)}; "
+                    "the next release drops the old spelling")
+        assert warnings == [expected] * (flags == old)
         results.append(contents(folder))
     assert results[0] == results[1] != results[2]
 

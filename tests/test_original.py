@@ -135,7 +135,7 @@ def test_twenty_captions_are_printed_and_the_rest_is_counted(script, originals, 
 
 def taken(run):
     assert run.code == 0, run.err
-    line, = (line for line in run.out.splitlines() if line.startswith("taken, since no other "))
+    line, = (line for line in run.out.splitlines() if line.startswith("by default: "))
     return line.partition(": ")[2]
 
 
@@ -202,7 +202,7 @@ def test_a_new_cache_replaces_no_file_that_was_not_named(script, here):
     for more, there in (((), "cache.txt"), (("--textfile", "mine.txt"), "mine.npy"),
                         (("--embfile", "cache.npy"), "cache.txt")):
         run = script(*make, *more)
-        assert run.code == 2 and f"{there} is there" in run.err and not (here / "mine.txt").exists()
+        assert run.code == 2 and f"{there} exists" in run.err and not (here / "mine.txt").exists()
     assert {path: path.read_bytes() for path in made} == made
     assert (here / "mine.npy").read_text() == "mine"
     assert script("compute_cache", "--add", "whale", "--clip_model", CLIP).code == 0

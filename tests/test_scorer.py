@@ -439,7 +439,8 @@ def test_json_still_writes_exactly_that_file_and_warns_once(script, no_java, tmp
     old = script("scorer", *arguments, "--json", tmp_path / "old" / "numbers.txt")
     assert old.code == 0 and old.out == out.replace("new/scores.json", "old/numbers.txt")
     warnings = [line for line in old.err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: --json is an old spelling and will go; use --savedir DIR"]
+    assert warnings == ["warning: --json is now --savedir DIR; "
+                        "the next release drops the old spelling"]
     [path] = (tmp_path / "old").iterdir()
     assert path.read_bytes() == (tmp_path / "new" / "scores.json").read_bytes()
     both = script("scorer", *arguments, "--json", tmp_path / "a.json", "--savedir", tmp_path / "b")
