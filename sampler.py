@@ -70,8 +70,8 @@ def parse():
     group.add_argument("--do_sample", action="store_true", help="sample instead of beam search")
     add_sampling_flags(group)
     group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language "
-                       "model's mean log-probability per token, beside CLIP's cosine, in the choice "
-                       "of the caption (default %(default)s: CLIP alone)")
+                       "model's mean log-probability per token beside CLIP's cosine in the choice "
+                       "(default %(default)s: CLIP alone)")
     group = parser.add_argument_group("results")
     group.add_argument("--savedir", default="results", help="folder for preds.txt, ref0.txt ..., "
                        "captions.json, details.jsonl and gallery.html (default %(default)s)")

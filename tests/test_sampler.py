@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import BART, CLIP
 
-from antarctic.datasets import read_coco
+from antarctic.datasets import Picture, read_coco
+from antarctic.errors import InputError
 from antarctic.images import read_image
+from antarctic.results import write_results
+from antarctic.sealed import seal
 from model import Captioner, Clip, rescore
 from snowglobe import scenes
 
@@ -210,3 +213,13 @@ def test_the_weight_of_the_likelihood_moves_the_choice(script, world, cache, che
             assert scores == sorted(scores, reverse=True)
             assert record["caption"] == record["candidates"][0][0] and record["score"] == record[
                 "candidates"][0][1]
+
+
+def test_records_that_another_program_changed_are_never_taken_for_all(tmp_path):
+    pictures = [Picture(i, tmp_path / f"{i}.png") for i in range(3)]
+    record = {"file": "1.png", "caption": "a dog", "score": 0.3, "table": [("dog", 0.3)], "candidates": []}
+    part = tmp_path / "details-1.jsonl.part"
+    part.write_bytes(b"".join(seal({"image_id": i} | record) for i in range(2)) + b"damaged\n")
+    with pytest.raises(InputError, match="2 of its 3 records are whole"):
+        write_results(tmp_path, part, pictures)
+    assert sorted(tmp_path.iterdir()) == [part]
