@@ -126,7 +126,7 @@ def test_added_and_removed_entries_give_the_cache_of_the_changed_list(script, tm
                   "--add_from", tmp_path / "more.txt", "--remove", "a cat", "unicorn")
     assert run.code == 0, run.err
     assert encoded == ["Geoff Hinton", "a golden retriever puppy", "penguin"]
-    assert "added 3 entries" in run.out and "(2 were there before)" in run.out
+    assert "added 3 entries" in run.out and "(2 were already in it)" in run.out
     assert "removed 1" in run.out and "unicorn" in run.out
     assert contents(whole)[::2] == contents(changed)[::2]  # the text and the description
     assert np.abs(np.load(whole / "c.npy") - np.load(changed / "c.npy")).max() < 1e-6
