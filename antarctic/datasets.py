@@ -22,9 +22,10 @@ class Picture(NamedTuple):
 def list_images(paths):
     """The images of files, folders (with subfolders) and patterns such as "photos/*.jpg".
 
-    Returns a list of Picture, sorted within each path, each image once. Nothing is fetched: URLs are not paths. Links inside a folder are followed only within it, so
-    that a folder from elsewhere cannot show a file of this computer. A warning counts the others,
-    which can be named as paths. Raises InputError where a path has no image.
+    Returns a list of Picture, sorted within each path, each image once. Nothing is fetched: URLs
+    are not paths. Links inside a folder are followed only within it, so that a folder from
+    elsewhere cannot show a file of this computer. A warning counts the others, which can be named
+    as paths. Raises InputError where a path has no image.
     """
     images = {}  # as an ordered set
     for path in map(Path, paths):
