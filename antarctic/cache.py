@@ -31,7 +31,7 @@ HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
 
 
 class Rows:
-    """The rows of an .npy file, or some of them, left on the disk.
+    """The rows of an .npy file, or some of them, read from the disk when needed.
 
     rows[a:b] maps only what it reads, so a cache may be larger than memory. It is a float32 tensor
     (b - a, dim), whatever floating-point type the file has. kept: ascending row numbers, or None

@@ -125,4 +125,4 @@ def load_state(path, trained, optimizer):
         return state["progress"]
     except Exception as error:  # a damaged pickle can raise any exception
         raise InputError(f"the state {path} of a stopped run cannot be read; delete it to start "
-                         "anew") from error
+                         "from the beginning") from error

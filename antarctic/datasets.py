@@ -159,8 +159,8 @@ def read_coco(datadir, split, need_images=True):
     try:
         pictures.sort(key=lambda p: p.id)
     except TypeError as error:
-        raise InputError(f"{path} is not a COCO caption file (its image ids are of two "
-                         "kinds)") from error
+        raise InputError(f"{path} is not a COCO caption file (its image ids are numbers and "
+                         "texts)") from error
     if not pictures:
         raise InputError(f"{path} lists no images")
     if need_images and not (datadir / split).is_dir():

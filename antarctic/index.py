@@ -113,8 +113,8 @@ def index_description(path):
                 "cache": dict(description["cache"]), "recall": float(description["recall"]),
                 "queries": description["queries"] + ""}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not the description of an index; build the index "
-                         "again") from error
+        raise InputError(f"{file} is not the description of an index; "
+                         "rebuild the index") from error
 
 
 def open_index(path, embeddings):
@@ -129,10 +129,10 @@ def open_index(path, embeddings):
                if cache_description(part.path) == description["cache"])
     rows = next(matches, None)
     if rows is None:
-        raise InputError(f"the index {path} is of another cache than --embfile, or was built "
-                         "before that was changed; build it again by compute_cache.py --index")
+        raise InputError(f"the index {path} is of another cache than --embfile, or of an older "
+                         "version of it; rebuild it with compute_cache.py --index")
     if file_sha256(path) != description["index_sha256"]:
-        raise InputError(f"{path} is not the index that {path}.json describes; build it again by "
+        raise InputError(f"{path} is not the index that {path}.json describes; rebuild it with "
                          "compute_cache.py --index")
     faiss = load_faiss()
     try:
