@@ -1,4 +1,4 @@
-"""The language model of stories.py, by name, folder or GGUF file: what it reads and draws."""
+"""The causal language model of stories.py, from a name, folder or GGUF file, and its samples."""
 
 import math
 import re
@@ -29,20 +29,21 @@ def reading_gguf(name):
         yield
     except InputError:
         raise
-    except Exception as error:  # of three libraries, none of which says what it raises
+    except Exception as error:  # three libraries read the file, and none documents its errors
         raise InputError(f"the GGUF file {name} is damaged, or of a kind that transformers cannot "
                          f"read ({reason(error)})") from error
 
 
 def load_gguf(loader, name, **options):
-    """loader.from_pretrained of a GGUF file. It holds the weights with their sizes, the tokenizer
-    and the chat template. Raises InputError."""
-    path = existing_file(name, "GGUF file").absolute()  # else the working directory's comes first
+    """loader.from_pretrained of a GGUF file, which has the weights, their sizes, the tokenizer and
+    the chat template. Raises InputError."""
+    # transformers would look for a relative path in the working directory first.
+    path = existing_file(name, "GGUF file").absolute()
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if missing:
-        raise InputError(
-            f"transformers reads GGUF files such as {name} with the packages gguf and "
-            f"accelerate; pip install -r requirements.txt brings {' and '.join(missing)}")
+        raise InputError(f"transformers reads GGUF files such as {name} with the packages gguf and "
+                         f"accelerate; pip install -r requirements.txt installs "
+                         f"{' and '.join(missing)}")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{name} is not a GGUF file: it does not begin with the letters GGUF")
@@ -52,85 +53,80 @@ def load_gguf(loader, name, **options):
 
 
 def check_size(name, config):
-    """Raises InputError where a GGUF file is too small for the model that its header tells of,
-    which would only be noticed once memory for it was taken. The smallest formats have a bit and a
-    half a weight."""
+    """Raises InputError where a GGUF file is too small for the model that its header describes,
+    before memory for this model is taken. The smallest formats have one and a half bits a weight.
+    """
     from transformers import AutoModelForCausalLM
     size = Path(name).stat().st_size
     with reading_gguf(name), torch.device("meta"):
-        size_named = f"{config.num_hidden_layers:,} layers"
+        described = f"{config.num_hidden_layers:,} layers"
         if config.num_hidden_layers < size:
             weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
             if weights < 8 * size:
                 return
-            size_named = f"{weights:,} weights"
-    raise InputError(
-        f"the GGUF file {name} is damaged: it tells of {size_named}, which its {size:,} bytes "
-        f"cannot hold")
+            described = f"{weights:,} weights"
+    raise InputError(f"the GGUF file {name} is damaged: its header describes {described}, which do "
+                     f"not fit into its {size:,} bytes")
 
 
 def chat_prompts(tokenizer, name, prompts):
-    """Each prompt as the user's turn in the model's own chat template, up to where the model
-    answers. Raises InputError."""
+    """The text of each prompt as the user's turn in the model's own chat template, up to the place
+    where the model answers. Raises InputError."""
     if not tokenizer.chat_template:
-        raise InputError(
-            f"the language model {name} has no chat template, so --chat cannot be used; "
-            f"without it a story goes on from the prompt itself")
+        raise InputError(f"the language model {name} has no chat template, so --chat cannot be "
+                         f"used; without --chat a story continues the prompt itself")
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     try:
+        # enable_thinking turns off the reasoning of models that have it; other templates ignore it.
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False,
-                                             enable_thinking=False)  # those that know it think not
+                                             enable_thinking=False)
     except Exception as error:  # a template is a program of the model's author
-        raise InputError(
-            f"the chat template of {name} cannot be filled ({reason(error)})") from error
+        raise InputError(f"the chat template of {name} cannot be filled "
+                         f"({reason(error)})") from error
 
 
 def encode(name, prompts, chat=False):
-    """What the causal language model goes on from: (config, tokenizer, each prompt's token ids, how
-    many tokens the model can set behind each).
+    """Tokenizes the prompts. Returns (config, tokenizer, token ids of each prompt, the most tokens
+    that the model can write after each).
 
-    No weights are read yet. Raises InputError: the model is missing or of another kind, or a prompt
-    leaves no room.
+    No weights are read yet. Raises InputError where the model is missing or of another kind, or
+    where a prompt is too long.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     from antarctic.pretrained import fetch, load, load_tokenizer
-    gguf, what = is_gguf(name), "language model"
+    gguf, kind = is_gguf(name), "language model"
     if not gguf:
-        fetch(name, what, ("tokenizer",))  # with the config, but before gigabytes of weights
-    config = load_gguf(AutoConfig, name) if gguf else load(AutoConfig, name, what)
+        fetch(name, kind, ("tokenizer",))  # and the config, before gigabytes of weights
+    config = load_gguf(AutoConfig, name) if gguf else load(AutoConfig, name, kind)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        raise InputError(
-            f"{name} is a {config.model_type}, which cannot go on from a text as a causal language "
-            "model does"
-        )
+        raise InputError(f"{name} is a {config.model_type}, which is not a causal language model")
     if gguf:
         check_size(name, config)
-    tokenizer = load_gguf(AutoTokenizer, name) if gguf else load_tokenizer(name, what)
+    tokenizer = load_gguf(AutoTokenizer, name) if gguf else load_tokenizer(name, kind)
     texts = chat_prompts(tokenizer, name, prompts) if chat else prompts
     tokens = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
-    positions = getattr(config.get_text_config(), "max_position_embeddings",
-                        None) or math.inf  # some kinds have no end
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions or math.inf  # some architectures have no limit
     longest = max(range(len(prompts)), key=lambda i: len(tokens[i]))
     if len(tokens[longest]) >= positions:
-        raise InputError(
-            f'the prompt "{prompts[longest][:60]}..." has {len(tokens[longest])} tokens, but the '
-            'language model '
-            f"{name} reads and writes {positions} at most")
+        raise InputError(f'the prompt "{prompts[longest][:60]}..." has {len(tokens[longest])} '
+                         f"tokens, but the language model {name} reads and writes at most "
+                         f"{positions}")
     return config, tokenizer, tokens, [positions - len(ids) for ids in tokens]
 
 
 def end_tokens(tokenizer, chat):
-    """The ids that end a story. In a chat any special token does: models differ in which of them
-    ends a turn, and none belongs into a story."""
+    """The token ids that end a story, sorted. In a chat they are all special tokens: models differ
+    in the token that ends a turn, and none belongs in a story."""
     added = tokenizer.added_tokens_decoder.items() if chat else ()
     return sorted({tokenizer.eos_token_id, *(i for i, token in added if token.special)} - {None})
 
 
 def load_lm(name, ends, device, dtype, config=None):
-    """The causal language model; its generate() stops a row at a token id of `ends` and does
-    nothing that is not asked of it. config: of encode(), which saves reading a GGUF file once
-    more."""
+    """Loads the causal language model. Its generate() ends a row at a token id of `ends`; all other
+    settings of the model's own for generate() are dropped. config: as encode returns it, so that a
+    GGUF file is read once less. Raises InputError."""
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
     from antarctic.pretrained import load
@@ -139,14 +135,14 @@ def load_lm(name, ends, device, dtype, config=None):
                                   output_loading_info=True,
                                   quantization_config=GgufConfig(dequantize=True))
         if report["missing_keys"]:  # transformers would fill them with random numbers
-            raise InputError(
-                f"the GGUF file {name} is not a whole model: {len(report['missing_keys'])} "
-                f"tensors are missing, such as {min(report['missing_keys'])}")
+            raise InputError(f"the GGUF file {name} is not a complete model: "
+                             f"{len(report['missing_keys'])} tensors are missing, such as "
+                             f"{min(report['missing_keys'])}")
     else:
         model = load(AutoModelForCausalLM, name, "language model", dtype=dtype)
     model = model.to(device).eval()
-    # In place of the model's own, which may hold penalties. GPT-2 has no token to pad with; as
-    # padding is masked, any will do.
+    # The model's own settings may have penalties. GPT-2 has no padding token; padding is masked, so
+    # any token serves.
     model.generation_config = GenerationConfig(eos_token_id=ends or None,
                                                pad_token_id=max(ends, default=0))
     return model
@@ -154,17 +150,18 @@ def load_lm(name, ends, device, dtype, config=None):
 
 @torch.inference_mode()
 def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
-    """Goes on from each prompt by at most n tokens, drawn from the nucleus.
+    """Continues each prompt by at most n tokens, drawn from the nucleus.
 
-    model: of load_lm. prompts: B lists of token ids. seeds: B integers. Returns B pairs: the list
-    of new token ids up to an end token, and whether there was one. Each row has random numbers of
-    its own, so its neighbours do not matter. They are drawn in a logits processor, which leaves the
-    row one possible token; all else (positions, cache, stopping) is generate()'s, for any
-    architecture.
+    model: as load_lm returns it. prompts: B lists of token ids. seeds: B integers. Returns B pairs:
+    the list of new token ids before an end token, and whether there was one.
+
+    Each row has its own random numbers, so it does not depend on the rest of the batch. A logits
+    processor draws the token and leaves the row no other; generate() does the rest (positions,
+    cache, stopping) for any architecture.
     """
     width, ends = max(map(len, prompts)), model.generation_config.eos_token_id or []
-    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long,
-                            device=model.device)  # (B, width) each, padded on the left
+    shape = (2, len(prompts), width)
+    ids, mask = torch.zeros(shape, dtype=torch.long, device=model.device)  # (B, width), padded left
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt):] = torch.tensor(prompt)
         mask[row, width - len(prompt):] = 1
@@ -175,7 +172,8 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
         if p.isnan().any():
             raise InputError("the language model computes NaN; its weights are damaged, or need "
                              "another --dtype")
-        # One random number a token, however many K its neighbours need: multinomial() takes K.
+        # invert draws one random number a token, multinomial() would draw K, and K depends on the
+        # other rows.
         drawn = torch.stack([invert(row[None], generator) for row, generator in zip(p, generators)])
         drawn = order.gather(1, drawn).to(logits.device)  # (B, 1)
         return torch.full_like(logits, -math.inf).scatter_(1, drawn, 0)
@@ -188,14 +186,18 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
 
 
 def to_text(tokenizer, prompt, ids, new, ended):
-    """The text of a story, which begins with the prompt, or where that is empty, as in a chat, with
-    the model's first word. One that was broken off ends at its last full sentence, if it has
-    one."""
-    # Some tokenizers lose the space before new where it stands alone.
-    begun, whole = (tokenizer.decode(t, skip_special_tokens=True,
-                                     clean_up_tokenization_spaces=False) for t in (ids, ids + new))
-    more = whole[len(begun):]
+    """The text of a story. It begins with the prompt, or in a chat, where the prompt is empty, with
+    the model's first word.
+
+    ids: of the prompt. new: ids of the story. ended: whether the model ended the story; else it is
+    cut after its last full sentence, if it has one.
+    """
+    # Decoding `new` alone would lose its leading space with some tokenizers.
+    before, whole = (tokenizer.decode(tokens, skip_special_tokens=True,
+                                      clean_up_tokenization_spaces=False)
+                     for tokens in (ids, ids + new))
+    more = whole[len(before):]
     if not ended:
         stops = [match.end() for match in re.finditer(r"""[.!?]["'”’)]*(?=\s|$)""", more)]
-        more = more[:stops[-1]] if stops else more.rstrip("\ufffd")  # the start of a character
+        more = more[:stops[-1]] if stops else more.rstrip("\ufffd")  # half a character
     return prompt + more if prompt else more.strip()

@@ -8,7 +8,7 @@ from antarctic.files import atomic
 def write_curve(folder, history):
     """Writes loss.csv and loss.png.
 
-    history: (step, training loss, validation loss or None, learning rate), in the order of steps.
+    history: list of (step, training loss, validation loss or None, learning rate), steps ascending.
     """
     write_table(folder / "loss.csv", history)
     write_picture(folder / "loss.png", history)
@@ -24,7 +24,7 @@ def write_table(path, history):
 
 
 def write_picture(path, history):
-    import matplotlib  # only here: it takes a second to load
+    import matplotlib  # it takes a second to load, so only this function imports it
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,7 +1,7 @@
-"""Captions as a story's first sentence needs them: "Two dogs run." as "were two dogs running".
+"""Turns a caption into the first sentence of a story: "Two dogs run." to "were two dogs running".
 
-Rules and short lists of words, made for captions as COCO's annotators, and the models trained on
-them, write; no parser, no data. A name is known by two capitals in a row.
+The rules and short word lists fit captions of COCO's annotators and of models trained on them. They
+need no parser and no data. Two capitalized words in a row are a name.
 """
 
 import re
@@ -11,7 +11,7 @@ def words_of(text):
     return frozenset(text.split())
 
 
-# Says only that there is a picture; what is in it is what a story is about.
+# Words that say only that there is a picture. A story is about its content.
 FRAME = re.compile(r"""(?ix) (
     there(\ is|\ are|\ was|\ were|'s|\ appears?\ to\ be|\ seems?\ to\ be)
     | (this|that|it|here)(\ is|'s|\ appears\ to\ be|\ seems\ to\ be|\ looks\ like|\ shows)
@@ -25,9 +25,9 @@ PLURAL = words_of("two three four five six seven eight nine ten eleven twelve se
                   "multiple numerous various few both all")
 EITHER = words_of("some most no more lots plenty my his her its our their half")
 MANY = re.compile(r"(?i)(an? )?(few|couple of|dozen|number of|variety of)\b")
-PART = re.compile(r"(a lot|lots|plenty|some|half) of (the |these )?")  # the noun decides
+PART = re.compile(r"(a lot|lots|plenty|some|half) of (the |these )?")  # number as of the noun
 PLURAL_NOUNS = words_of("people men women children sheep cattle police geese mice feet teeth")
-SINGULAR_NOUNS = words_of("bus tennis grass christmas series lens gas news")  # those in -ss apart
+SINGULAR_NOUNS = words_of("bus tennis grass christmas series lens gas news")  # and those in -ss
 MASS = words_of("""food traffic water snow meat fruit broccoli luggage furniture grass bread rice
     soup pasta cheese graffiti equipment wood stuff sand clothing silverware smoke corn bacon
     chicken salad coffee wine beef soap baseball tennis""")
@@ -37,12 +37,12 @@ NOUNS_IN_ING = words_of("""building painting living dining parking ceiling king 
     thing nothing morning evening swing wedding drawing clothing shopping vending baking
     racing fishing""")
 VERBS = words_of("""sit stand ride hold walk look fly swing take prepare pose play lean lie lay
-    smile throw pull get eat drive rest stare watch hang contain pass reach carry talk sleep jump wear
-    read graze wait run use cross lead kneel stop sniff travel gather swim surf perform perch show
-    try attempt enjoy go make""")
+    smile throw pull get eat drive rest stare watch hang contain pass reach carry talk sleep jump
+    wear read graze wait run use cross lead kneel stop sniff travel gather swim surf perform perch
+    show try attempt enjoy go make""")
 AUXILIARY = {"is": "was", "are": "were", "has": "had", "have": "had"}
 DETERMINERS = words_of("a an the his her its their another one two three")
-BEHIND_VERBS = words_of("""a an the this that his her its their some two three four one on in at of
+AFTER_VERBS = words_of("""a an the this that his her its their some two three four one on in at of
     to of with by near next from inside outside over under above below behind beside between against
     along around through into onto across down up out off as while together for like past toward
     towards atop underneath amongst among before after about back there each other another many
@@ -74,15 +74,19 @@ def participle(verb):
 
 def ends_noun_phrase(word):
     word = word.lower()
-    return not word or word.endswith(("ing", "ed")) or word in BEHIND_VERBS
+    return not word or word.endswith(("ing", "ed")) or word in AFTER_VERBS
 
 
 def finite_verb(words, i, in_head):
-    """The stem of word i where it is a finite verb, else None. It is one of VERBS behind a noun of
-    its number, or any word in -s behind a singular noun phrase and before what ends one."""
+    """The stem of word i if it is a finite verb, else None.
+
+    A finite verb is one of VERBS after a noun of its number, or any word in -s after a singular
+    noun phrase and before a word that ends one. in_head: whether word i can still belong to the
+    first noun phrase.
+    """
     before, word, after = (w.lower() for w in [*words, ""][i - 1:i + 2])
-    inside = before in BEHIND_VERBS - {"and"} | PLURAL | SINGULAR or before.endswith("ing")
-    if inside or word in AUXILIARY or word in BEHIND_VERBS:
+    inside = before in AFTER_VERBS - {"and"} | PLURAL | SINGULAR or before.endswith("ing")
+    if inside or word in AUXILIARY or word in AFTER_VERBS:
         return None
     ends, known = ends_noun_phrase(after), (stem(word) if word.endswith("s") else word) in VERBS
     if not word.endswith("s"):
@@ -96,8 +100,12 @@ def finite_verb(words, i, in_head):
 
 
 def auxiliary(word, after, main, relative):
-    """The words that stand for "is", "are", "has" or "have", so that no finite verb in the present
-    is left."""
+    """The words that replace "is", "are", "has" or "have", so that no verb in the present tense
+    remains.
+
+    word, after: the auxiliary and the word after it. main: whether it is the verb of the main
+    clause or of a relative clause. relative: whether "that", "which" or "who" is before it.
+    """
     if main and word in ("is", "are") and ends_noun_phrase(after) and after not in DETERMINERS:
         return []  # "a man is on a bus"
     if main and word in ("has", "have") and not after.endswith(("ed", "been")):
@@ -106,9 +114,9 @@ def auxiliary(word, after, main, relative):
 
 
 def without_finite_verbs(words):
-    """"A man is sitting" and "A man sits" as "A man sitting", "A room has a bed" as "A room with a
-    bed"."""
-    out, waiting, in_head = words[:1], True, True  # waiting for the verb of the main clause
+    """"A man is sitting" and "A man sits" become "A man sitting", "A room has a bed" becomes "A
+    room with a bed". Takes and returns a list of words."""
+    out, waiting, in_head = words[:1], True, True  # waiting: for the verb of the main clause
     for i, word in enumerate(words[1:], 1):
         low, after = word.lower(), " ".join(words[i + 1:i + 2]).lower()
         relative = out[-1].lower() in ("that", "which", "who")
@@ -127,7 +135,7 @@ def without_finite_verbs(words):
 
 
 def head_of(words):
-    """The noun of the noun phrase at the beginning: of "black and white cows in a field" cows."""
+    """The noun of the first noun phrase: "cows" of "black and white cows in a field"."""
     for i, word in enumerate(words[1:], 1):
         joins = word == "and" and i + 1 < len(words) and not ends_noun_phrase(words[i + 1])
         ends = ends_noun_phrase(word) and word.lower() not in NOUNS_IN_ING and not joins
@@ -137,9 +145,8 @@ def head_of(words):
 
 
 def with_article(words, known=False):
-    """The words as they stand in a sentence: an article before a bare noun in the singular, and no
-    capital that is not a name's. known: whether "the" stood before them, so that they are no
-    name."""
+    """The words as inside of a sentence: a singular noun gets an article, and only names keep a
+    capital. known: whether "the" was before the words, so that they are not a name."""
     first, head = words[0].lower(), head_of(words)
     if first in SINGULAR | PLURAL | EITHER | DEFINITE:
         return [first, *words[1:]]
@@ -153,7 +160,7 @@ def with_article(words, known=False):
 
 
 def noun_phrase(caption):
-    """What stands behind "there": "was" or "were", and the caption as a noun phrase."""
+    """The words after "there": ("was" or "were", the caption as a noun phrase)."""
     text = caption.strip(" .,!?")
     text = text.lower() if text.isupper() and " " in text else text
     while frame := FRAME.match(text):
@@ -164,7 +171,7 @@ def noun_phrase(caption):
         words = ["someone", low, *words[1:]]
     words = without_finite_verbs(words)
     known = words[0].lower() in DEFINITE and len(words) > 1 and words[2:3] != ["of"]
-    words = with_article(words[known:], known)  # without "the": nobody has heard of it yet
+    words = with_article(words[known:], known)  # no "the": the story has not mentioned it yet
     first, phrase = words[0], " ".join(words)
     if part := PART.match(phrase):
         plural = is_plural("".join(phrase[part.end():].split()[:1]))

@@ -1,7 +1,8 @@
-"""Scores by words: BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE by pycocoevalcap, the tokenizers that
-COCO's evaluation and NLTK have for them, and counts of words.
+"""Scores that compare words: BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE of pycocoevalcap, with the
+tokenizers of COCO's evaluation and of NLTK, and word counts.
 
-pycocoevalcap and NLTK take half a second to load, so the functions that need them import them.
+Loading pycocoevalcap and NLTK takes half a second, so only the functions that need them import
+them.
 """
 
 import subprocess
@@ -22,7 +23,7 @@ TOKENIZERS = {"ptb": "Java's PTBTokenizer, as COCO's evaluation",
 # -------------------------------------------------------------------------------- what is available
 
 def has_java():
-    """Whether Java runs; on some systems there is a `java` that only says where to get it."""
+    """Whether Java runs. On some systems the command `java` only prints where to get Java."""
     try:
         return subprocess.run(["java", "-version"], capture_output=True).returncode == 0
     except OSError:
@@ -30,7 +31,8 @@ def has_java():
 
 
 def missing_corenlp():
-    """Why SPICE has no parser, a text; empty where it has one. pycocoevalcap would download it."""
+    """Why SPICE lacks its parser, a text; empty where the parser is installed. pycocoevalcap would
+    download it."""
     from pycocoevalcap.spice import get_stanford_models
     folder = Path(get_stanford_models.__file__).parent / get_stanford_models.SPICELIB
     names = [f"{get_stanford_models.JAR}{end}.jar" for end in ("", "-models")]
@@ -42,8 +44,9 @@ def missing_corenlp():
 # --------------------------------------------------------------------------------------- tokenizers
 
 def tokenize(texts, tokenizer):
-    """Texts as COCO's evaluation takes them: lower-cased tokens with a space between, punctuation
-    left out. texts: N texts without line breaks. tokenizer: one of TOKENIZERS. Returns N texts."""
+    """Texts as COCO's evaluation reads them: lower-cased tokens, separated by a space, without
+    punctuation. texts: N texts without line breaks. tokenizer: one of TOKENIZERS. Returns N texts.
+    """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
     lines = ptb_tokens(texts) if tokenizer == "ptb" else treebank_tokens(texts)
     return [" ".join(token for token in line.split(" ") if token not in PUNCTUATIONS)
@@ -51,9 +54,9 @@ def tokenize(texts, tokenizer):
 
 
 def ptb_tokens(texts):
-    """Texts with their tokens separated by Java. Raises InputError where that fails.
+    """Texts with tokens separated by Java's tokenizer. Raises InputError where it fails.
 
-    The program is pycocoevalcap's, without its wrapper, which writes into the package's folder and
+    The program is pycocoevalcap's. Its wrapper is not used: it writes into the package's folder and
     hides failures.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
@@ -70,11 +73,11 @@ def ptb_tokens(texts):
 
 
 def treebank_tokens(texts):
-    """Texts with their tokens separated by NLTK, in the form that Java gives them."""
+    """Texts with tokens separated by NLTK's tokenizer, in the form of Java's tokenizer."""
     from nltk.tokenize import TreebankWordTokenizer
     split, lines = TreebankWordTokenizer().tokenize, []
     for text in tqdm(texts, "tokenizing", unit="text"):
-        tokens = split(text.replace("|", " | "), convert_parentheses=True)  # ||| is METEOR's own
+        tokens = split(text.replace("|", " | "), convert_parentheses=True)  # METEOR uses |||
         lines.append(" ".join(tokens).lower())
     return lines
 
@@ -92,7 +95,7 @@ def meteor(references, captions):
     scorer = Meteor()
     try:
         return [scorer.compute_score(references, captions)[0]]
-    except (OSError, ValueError):  # Java stopped; deleted as it is, the scorer would wait for ever
+    except (OSError, ValueError):  # Java stopped; the scorer's __del__ would wait for the lock
         scorer.lock.release()
         with suppress(OSError):
             scorer.meteor_p.stdin.close()
@@ -105,8 +108,8 @@ def rouge_l(references, captions):
 
 
 def cider_d(references, captions):
-    """CIDEr-D (https://arxiv.org/abs/1411.5726), 0 to 10, which pycocoevalcap calls Cider: n-grams
-    weigh by their rarity in these references."""
+    """CIDEr-D (https://arxiv.org/abs/1411.5726), 0 to 10, which pycocoevalcap calls Cider. The
+    weight of an n-gram is its rarity in these references."""
     from pycocoevalcap.cider.cider import Cider
     return [Cider().compute_score(references, captions)[0]]
 
@@ -121,10 +124,10 @@ SCORERS = {BLEU: bleu, ("METEOR",): meteor, ("ROUGE-L",): rouge_l, ("CIDEr-D",):
 
 
 def word_scores(captions, references, left_out):
-    """({metric: score}, {metric: reason} of those that failed): one metric at a time, since
-    COCOEvalCap.evaluate would first have SPICE download its parts.
+    """Returns ({metric: score}, {metric: reason} of the metrics that failed).
 
-    captions: N tokenized texts. references: N lists of them. left_out: metrics to leave out.
+    captions: N tokenized texts. references: N lists of tokenized texts. left_out: metrics to skip.
+    Each metric runs alone, because COCOEvalCap.evaluate would make SPICE download its parts first.
     """
     captions = {i: [text] for i, text in enumerate(captions)}
     references = dict(enumerate(references))
@@ -133,17 +136,18 @@ def word_scores(captions, references, left_out):
     for names in tqdm(wanted, "scoring", unit="metric"):
         try:
             scores |= zip(names, map(float, SCORERS[names](references, captions)))
-        except (OSError, ValueError, subprocess.SubprocessError) as error:  # of Java, mostly
+        except (OSError, ValueError, subprocess.SubprocessError) as error:  # mostly from Java
             reason = f"its scorer failed ({type(error).__name__}: {error})"
             failed |= dict.fromkeys(names, reason)
     return scores, failed
 
 
 def word_statistics(captions, train):
-    """({metric: number} of distinct captions, novel words and mean length; {novel word: count}).
+    """Returns ({metric: number} of distinct captions, novel words and mean length, {novel word:
+    count}).
 
-    captions, train: lists of tokenized texts. The share of novel words is of all words written,
-    each time they are, so it does not grow with the number of captions.
+    captions, train: lists of tokenized texts. The share of novel words counts each occurrence, so
+    it does not grow with the number of captions.
     """
     words = Counter(word for caption in captions for word in caption.split())
     scores = {"distinct captions": len(set(captions)) / len(captions),

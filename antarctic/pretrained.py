@@ -1,8 +1,7 @@
-"""Where pretrained models come from: a folder, or the Hugging Face hub by name, where each file is
-fetched once.
+"""Pretrained models from a folder, or by name from the Hugging Face hub. Each file is fetched once.
 
-A model that is there whole is taken without a request: huggingface_hub keeps the list of a
-repository's files beside them, which tells whether all that is needed has arrived.
+A model that is complete on the disk is loaded without a request: huggingface_hub keeps the list of
+a repository's files beside them, so a missing file is noticed.
 """
 
 import difflib
@@ -43,7 +42,7 @@ from safetensors import SafetensorError
 from antarctic.distributed import rank_and_world
 from antarctic.errors import InputError
 
-CLIP_NAMES = {  # OpenAI's names of its weights: the same on the hub
+CLIP_NAMES = {  # {OpenAI's name: the same model on the hub}
     "ViT-B/32": "openai/clip-vit-base-patch32",
     "ViT-B/16": "openai/clip-vit-base-patch16",
     "ViT-L/14": "openai/clip-vit-large-patch14",
@@ -53,38 +52,37 @@ KNOWN = (*CLIP_NAMES, *CLIP_NAMES.values(), "google/siglip-base-patch16-224",
          "google/siglip2-base-patch16-224", "facebook/bart-base", "facebook/bart-large",
          "EleutherAI/gpt-neo-125m", "EleutherAI/gpt-neo-1.3B", "EleutherAI/gpt-neo-2.7B",
          "EleutherAI/gpt-j-6b", "HuggingFaceTB/SmolLM2-135M-Instruct")
-WEIGHTS = (
+WEIGHTS = (  # best first
     r"model\.safetensors", r"model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
-    r"pytorch_model\.bin", r"pytorch_model(-\d+-of-\d+\.bin|\.bin\.index\.json)")  # best first
-SHARD = r"(?:pytorch_)?model-\d+-of-(\d+)\.(?:safetensors|bin)"
-TOKENIZER = {
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "spiece.model"
-}  # SigLIP reads spiece.model beside tokenizer.json, the others need one of:
+    r"pytorch_model\.bin", r"pytorch_model(-\d+-of-\d+\.bin|\.bin\.index\.json)")
+SHARD = re.compile(r"(?:pytorch_)?model-\d+-of-(\d+)\.(?:safetensors|bin)")
+TOKENIZER = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "chat_template.jinja", "spiece.model"}  # SigLIP needs spiece.model and tokenizer.json
 VOCABULARY = {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"}
-VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}, {
-    "tokenizer.model"
-}, {"vocab.txt"})
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"},
+                {"tokenizer.model"}, {"vocab.txt"})  # a tokenizer needs one of these sets
 PROCESSOR = {"preprocessor_config.json", "processor_config.json"}
-PATIENCE = 30  # seconds without an answer
-unlisted = {
-}  # {(cache, name): folder} that another program filled: the hub need not be asked for each part
+TIMEOUT = 30  # seconds without an answer
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+# {(cache, name): folder} of complete models that another program downloaded, without the list of
+# their files. The hub is asked once for such a model, not once for each of its parts.
+unlisted = {}
 
 
 def needed(names, parts, model):
-    """Those of a repository's files that are read, each kind of weights once. Raises InputError
-    where there are none.
+    """The files of a repository that are read, sorted, with the weights in one format only.
 
-    names: of its files. parts: of "config", "weights", "tokenizer" and "processor". model: how
-    messages call it.
+    names: all files of the repository. parts: of "config", "weights", "tokenizer" and "processor".
+    model: the model's name in messages. Raises InputError where no file holds weights.
     """
     names, wanted = set(names), {"config.json"}
     if "weights" in parts:
-        forms = ({file for file in names if re.fullmatch(form, file)} for form in WEIGHTS)
-        weights = next(filter(None, forms), None)
+        formats = ({file for file in names if re.fullmatch(form, file)} for form in WEIGHTS)
+        weights = next(filter(None, formats), None)
         if weights is None:
-            raise InputError(
-                f"the {model} has no weights as model.safetensors or pytorch_model.bin")
+            raise InputError(f"the {model} has no PyTorch weights, neither model.safetensors nor "
+                             f"pytorch_model.bin")
         wanted |= weights
     if "tokenizer" in parts:
         wanted |= TOKENIZER | ({"tokenizer.json"} if "tokenizer.json" in names else VOCABULARY)
@@ -93,94 +91,88 @@ def needed(names, parts, model):
     return sorted(wanted & names)
 
 
-def fetch(name, what, parts):
-    """The folder with a model's files: name itself where it is one, else the hub's, downloaded
-    where it is not whole.
+def fetch(name, kind, parts):
+    """The folder with a model's files: the name itself where it is a folder, else the hub's cache,
+    after the missing files are downloaded.
 
-    what: how messages call the model. parts: see needed. Raises InputError, with a sentence of its
-    own for each cause.
+    kind: of the model, as messages call it. parts: see needed. Raises InputError, with a sentence
+    for each cause.
     """
     if os.path.exists(name):
         if not os.path.isdir(name):
-            raise InputError(
-                f"the {what} {name} is a file; give a folder or a name on the Hugging Face hub")
+            raise InputError(f"the {kind} {name} is a file; give a folder or a name on the Hugging "
+                             f"Face hub")
         return str(name)
     try:
         validate_repo_id(str(name))
         tree = [file.path for file in get_cached_repo_tree(name)]
-        return snapshot_download(name, allow_patterns=needed(tree, parts, f"{what} {name}"),
+        return snapshot_download(name, allow_patterns=needed(tree, parts, f"{kind} {name}"),
                                  local_files_only=True)
     except HFValidationError as error:
-        raise InputError(
-            f"there is no folder {name} for the {what}, and a name on the Hugging Face hub is "
-            "written "
-            f"as owner/model{near(name)}") from error
+        raise InputError(f"there is no folder {name} for the {kind}, and a name on the Hugging "
+                         f"Face hub is written as owner/model{suggestion(name)}") from error
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
-        pass  # never fetched, not whole, or by a program that kept no list
+        pass  # not downloaded yet, incomplete, or downloaded by a program that keeps no list
     key = constants.HF_HUB_CACHE, name
-    if key in unlisted and whole(unlisted[key], parts):
+    if key in unlisted and is_complete(unlisted[key], parts):
         return unlisted[key]
     try:
-        return download(name, what, parts)
+        return download(name, kind, parts)
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
         with suppress(OSError):
             folder = snapshot_download(name, local_files_only=True)
-            if whole(folder, parts):
+            if is_complete(folder, parts):
                 unlisted[key] = folder
                 return folder
-        raise InputError(f"the {what} {name} {reason(error, name)}") from error
+        raise InputError(f"the {kind} {name} {failure(error, name)}") from error
 
 
-def whole(folder, parts):
-    """Whether a folder without a list, as other programs fill it, holds what each of the parts
-    needs."""
+def is_complete(folder, parts):
+    """Whether a folder that another program filled, without a list, has the files of all parts."""
     files = set(os.listdir(folder))
-    shards = Counter(match[1] for match in map(re.compile(SHARD).fullmatch, files) if match)
-    there = {
+    shards = Counter(match[1] for match in map(SHARD.fullmatch, files) if match)
+    all_shards = any(count == int(total) for total, count in shards.items())
+    present = {
         "config": "config.json" in files,
-        "weights": bool(files & {"model.safetensors", "pytorch_model.bin"})
-        or any(count == int(total) for total, count in shards.items()),
+        "weights": bool(files & {"model.safetensors", "pytorch_model.bin"}) or all_shards,
         "tokenizer": any(vocabulary <= files for vocabulary in VOCABULARIES),
         "processor": bool(files & PROCESSOR),
     }
-    return there["config"] and all(there[part] for part in parts)
+    return present["config"] and all(present[part] for part in parts)
 
 
-def download(name, what, parts):
-    """Fetches what is missing of a model from the hub, and says before what and how much. Returns
-    its folder."""
+def download(name, kind, parts):
+    """Downloads the missing files of a model, after a line with their size. Returns its folder.
+
+    Arguments as of fetch. Raises InputError where the disk is too full.
+    """
     limit_waits()
-    info = HfApi().model_info(name, files_metadata=True, timeout=PATIENCE)
+    info = HfApi().model_info(name, files_metadata=True, timeout=TIMEOUT)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-    files = needed(sizes, parts, f"{what} {name}")
-    missing = [
-        file for file in files
-        if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)
-    ]
-    size, place = sum(sizes[file] for file in missing), Path(constants.HF_HUB_CACHE)
-    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if (free := shutil.disk_usage(there).free) < size:
-        raise InputError(
-            f"the {what} {name} needs {readable(size)} in {place}, but {readable(free)} are free "
-            "there; "
-            f"HF_HOME names another folder")
+    files = needed(sizes, parts, f"{kind} {name}")
+    cached = {file: try_to_load_from_cache(name, file, revision=info.sha) for file in files}
+    missing = [file for file, path in cached.items() if not isinstance(path, str)]
+    size, cache = sum(sizes[file] for file in missing), Path(constants.HF_HUB_CACHE)
+    parent = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise InputError(f"the {kind} {name} needs {readable(size)} in {cache}, but only "
+                         f"{readable(free)} are free; set HF_HOME to another folder")
     if missing and rank_and_world()[0] == 0:
-        print(
-            f"fetching the {what} {name}: {readable(size)} in {len(missing)} files from "
-            f"{constants.ENDPOINT} "
-            f"to {place}", file=sys.stderr, flush=True)
+        print(f"fetching the {kind} {name}: {readable(size)} in {len(missing)} files from "
+              f"{constants.ENDPOINT} to {cache}", file=sys.stderr, flush=True)
         if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
-            enable_progress_bars()  # transformers has turned them off, with its own
+            enable_progress_bars()  # transformers disables them together with its own
     for file in missing:
         hf_hub_download(name, file, revision=info.sha)
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
-    return snapshot_download(name, allow_patterns=files)  # notes that all is there
+    return snapshot_download(name, allow_patterns=files)  # keeps the list of files
 
 
 def limit_waits():
-    """Gives every request to the hub a time limit: huggingface_hub lists a repository's files
-    without one."""
+    """Gives every request to the hub a time limit. huggingface_hub sets none when it lists a
+    repository's files."""
     hooks = get_session().event_hooks["request"]
     if limit_wait not in hooks:
         hooks.append(limit_wait)
@@ -188,25 +180,25 @@ def limit_waits():
 
 def limit_wait(request):
     waits = request.extensions["timeout"]
-    waits.update({kind: PATIENCE for kind, seconds in waits.items() if seconds is None})
+    waits.update({kind: TIMEOUT for kind, seconds in waits.items() if seconds is None})
 
 
 def readable(size):
-    """Bytes as people read them."""
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-                      if size >= unit or unit == 1e3)
+    """A number of bytes in kB, MB or GB."""
+    unit, name = next(((unit, name) for unit, name in UNITS if size >= unit), UNITS[-1])
     return f"{size / unit:.1f} {name}"
 
 
-def near(name):
-    """Names that a mistyped one may stand for, as the end of a sentence."""
-    folded = {known.lower(): known for known in KNOWN}
-    found = difflib.get_close_matches(str(name).lower(), folded, cutoff=0.7)
-    return f"; did you mean {' or '.join(folded[match] for match in found)}?" if found else ""
+def suggestion(name):
+    """The end of a sentence that suggests known names like a mistyped one; empty where none is."""
+    lowercase = {known.lower(): known for known in KNOWN}
+    matches = difflib.get_close_matches(str(name).lower(), lowercase, cutoff=0.7)
+    names = " or ".join(lowercase[match] for match in matches)
+    return f"; did you mean {names}?" if names else ""
 
 
-def reason(error, name):
-    """Why a model could not be fetched and what to do, as the end of a sentence that begins with
+def failure(error, name):
+    """Why a model could not be downloaded and what to do, as the end of a sentence that begins with
     its name."""
     chain = []
     while error is not None and error not in chain:
@@ -216,80 +208,90 @@ def reason(error, name):
     def of(kind):
         return next((error for error in chain if isinstance(error, kind)), None)
 
-    hub = constants.ENDPOINT
+    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     if of(OfflineModeIsEnabled):
-        return (
-            f"is not whole in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it to "
-            "fetch the model, or "
-            f"give a folder")
+        return (f"is not complete in {cache}, and HF_HUB_OFFLINE is set; unset it to fetch the "
+                f"model, or give a folder")
     if of(GatedRepoError):
-        return f"is gated; accept its terms at {hub}/{name} and log in with `hf auth login`, or set HF_TOKEN"
+        return (f"is gated; accept its terms at {hub}/{name} and log in with `hf auth login`, or "
+                f"set HF_TOKEN")
     if of(RepositoryNotFoundError):
-        return (
-            f"is neither a folder here nor a public model on {hub}{near(name)} (for a private one, "
-            "log in with "
-            f"`hf auth login`, or set HF_TOKEN)")
+        return (f"is neither a folder here nor a public model on {hub}{suggestion(name)} (for a "
+                f"private one, log in with `hf auth login`, or set HF_TOKEN)")
     if answer := of(HfHubHTTPError):
-        status = answer.response.status_code
-        if status in (401, 403):
-            return f"may not be fetched with this login (status {status}); check HF_TOKEN, or `hf auth login`"
-        busy = "is busy" if status == 429 else "does not work at present" if status >= 500 else "refused the request"
-        return f"could not be fetched: {hub} {busy} (status {status}); rerun the same command in some minutes"
+        return refusal(answer.response.status_code)
     if of(FileMetadataError) or of(ValueError):
-        return f"could not be fetched: {hub} does not answer as the hub does; check the proxy, or HF_ENDPOINT"
-    if of(TransportError):
-        return (
-            f"could not be fetched: there is no connection to {hub} "
-            f"({type(of(TransportError)).__name__}); check "
-            f"the network, or give a folder")
-    if full := next((error for error in chain if getattr(error, "errno", None)), None):
-        room = "make room" if full.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
-        return f"could not be kept in {constants.HF_HUB_CACHE} ({full.strerror}); {room}, or name another in HF_HOME"
+        return (f"could not be fetched: {hub} does not answer as the Hugging Face hub does; check "
+                f"the proxy, or HF_ENDPOINT")
+    if lost := of(TransportError):
+        return (f"could not be fetched: there is no connection to {hub} ({type(lost).__name__}); "
+                f"check the network, or give a folder")
+    if failed := next((error for error in chain if getattr(error, "errno", None)), None):
+        full = failed.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "make it writable"
+        return (f"could not be saved in {cache} ({failed.strerror}); {remedy}, or set HF_HOME to "
+                f"another folder")
     return f"could not be fetched ({first_sentence(chain[0])}); rerun the same command to resume"
+
+
+def refusal(status):
+    """The end of a sentence as of failure, for an HTTP status of the hub."""
+    if status in (401, 403):
+        return (f"may not be fetched with this login (status {status}); check HF_TOKEN, or `hf "
+                f"auth login`")
+    if status == 429:
+        problem = "is busy"
+    elif status >= 500:
+        problem = "is not available"
+    else:
+        problem = "refused the request"
+    return (f"could not be fetched: {constants.ENDPOINT} {problem} (status {status}); rerun the "
+            f"same command in a few minutes")
 
 
 def first_sentence(error):
     return " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
 
 
-def load(loader, name, what, **options):
-    """loader.from_pretrained(name), from a folder or the hub. Raises InputError."""
-    kinds = {
-        "AutoConfig": "config", "AutoTokenizer": "tokenizer", "AutoImageProcessor": "processor"
-    }
-    folder = fetch(name, what, (kinds.get(loader.__name__, "weights"),))
+def load(loader, name, kind, **options):
+    """loader.from_pretrained of a folder or of a name on the hub. kind: see fetch. Raises
+    InputError."""
+    parts = {"AutoConfig": "config", "AutoTokenizer": "tokenizer",
+             "AutoImageProcessor": "processor"}
+    folder = fetch(name, kind, (parts.get(loader.__name__, "weights"),))
     try:
         return loader.from_pretrained(folder, local_files_only=True, **options)
-    except ImportError as error:  # of SigLIP's tokenizer: sentencepiece, protobuf
-        raise InputError(
-            f"the {what} {name} needs another library: {first_sentence(error)}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        where = "" if folder == str(
-            name) else f" from {folder}, which a rerun fetches anew once it is deleted"
-        raise InputError(
-            f"the {what} {name} could not be loaded{where} ({first_sentence(error)})") from error
+    except ImportError as error:  # SigLIP's tokenizer needs sentencepiece and protobuf
+        raise InputError(f"the {kind} {name} needs another library: "
+                         f"{first_sentence(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+            UnpicklingError) as error:
+        source = "" if folder == str(name) else (
+            f" from {folder}; delete that folder, and a rerun fetches it anew")
+        raise InputError(f"the {kind} {name} could not be loaded{source} "
+                         f"({first_sentence(error)})") from error
 
 
-def load_tokenizer(name, what):
-    """As load; where the files are missing, transformers makes a tokenizer that knows no word, and
-    says nothing."""
+def load_tokenizer(name, kind):
+    """The tokenizer of a model. Arguments as of load. Raises InputError, also where its files are
+    missing: transformers would make a tokenizer without a vocabulary, and would not warn."""
     from transformers import AutoTokenizer
-    tokenizer = load(AutoTokenizer, name, what)
+    tokenizer = load(AutoTokenizer, name, kind)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(f"the {what} {name} has no tokenizer")
+        raise InputError(f"the {kind} {name} has no tokenizer")
     return tokenizer
 
 
 def identity(name):
-    """What files made with a model are stamped with: the hub's name, or a folder's or file's name
-    and weights' digest."""
-    place = Path(name)
-    if not place.exists():
+    """The text that names a model in the files made with it: its name on the hub, or the name of
+    its folder or file with a digest of the weights."""
+    path = Path(name)
+    if not path.exists():
         return name
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()
-    for path in [place] if place.is_file() else sorted(place.glob("*.safetensors")) or sorted(
-            place.glob("*.bin")):
-        with open(path, "rb") as file:
+    for weights in files or sorted(path.glob("*.bin")):
+        with open(weights, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
-    return f"{place.resolve().name}@{digest.hexdigest()[:12]}"
+    return f"{path.resolve().name}@{digest.hexdigest()[:12]}"

@@ -3,16 +3,17 @@
     python -m snowglobe.build clip bart gpt --out /tmp/weights --minutes 60
     python -m snowglobe.build clip --out /tmp/weights --minutes 60 --resume
 
-What is in snowglobe/weights was trained on a CPU with bfloat16 units (AMX), in float32 with
-bfloat16 autocast, by several runs, each of which went on from the one before (--resume) with a
-schedule over its own time, so another machine gets other weights: CLIP, 4.0M parameters, for 43 and
-33 minutes (1,500 and 1,870 steps of 256 images) on emptier scenes, and without the loss "things" at
-first; then on scenes as they are here for 500 steps (--seed 2) and for 55 minutes on two cores
-(--seed 3, 2,950 steps). BART, 3.4M, for 50 minutes on one core (6,500 steps of 128 texts) without
-page_text; then with it for 2,000 steps (--seed 2) and for 11 minutes (--seed 4, 880 steps).
-GPT-Neo, 0.4M, for 7 minutes on one core (1,730 steps of 64 stories).
+The models in snowglobe/weights were trained on a CPU with bfloat16 units (AMX), in float32 with
+bfloat16 autocast. Each had several runs, which continued from the run before (--resume) with a
+schedule over their own time, so another machine gets other weights:
+- CLIP, 4.0M parameters: 43 and 33 minutes (1,500 and 1,870 steps of 256 images) on emptier scenes,
+  at first without the loss "things"; then 500 steps on the present scenes (--seed 2), and 55
+  minutes on two cores (--seed 3, 2,950 steps).
+- BART, 3.4M: 50 minutes on one core (6,500 steps of 128 texts) without page_text; then with it
+  2,000 steps (--seed 2) and 11 minutes (--seed 4, 880 steps).
+- GPT-Neo, 0.4M: 7 minutes on one core (1,730 steps of 64 stories).
 
-How good each is alone, as `python -m snowglobe.measure --alone` prints it after the demo:
+Quality of each model alone, as `python -m snowglobe.measure --alone` prints it after the demo:
     CLIP: of 500 captions of val2017 an image's own comes first for 90%
     CLIP: in tables of 8 entries stand 92% of the kinds; 94% of the kinds in them are there
     CLIP: in tables of 16 entries stand 96% of the kinds; 73% of the kinds in them are there
@@ -20,8 +21,8 @@ How good each is alone, as `python -m snowglobe.measure --alone` prints it after
     CLIP: in tables of 32 entries stand 99% of the kinds; 30% of the kinds in them are there
     BART: denoises 500 fresh captions at 0.52 nats a token
     GPT-Neo: perplexity 2.09 on 200 fresh stories
-`./demo.sh --full` measures the whole table of docs/results.md, with the bounds that perfect and
-random tables set.
+`./demo.sh --full` measures the whole table of docs/results.md, with perfect and random tables as
+bounds.
 """
 
 import argparse
@@ -52,10 +53,9 @@ from transformers import (
 from snowglobe import scenes
 from utils import linearize
 
-GROUPS = {  # for facts: what kinds are
-    "an "
-    "animal": ("dog", "cat", "horse", "cow", "pig", "sheep", "elephant", "giraffe", "rabbit", "bird", "duck", "fish",
-                  "butterfly", "turtle", "penguin", "whale"),
+GROUPS = {  # for fact_text: {class: its kinds}
+    "an animal": ("dog", "cat", "horse", "cow", "pig", "sheep", "elephant", "giraffe", "rabbit",
+                  "bird", "duck", "fish", "butterfly", "turtle", "penguin", "whale"),
     "a vehicle": ("car", "bus", "truck", "bicycle", "boat", "airplane", "rocket", "train"),
     "a building": ("house", "castle", "windmill", "lighthouse"),
     "food": ("pizza", "apple", "banana", "cake", "ice cream", "mushroom"),
@@ -63,27 +63,29 @@ GROUPS = {  # for facts: what kinds are
     "a plant": ("tree", "flower", "cactus"),
 }
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-PIXELS = 96  # each side of the images that CLIP sees
+PIXELS = 96  # each side of CLIP's images
 
 
 # -------------------------------------------------------------------------------------------- texts
 
 def any_scene(rng, must=(), most_groups=3):
-    """A scene of the whole world, the held-out kinds included: what a pretrained model has seen. Of
-    two the fuller one, for scenes of several kinds are the harder ones. must, most_groups: as of
+    """A scene of all kinds, the held-out ones included: a pretrained model has seen them. It is the
+    one with more kinds of two scenes, since such scenes are harder. must, most_groups: see
     scenes.make_scene."""
-    return max((scenes.make_scene(rng, list(scenes.KINDS), must, most_groups) for _ in range(2)),
-               key=lambda s: len(s.groups))
+    options = [scenes.make_scene(rng, list(scenes.KINDS), must, most_groups) for _ in range(2)]
+    return max(options, key=lambda scene: len(scene.groups))
 
 
 def coined_word(rng):
-    """A word that nobody knows, so that the model learns to take over words from its input."""
-    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))) + rng.choice(
-        ("", "n", "x", "l"))
+    """A new word. It teaches the model to copy words from its input."""
+    syllables = [rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))]
+    return "".join(syllables) + rng.choice(("", "n", "x", "l"))
 
 
 def caption_text(rng):
-    text = scenes.caption(scene := any_scene(rng), rng)
+    """A caption, in which a coined word sometimes replaces a noun."""
+    scene = any_scene(rng)
+    text = scenes.caption(scene, rng)
     if rng.random() < 0.08:
         name, coined = scenes.KINDS[rng.choice(scene.groups)[0]].nouns[0][0], coined_word(rng)
         text = " ".join(coined if word == name else word for word in text.split())
@@ -93,13 +95,13 @@ def caption_text(rng):
 def fact_text(rng):
     name = rng.choice(list(scenes.KINDS))
     noun, plural = rng.choice(scenes.KINDS[name].nouns)
-    what = next((g for g, members in GROUPS.items() if name in members), "a thing")
-    place, colour = rng.choice(scenes.SETTINGS[rng.choice(list(scenes.SETTINGS))]), rng.choice(
-        list(scenes.COLOURS))
+    group = next((group for group, members in GROUPS.items() if name in members), "a thing")
+    place = rng.choice(scenes.SETTINGS[rng.choice(list(scenes.SETTINGS))])
+    colour = rng.choice(list(scenes.COLOURS))
     number = rng.choice(("two", "three", "four"))
     return rng.choice((
-        f"the {noun} is {what}.",
-        f"is the {noun} {what}? yes, it is.",
+        f"the {noun} is {group}.",
+        f"is the {noun} {group}? yes, it is.",
         f"where is the {noun}? it is {place}.",
         f"what colour is the {noun}? it is {colour}.",
         f"how many {plural} are there? there are {number} {plural}.",
@@ -111,15 +113,15 @@ def fact_text(rng):
 
 
 def story_text(rng):
-    """A templated little story that goes on from a caption."""
+    """A short story from templates that continues a caption."""
+    starts = ("a ", "an ", "one ", "two ", "three ", "four ")
     text = scenes.caption(any_scene(rng), rng)
-    while not text.startswith(
-        ("a ", "an ", "one ", "two ", "three ", "four ")) or " is " in text or " are " in text:
+    while not text.startswith(starts) or " is " in text or " are " in text:
         text = scenes.caption(any_scene(rng), rng)
     many = text.startswith(("two ", "three ", "four ", "a pair", "a group"))
     they, was, them = ("they", "were", "them") if many else ("it", "was", "it")
-    friend = scenes.noun_phrase(
-        rng, (rng.choice(list(scenes.KINDS)), rng.choice(list(scenes.COLOURS)), 1))
+    group = rng.choice(list(scenes.KINDS)), rng.choice(list(scenes.COLOURS)), 1
+    friend = scenes.noun_phrase(rng, group)
     noun = friend.split()[-1]
     place = rng.choice(scenes.SETTINGS[rng.choice(list(scenes.SETTINGS))])
     feeling, other = rng.sample(("happy", "sad", "tired", "hungry", "brave", "lonely", "proud"), 2)
@@ -135,11 +137,12 @@ def story_text(rng):
         "And they all lived happily ever after.",
         f"That night the {noun} stayed with {them}, and {they} {was} {other}.",
     ))
-    return f"Once upon a time there was {text}. {they.capitalize()} {was} very {feeling}. {middle} {end}"
+    return (f"Once upon a time there was {text}. {they.capitalize()} {was} very {feeling}. "
+            f"{middle} {end}")
 
 
 def fragment(rng, text, most=3):
-    """A run of 1 to most words of a text."""
+    """1 to `most` consecutive words of a text."""
     words = text.replace(",", "").split()
     n = min(len(words), rng.randint(1, most))
     start = rng.randrange(len(words) - n + 1)
@@ -147,12 +150,12 @@ def fragment(rng, text, most=3):
 
 
 def list_text(rng):
-    """A list of unrelated fragments set off by bars: tells BART that a list is copied as a list."""
+    """A list of unrelated fragments with bars between. It teaches BART to copy a list as a list."""
     return linearize(fragment(rng, caption_text(rng)) for _ in range(rng.randint(2, 8))).strip()
 
 
 def page_text(rng):
-    """A caption and then keywords of the same scene, as pages of the web hold them."""
+    """A caption, then keywords of the same scene, as on web pages."""
     scene = any_scene(rng)
     keywords = dict.fromkeys(
         fragment(rng, scenes.caption(scene, rng), 2) for _ in range(rng.randint(4, 10)))
@@ -170,8 +173,9 @@ def bart_text(rng):
 
 
 def noised(rng, text):
-    """The denoising task of BART (Lewis et al. 2019, https://arxiv.org/abs/1910.13461): a sentence
-    of several or spans of Poisson(3) words replaced by one mask, spans permuted, words deleted."""
+    """A text with the noise of BART's denoising task (Lewis et al. 2019,
+    https://arxiv.org/abs/1910.13461): one mask replaces a sentence of several, or a span of
+    Poisson(3) words; spans are permuted, words are deleted. Lists keep their words in order."""
     sentences = text.split(". ")
     if len(sentences) > 1 and rng.random() < 0.7:
         sentences[rng.randrange(len(sentences))] = "<mask>"
@@ -208,36 +212,35 @@ def poisson3(rng):
 
 
 def train_tokenizer(tokenizer, texts, specials, vocab_size, **options):
-    """Trains a byte-level BPE in the shape of a tokenizer and gives back (vocabulary, merges)."""
+    """Trains a byte-level BPE with the other steps of a tokenizer. Returns (vocabulary, merges)."""
     backend = tokenizer.backend_tokenizer
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                            show_progress=False, **options))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False, **options)
+    backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
     return model["vocab"], [tuple(m) for m in model["merges"]]
 
 
 def fit(name, parameters, losses, minutes, peak, keep):
-    """Trains for some minutes by AdamW: linear warm-up over 400 steps, then a cosine down to 2 % of
-    the peak rate.
+    """Trains with AdamW for some minutes: the rate rises linearly over 400 steps and falls as a
+    cosine to 2% of its peak.
 
-    losses(): {name: loss} of a new batch; their sum is minimised. keep(): saves; called every 500
-    steps and at the end.
+    losses(): {name: loss} of a new batch; their sum is minimized. keep(): saves the model, every
+    500 steps and at the end.
     """
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, betas=(0.9, 0.98), fused=True)
     start, step, average = time.time(), 0, {}
     while (share := (time.time() - start) / 60 / minutes) < 1:
-        found = losses()
-        sum(found.values()).backward()
+        batch = losses()
+        sum(batch.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, (step + 1) / 400) * (0.02 + 0.98 * 0.5 *
-                                                             (1 + math.cos(math.pi * share)))
+            group["lr"] = peak * min(1, (step + 1) / 400) * cosine
         optimizer.step()
         optimizer.zero_grad()
-        for key, loss in found.items():
+        for key, loss in batch.items():
             average[key] = 0.98 * average.get(key, loss.item()) + 0.02 * loss.item()
         step += 1
         if step % 100 == 0:
@@ -249,14 +252,14 @@ def fit(name, parameters, losses, minutes, peak, keep):
 
 
 def resumed(model_class, tokenizer_class, folder):
-    """A model and its tokenizer to go on from, in float32."""
-    return model_class.from_pretrained(folder,
-                                       dtype=torch.float32), tokenizer_class.from_pretrained(folder)
+    """The saved model, in float32, and its tokenizer."""
+    model = model_class.from_pretrained(folder, dtype=torch.float32)
+    return model, tokenizer_class.from_pretrained(folder)
 
 
 def save(folder, model, *others):
-    """Saves a model in half precision, and its tokenizer and processor; the weights stay float32 in
-    training."""
+    """Saves a model in half precision, with its tokenizer and processor. The weights in training
+    stay float32."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
     for other in others:
@@ -271,17 +274,16 @@ def build_bart(out, minutes, seed, resume):
     if resume:
         model, tokenizer = resumed(BartForConditionalGeneration, BartTokenizer, out / "bart")
     else:
-        vocab, merges = train_tokenizer(BartTokenizer(add_prefix_space=True),
-                                        (bart_text(rng) for _ in range(40000)),
-                                        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], 1100)
+        texts = (bart_text(rng) for _ in range(40000))
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        vocab, merges = train_tokenizer(BartTokenizer(add_prefix_space=True), texts, specials, 1100)
         tokenizer = BartTokenizer(vocab=vocab, merges=merges, add_prefix_space=True,
                                   model_max_length=160)
-        model = BartForConditionalGeneration(
-            BartConfig(vocab_size=len(tokenizer), d_model=192, encoder_layers=3, decoder_layers=3,
-                       encoder_ffn_dim=768, decoder_ffn_dim=768, encoder_attention_heads=4,
-                       decoder_attention_heads=4, dropout=0.0, max_position_embeddings=160,
-                       bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-                       forced_eos_token_id=2))
+        model = BartForConditionalGeneration(BartConfig(
+            vocab_size=len(tokenizer), d_model=192, encoder_layers=3, decoder_layers=3,
+            encoder_ffn_dim=768, decoder_ffn_dim=768, encoder_attention_heads=4,
+            decoder_attention_heads=4, dropout=0.0, max_position_embeddings=160, bos_token_id=0,
+            pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2))
     model.set_attn_implementation("eager")
 
     def losses():
@@ -307,13 +309,13 @@ def build_gpt(out, minutes, seed, resume):
     if resume:
         model, tokenizer = resumed(GPTNeoForCausalLM, GPT2Tokenizer, out / "gpt")
     else:
-        vocab, merges = train_tokenizer(GPT2Tokenizer(), (story_text(rng) for _ in range(20000)),
-                                        [end], 800)
+        texts = (story_text(rng) for _ in range(20000))
+        vocab, merges = train_tokenizer(GPT2Tokenizer(), texts, [end], 800)
         tokenizer = GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=128, pad_token=end)
-        model = GPTNeoForCausalLM(
-            GPTNeoConfig(vocab_size=len(tokenizer), hidden_size=96, num_layers=3, num_heads=4,
-                         attention_types=[[["global"], 3]], max_position_embeddings=128,
-                         bos_token_id=0, eos_token_id=0))
+        model = GPTNeoForCausalLM(GPTNeoConfig(
+            vocab_size=len(tokenizer), hidden_size=96, num_layers=3, num_heads=4,
+            attention_types=[[["global"], 3]], max_position_embeddings=128, bos_token_id=0,
+            eos_token_id=0))
 
     def losses():
         tokens = tokenizer([story_text(rng) + end for _ in range(64)], padding=True,
@@ -329,87 +331,98 @@ def build_gpt(out, minutes, seed, resume):
 # --------------------------------------------------------------------------------------------- CLIP
 
 def altered(rng, scene):
-    """The scene with one thing changed, for captions that are nearly right."""
+    """The scene with a kind, colour, count or the setting changed, for captions that are almost
+    right."""
     groups, i = list(scene.groups), rng.randrange(len(scene.groups))
     name, colour, n = groups[i]
-    what = rng.random()
-    if what < 0.4:
+    u = rng.random()
+    if u < 0.4:
         name = rng.choice(list(scenes.KINDS))
-        colour = (colour or rng.choice(list(scenes.COLOURS))) if scenes.KINDS[name].coloured else ""
-    elif what < 0.65 and colour:
+        if not scenes.KINDS[name].coloured:
+            colour = ""
+        elif not colour:
+            colour = rng.choice(list(scenes.COLOURS))
+    elif u < 0.65 and colour:
         colour = rng.choice(list(scenes.COLOURS))
-    elif what < 0.85:
+    elif u < 0.85:
         n = rng.choice((1, 2, 3, 4))
     else:
         return scene._replace(setting=rng.choice(list(scenes.SETTINGS)))
-    groups[i] = (name, colour, n)
-    return scene._replace(groups=tuple(groups),
-                          size=scene.size if len(groups) == 1 and n == 1 else "")
+    groups[i] = name, colour, n
+    size = scene.size if len(groups) == 1 and n == 1 else ""
+    return scene._replace(groups=tuple(groups), size=size)
 
 
 def render(seed):
-    """(scene, its picture as CLIP sees it: uint8 (PIXELS, PIXELS, 3)) of a seed."""
+    """The scene of a seed and its image for CLIP: (scene, uint8 (PIXELS, PIXELS, 3))."""
     rng = random.Random(seed)
-    scene = any_scene(rng, scenes.HELD_OUT if rng.random() < 0.15 else (),
-                      rng.choice((1, 3, 3, 3, 3, 3)))
+    must = scenes.HELD_OUT if rng.random() < 0.15 else ()
+    scene = any_scene(rng, must, rng.choice((1, 3, 3, 3, 3, 3)))
     picture = scenes.draw_scene(scene).resize((PIXELS, PIXELS), scenes.Image.BICUBIC)
-    return scene, torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
-        PIXELS, PIXELS, 3)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return scene, pixels.view(PIXELS, PIXELS, 3)
 
 
 class Claims:
-    """Which texts are true of which scenes, as a product of matrices over features."""
+    """Tells which texts are true of which scenes, by a matrix product over features. most: the
+    largest number of features."""
 
     def __init__(self, most=4000):
         self.index, self.most = {}, most
 
     def matrix(self, sets):
-        """(len(sets), most) of 0 and 1 from sets of features."""
+        """Sets of features as rows of 0 and 1, float32 (len(sets), most)."""
         matrix = torch.zeros(len(sets), self.most)
         for row, features in zip(matrix, sets):
             row[[self.index.setdefault(feature, len(self.index)) for feature in features]] = 1
         return matrix
 
     def true(self, texts, facts):
-        """(texts, scenes) bool: whether all that a text claims is among a scene's facts."""
+        """Whether all claims of a text are facts of a scene, bool (texts, scenes)."""
         return self.matrix(texts) @ (1 - self.matrix(facts)).T == 0
 
 
 def augmented(pixels, mean, std):
-    """uint8 (B, H, W, 3) to what CLIP's processor makes of it, half of it mirrored, all shifted by
-    up to 4 pixels."""
+    """Images as CLIP's processor returns them, float32 (B, 3, H, W), but shifted by up to 4 pixels
+    and half of them mirrored. pixels: uint8 (B, H, W, 3)."""
     images = pixels.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
     mirrored = torch.rand(len(images)) < 0.5
     images[mirrored] = images[mirrored].flip(-1)
     dx, dy = torch.randint(0, 9, (2,)).tolist()
-    images = functional.pad(images, (4, 4, 4, 4), mode="replicate")[:, :, dy:dy + PIXELS,
-                                                                    dx:dx + PIXELS]
-    return (images - mean) / std
+    images = functional.pad(images, (4, 4, 4, 4), mode="replicate")
+    return (images[:, :, dy:dy + PIXELS, dx:dx + PIXELS] - mean) / std
 
 
 def sentence_loss(logits, also_true):
-    """InfoNCE both ways. logits: (B, S), S >= B; sentence i is of image i, those from B on are
-    nearly right. also_true: (B, S), what is true by chance, and so no negative."""
+    """InfoNCE from images to sentences and back, a scalar.
+
+    logits: (B, S), S >= B. Sentence i describes image i; sentences from B on are almost right.
+    also_true: bool (B, S), pairs that are true by chance; they do not count as negatives.
+    """
     target = torch.arange(len(logits))
     logits = logits.masked_fill(also_true & ~torch.eye(*logits.shape, dtype=torch.bool), -1e4)
-    return (functional.cross_entropy(logits, target) +
-            functional.cross_entropy(logits[:, :len(target)].T, target)) / 2
+    to_sentences = functional.cross_entropy(logits, target)
+    to_images = functional.cross_entropy(logits[:, :len(target)].T, target)
+    return (to_sentences + to_images) / 2
 
 
 def excess(log_p, aim):
-    """Cross-entropy to a target distribution above the target's own entropy, by element."""
+    """Cross-entropy to a target distribution minus the target's entropy, by element."""
     return aim * (aim.clamp(min=1e-9).log() - log_p)
 
 
 def fragment_losses(logits, truth, plain, names_kind):
-    """Three losses of logits (B, P) between images and fragments. truth: (B, P); plain, names_kind:
-    (P,).
+    """Three losses between images and fragments of captions: (to images, to fragments, things).
 
-    From fragment to images and back, all that is true is the target. From image to fragments a
-    fragment weighs the more the fewer images it is true of, so that a cosine grows with what an
-    entry tells, as pointwise mutual information does: "red dog" before "dog" before "beach", and
-    words without meaning last. Each thing of a scene matters: what names one without function words
-    beats all that is false, or small things would get no entry among the nearest.
+    logits: (B, P). truth: float32 (B, P), 1 where a fragment is true of an image. plain: bool (P,),
+    whether a fragment has no function words. names_kind: bool (P,), whether it names a kind.
+
+    The target of a fragment is all images that it is true of, and the reverse. In the loss to
+    fragments, a fragment has more weight the fewer images it is true of. So the cosine grows with
+    the information of an entry, as pointwise mutual information does: "red dog" ranks before "dog"
+    before "beach", and function words rank last. The loss "things" ranks plain fragments that name
+    a kind of the image above all false ones; without it small objects would have no entry among the
+    nearest.
     """
     aim_t = truth / truth.sum(0).clamp(min=1)
     aim_i = aim_t * torch.where(plain, 1.0, 0.25)
@@ -418,8 +431,8 @@ def fragment_losses(logits, truth, plain, names_kind):
     to_fragments = excess(logits.log_softmax(1), aim_i).sum(1).mean()
     naming = truth * (names_kind & plain)
     false = logits.masked_fill(truth > 0, -1e4).logsumexp(1, keepdim=True)
-    things = ((functional.softplus(false - logits) * naming).sum(1) /
-              naming.sum(1).clamp(min=1)).mean()
+    ranking = (functional.softplus(false - logits) * naming).sum(1)  # (B,)
+    things = (ranking / naming.sum(1).clamp(min=1)).mean()
     return to_images, to_fragments, things
 
 
@@ -433,32 +446,30 @@ def build_clip(out, minutes, seed, resume, n_images=160000, batch=256):
         model, tokenizer = resumed(CLIPModel, CLIPTokenizer, out / "clip")
     else:
         letters = list("abcdefghijklmnopqrstuvwxyz0123456789") * 20
-        texts = [caption_text(rng)
-                 for _ in range(40000)] + letters + [coined_word(rng) for _ in range(300)]
-        vocab, merges = train_tokenizer(CLIPTokenizer(), texts,
-                                        ["<|startoftext|>", "<|endoftext|>"], 1100,
+        texts = [caption_text(rng) for _ in range(40000)] + letters
+        texts += [coined_word(rng) for _ in range(300)]
+        specials = ["<|startoftext|>", "<|endoftext|>"]
+        vocab, merges = train_tokenizer(CLIPTokenizer(), texts, specials, 1100,
                                         end_of_word_suffix="</w>")
         tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
-        model = CLIPModel(
-            CLIPConfig(
-                text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512,
-                                 num_hidden_layers=3, num_attention_heads=4,
-                                 max_position_embeddings=77, hidden_act="gelu", projection_dim=128,
-                                 bos_token_id=0, eos_token_id=1, pad_token_id=1),
-                vision_config=dict(hidden_size=224, intermediate_size=896, num_hidden_layers=5,
-                                   num_attention_heads=4, image_size=PIXELS, patch_size=16,
-                                   hidden_act="gelu", projection_dim=128), projection_dim=128))
-    model.set_attn_implementation(
-        "eager")  # on a CPU in bfloat16 a step takes 0.4 of the fused one's time
+        text_config = dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=77, hidden_act="gelu",
+            projection_dim=128, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+        vision_config = dict(
+            hidden_size=224, intermediate_size=896, num_hidden_layers=5, num_attention_heads=4,
+            image_size=PIXELS, patch_size=16, hidden_act="gelu", projection_dim=128)
+        model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config,
+                                     projection_dim=128))
+    # On a CPU in bfloat16, a step takes 0.4 of the time of fused attention.
+    model.set_attn_implementation("eager")
     processor = CLIPImageProcessorPil(size={"shortest_edge": PIXELS},
                                       crop_size={"height": PIXELS, "width": PIXELS})
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    unigrams = sorted({
-        word for _ in range(20000)
-        for word in caption_text(rng).replace(",", "").split() if scenes.claims(word)
-    } - scenes.FUNCTION_WORDS)
-    scale = torch.nn.Parameter(
-        torch.tensor(2.5))  # of the fragments' logits; only their cosines are used later
+    words = {word for _ in range(20000) for word in caption_text(rng).replace(",", "").split()
+             if scenes.claims(word)}
+    unigrams = sorted(words - scenes.FUNCTION_WORDS)
+    scale = torch.nn.Parameter(torch.tensor(2.5))  # of the fragments' logits, in training only
     judge = Claims()
 
     def embed(texts):
@@ -469,31 +480,27 @@ def build_clip(out, minutes, seed, resume, n_images=160000, batch=256):
 
     def losses():
         rows = [rng.randrange(n_images) for _ in range(batch)]
-        there = [scenes.truths(world[i]) for i in rows]
-        sentences = [scenes.caption(world[i], rng)
-                     for i in rows] + [scenes.caption(altered(rng, world[i]), rng) for i in rows]
-        pieces = list(
-            dict.fromkeys([fragment(rng, rng.choice(sentences))
-                           for _ in range(300)] + rng.sample(unigrams, 150)))
-        said = [scenes.claims(piece) for piece in pieces]
-        truth = judge.true(said, there).T.float()  # (B, P)
-        truth[:, [not claimed
-                  for claimed in said]] = 0  # words like "and a" should score low everywhere
+        facts = [scenes.truths(world[i]) for i in rows]
+        sentences = [scenes.caption(world[i], rng) for i in rows]
+        sentences += [scenes.caption(altered(rng, world[i]), rng) for i in rows]
+        pieces = [fragment(rng, rng.choice(sentences)) for _ in range(300)]
+        pieces = list(dict.fromkeys(pieces + rng.sample(unigrams, 150)))
+        claims = [scenes.claims(piece) for piece in pieces]
+        truth = judge.true(claims, facts).T.float()  # (B, P)
+        truth[:, [not claimed for claimed in claims]] = 0  # "and a" should score low everywhere
         plain = torch.tensor([not scenes.FUNCTION_WORDS & set(piece.split()) for piece in pieces])
-        names_kind = torch.tensor(
-            [any(claim[0] == "kind" for claim in claimed) for claimed in said])
+        names_kind = torch.tensor([any(claim[0] == "kind" for claim in claimed)
+                                   for claimed in claims])
+        batch_pixels = augmented(pixels[rows], mean, std)  # (B, 3, PIXELS, PIXELS)
         with torch.autocast("cpu", torch.bfloat16):
-            images = model.get_image_features(
-                pixel_values=augmented(pixels[rows], mean, std)).pooler_output
+            images = model.get_image_features(pixel_values=batch_pixels).pooler_output
         images = functional.normalize(images.float(), dim=-1)  # (B, 128)
-        to_images, to_fragments, things = fragment_losses(
-            scale.exp().clamp(max=40) * images @ embed(pieces).T, truth, plain, names_kind)
-        return {
-            "sentences": sentence_loss(
-                model.logit_scale.exp().clamp(max=60) * images @ embed(sentences).T,
-                judge.true([scenes.claims(sentence) for sentence in sentences], there).T),
-            "to fragments": to_fragments, "to images": to_images, "things": 2 * things
-        }
+        logits = scale.exp().clamp(max=40) * images @ embed(pieces).T  # (B, P)
+        to_images, to_fragments, things = fragment_losses(logits, truth, plain, names_kind)
+        logits = model.logit_scale.exp().clamp(max=60) * images @ embed(sentences).T  # (B, 2B)
+        also_true = judge.true([scenes.claims(sentence) for sentence in sentences], facts).T
+        return {"sentences": sentence_loss(logits, also_true), "to fragments": to_fragments,
+                "to images": to_images, "things": 2 * things}
 
     fit("clip", [*model.parameters(), scale], losses, minutes, 1e-3,
         lambda: save(out / "clip", model, tokenizer, processor))
@@ -509,14 +516,13 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("snowglobe/weights"),
                         help="folder for clip/, bart/, gpt/ (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=60,
-                        help="training time of each model (default %(default)s)")
+                        help="minutes of training for each model (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the texts, scenes and weights (default %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
-                        help="CPU threads (default: all, %(default)s here)")
-    parser.add_argument(
-        "--resume", action="store_true",
-        help="go on from the weights in --out, as a run of its own with its own schedule")
+                        help="CPU threads (default %(default)s: all)")
+    parser.add_argument("--resume", action="store_true",
+                        help="start from the weights in --out, with a new schedule")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.models:

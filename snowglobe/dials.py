@@ -1,15 +1,14 @@
-"""Measures what each dial of the sampler does, on a world that nothing was tuned on, through the
-sampler's own flags.
+"""Measures the effect of the sampler's dials on a world that nothing was tuned on.
 
     python -m snowglobe.dials --folder demo
     python -m snowglobe.dials --folder demo --images 20 --only candidates
 
-Takes the cache and the checkpoint that ./demo.sh made in --folder. Prints one table a dial and
-writes dials.json and dials.png into FOLDER/dials/IMAGES. A run that is there is not run again.
+A dial is a set of the sampler's flags. The cache and the checkpoint are those of ./demo.sh in
+--folder. Prints a table for each dial and writes dials.json and dials.png into FOLDER/dials/IMAGES.
+Rerunning skips finished runs.
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -20,81 +19,79 @@ from antarctic.datasets import read_coco
 from antarctic.errors import InputError
 from antarctic.files import atomic, existing_file, write_json
 from antarctic.runtime import run
-from snowglobe.measure import WEIGHTS, score_run
+from snowglobe.measure import WEIGHTS, read_captions, read_scenes, score_run
 
 MODELS = ["--clip_model", str(WEIGHTS / "clip"), "--lm", str(WEIGHTS / "bart")]
 
 
 def sampled(n, temperature=1.0, top_p=0.9):
-    return [
-        "--do_sample", "--num_return_sequences",
-        str(n), "--temperature",
-        str(temperature), "--top_p",
-        str(top_p)
-    ]
+    return ["--do_sample", "--num_return_sequences", str(n), "--temperature", str(temperature),
+            "--top_p", str(top_p)]
 
 
-DIALS = {  # the dial: {setting: flags}; the caches are those that main() makes
+CACHES = {  # {name: flags of compute_cache.py}; the first is the cache of the demo
+    "as in training": None,
+    "of another world": ["--topk", "150"],
+    "unigrams alone": ["--topk", "150"],
+    "1,000 bigrams": ["--topk", "1000"],
+}
+DIALS = {  # {dial: {setting: flags of sampler.py, or ["cache", one of CACHES]}}
     "candidates": {"beam 3": [], **{f"{n:,} samples": sampled(n) for n in (10, 100, 1000)}},
-    "temperature and "
-    "top-p": {f"T {t}, p "
-              f"{p}": sampled(100, t, p) for t in (0.7, 1.0, 1.3) for p in (0.8, 0.9, 1.0)},
+    "temperature and top-p": {f"T {t}, p {p}": sampled(100, t, p)
+                              for t in (0.7, 1.0, 1.3) for p in (0.8, 0.9, 1.0)},
     "entries in a table": {f"{k} entries": ["--topk", str(k)] for k in (4, 8, 16, 24, 32)},
-    "cache": {name: ["cache", name] for name in ("as in "
-                                                 "training", "of another "
-                                                             "world", "unigrams "
-                                                                      "alone", "1,000 bigrams")},
-    "weight of the "
-    "likelihood": {f"{w:g}": [*sampled(100), "--lm_weight", str(w)] for w in (0, 0.01, 0.03, 0.1, 0.3, 1)},
+    "cache": {name: ["cache", name] for name in CACHES},
+    "weight of the likelihood": {f"{w:g}": [*sampled(100), "--lm_weight", str(w)]
+                                 for w in (0, 0.01, 0.03, 0.1, 0.3, 1)},
 }
 
 
 def script(*arguments):
-    """Runs one of the project's scripts as a user would. Returns what it printed. Raises InputError
-    where it fails."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1])
-    if done.returncode:
-        raise InputError(f"{arguments[0]} failed: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
+    """Runs one of the project's scripts in a process of its own. Returns its output. Raises
+    InputError where it fails."""
+    process = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+                             cwd=Path(__file__).parents[1])
+    if process.returncode:
+        raise InputError(f"{arguments[0]} failed: {process.stderr.strip().splitlines()[-1]}")
+    return process.stdout
 
 
 def make_caches(folder, demo):
-    """{name: path without its end} of caches with the held-out words added, one for each setting of
-    the dial "cache"."""
-    sources = {
-        "as in training": None, "of another world": ["--topk", "150"],
-        "unigrams alone": ["--topk", "150"], "1,000 bigrams": ["--topk", "1000"]
-    }
-    made = {}
-    for name, mined in sources.items():
-        path = made[name] = folder / ("cache_" + re.sub(r"\W+", "_", name))
+    """Makes the CACHES, with the held-out words added. Returns {name: path without extension}.
+
+    folder: for the caches. demo: the folder of demo.sh.
+    """
+    paths = {}
+    for name, mined in CACHES.items():
+        path = paths[name] = folder / ("cache_" + re.sub(r"\W+", "_", name))
         files = ["--textfile", f"{path}.txt", "--embfile", f"{path}.npy", *MODELS[:2]]
-        whole = path.with_suffix(
-            ".whole")  # not the cache's own files: words may be missing from it yet
-        if whole.exists():
+        # A separate mark: the cache's own files exist before the words are added.
+        complete = path.with_suffix(".whole")
+        if complete.exists():
             continue
         if not mined:
             for end in (".txt", ".npy", ".npy.json"):
                 shutil.copy(demo / f"added{end}", f"{path}{end}")
-            whole.touch()
+            complete.touch()
             continue
         world = folder / "world" if name == "of another world" else demo / "world"
         script("compute_cache.py", "--datadir", world, *mined, *files)
         if name == "unigrams alone":
-            pairs = [
-                line for line in Path(f"{path}.txt").read_text(encoding="utf-8").splitlines()
-                if " " in line
-            ]
+            entries = Path(f"{path}.txt").read_text(encoding="utf-8").splitlines()
+            pairs = [entry for entry in entries if " " in entry]
             script("compute_cache.py", *files, "--remove", *pairs)
         script("compute_cache.py", *files, "--add_from", WEIGHTS.parent / "held_out.txt")
-        whole.touch()
-    return made
+        complete.touch()
+    return paths
 
 
 def measure(folder, name, flags, caches, checkpoint):
-    """Scores of one setting: {"val2017": ..., "near": ...}, each as score_run gives them, with the
-    seconds an image."""
+    """Scores of one setting: {"val2017": scores, "near": scores}, each as of score_run, with the
+    seconds an image.
+
+    folder: of the world and the runs. name: of the dial and the setting. flags: see DIALS. caches:
+    see make_caches.
+    """
     cache = caches["as in training"]
     if flags[:1] == ["cache"]:
         cache, flags = caches[flags[1]], flags[2:]
@@ -108,24 +105,17 @@ def measure(folder, name, flags, caches, checkpoint):
                          *MODELS, *flags)
             with atomic(savedir / "seconds") as file:
                 file.write(re.search(r"([\d.]+) s an image", out)[1])
-        captions = {
-            r["image_id"]: r["caption"]
-            for r in json.loads((savedir / "captions.json").read_text(encoding="utf-8"))
-        }
-        described = {
-            s["image_id"]: s for s in json.loads((folder / "world" / "annotations" /
-                                                  f"scenes_{split}.json").read_text())
-        }
-        scores[split] = score_run(
-            captions, {p.id: list(p.captions) for p in read_coco(folder / "world", split)},
-            described)
+        pictures = read_coco(folder / "world", split)
+        references = {picture.id: list(picture.captions) for picture in pictures}
+        described = read_scenes(folder / "world", split)
+        scores[split] = score_run(read_captions(savedir), references, described)
         scores[split]["seconds"] = float((savedir / "seconds").read_text())
     return scores
 
 
 def plot(path, results):
-    """One panel a dial: CIDEr-D on val2017 and the share of held-out kinds named in near, over the
-    settings."""
+    """Draws one panel for each dial: CIDEr-D on val2017 and the share of held-out kinds named on
+    near, over the settings."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -164,17 +154,16 @@ def main():
     caches = make_caches(folder, demo)
     results = {}
     for dial in args.only:
-        print(
-            f"\n{dial:28}{'CIDEr-D':>8}{'objects: recall':>17}{'precision':>11}{'new things named':>18}{'distinct':>10}{'s an image':>12}"
-        )
+        print(f"\n{dial:28}{'CIDEr-D':>8}{'objects: recall':>17}{'precision':>11}"
+              f"{'new things named':>18}{'distinct':>10}{'s an image':>12}")
         results[dial] = {}
         for setting, flags in DIALS[dial].items():
-            found = results[dial][setting] = measure(folder, f"{dial} {setting}", flags, caches,
-                                                     checkpoint)
-            val, near = found["val2017"], found["near"]
-            print(
-                f"{setting:28}{val['cider']:8.2f}{val['object_recall']:17.2f}{val['object_precision']:11.2f}{near['held_out']:18.2f}"
-                f"{val['distinct']:10.2f}{val['seconds']:12.3f}", flush=True)
+            scores = measure(folder, f"{dial} {setting}", flags, caches, checkpoint)
+            results[dial][setting] = scores
+            val, near = scores["val2017"], scores["near"]
+            print(f"{setting:28}{val['cider']:8.2f}{val['object_recall']:17.2f}"
+                  f"{val['object_precision']:11.2f}{near['held_out']:18.2f}"
+                  f"{val['distinct']:10.2f}{val['seconds']:12.3f}", flush=True)
     write_json(folder / "dials.json", results, indent=1)
     plot(folder / "dials.png", results)
     print(f"\nscores: {folder / 'dials.json'}\npicture: {folder / 'dials.png'}")

@@ -1,4 +1,4 @@
-"""The things of the snowglobe: how each is drawn, what it is called, what can be said of it."""
+"""The kinds of objects in the snowglobe: their drawings, their nouns, what captions say of them."""
 
 import math
 from collections.abc import Callable
@@ -20,21 +20,20 @@ COLOURS = {
 
 class Kind(NamedTuple):
     draw: Callable  # draw(pen, main colour)
-    nouns: tuple  # ((singular, plural), ...), the usual one first
-    doing: str  # a participle that is true of it as it is drawn, or ""
-    coloured: bool  # whether it comes in all colours, which captions then may name
-    sky: bool  # hangs in the air instead of standing on the ground
-    # height in its box (0 top, 1 bottom) of what another thing can be on; 0: nothing can
-    top: float
-    big: bool  # large enough to have another thing in front of it
+    nouns: tuple  # ((singular, plural), ...), the most common first
+    doing: str  # a participle that is true of the drawing, or ""
+    coloured: bool  # whether it is drawn in all colours, so that captions can name its colour
+    sky: bool  # whether it is in the air, not on the ground
+    top: float  # height in its box (0 top, 1 bottom) where another object can stand, or 0
+    big: bool  # whether another object can be in front of it
 
 
 KINDS: dict[str, Kind] = {}
 
 
 def kind(*nouns, doing="", coloured=True, sky=False, top=0.0, big=False):
-    """Registers a drawing function as a kind. Nouns are "singular/plural"; the first singular is
-    its name."""
+    """Registers a drawing function as a kind. nouns: "singular/plural" each; the first singular is
+    the kind's name. Other arguments: see Kind."""
     pairs = tuple(tuple(noun.split("/")) for noun in nouns)
 
     def register(draw):
@@ -44,14 +43,14 @@ def kind(*nouns, doing="", coloured=True, sky=False, top=0.0, big=False):
 
 
 def shade(colour, factor):
-    """Darker (factor < 1) or lighter (factor > 1) than colour."""
+    """A colour made darker (factor < 1) or lighter (factor > 1)."""
     if factor <= 1:
         return tuple(int(v * factor) for v in colour)
     return tuple(int(255 - (255 - v) / factor) for v in colour)
 
 
 class Pen:
-    """Draws into a square box of an image; coordinates are shares of the box, (0, 0) top left."""
+    """Draws into a square box of an image. Coordinates are shares of the box from its top left."""
 
     def __init__(self, draw, left, top, side, flip=False):
         self.draw, self.left, self.top, self.side, self.flip = draw, left, top, side, flip
@@ -94,8 +93,8 @@ class Pen:
         self.draw.ellipse(self.corners(x - r, y - r, x + r, y + r), fill)
 
 
-WHITE, INK, WOOD, GLASS, GOLD = (250, 250, 250), (40, 40, 46), (150, 100, 60), (176, 222,
-                                                                                244), (250, 196, 40)
+WHITE, INK, WOOD = (250, 250, 250), (40, 40, 46), (150, 100, 60)
+GLASS, GOLD = (176, 222, 244), (250, 196, 40)
 
 
 def legs(pen, colour, xs, y0=0.68, y1=0.98, w=0.09):
@@ -493,8 +492,8 @@ def draw_rainbow(pen, c):
 @kind("tree/trees", big=True)
 def draw_tree(pen, c):
     pen.box((120, 80, 46), 0.42, 0.56, 0.58, 0.99)
-    for x0, y0, x1, y1 in ((0.06, 0.26, 0.54, 0.68), (0.46, 0.26, 0.94, 0.68), (0.22, 0.02, 0.78,
-                                                                                0.5)):
+    for x0, y0, x1, y1 in ((0.06, 0.26, 0.54, 0.68), (0.46, 0.26, 0.94, 0.68),
+                           (0.22, 0.02, 0.78, 0.5)):
         pen.oval(c, x0, y0, x1, y1)
     pen.draw.ellipse(pen.corners(0.26, 0.24, 0.74, 0.62), c)
 

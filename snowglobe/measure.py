@@ -1,18 +1,17 @@
-"""Scores the runs of a demo folder: a table for people, results.json for programs, one gallery of
-them all.
+"""Scores the runs in a folder of demo.sh: prints a table, writes results.json and a gallery.
 
     python -m snowglobe.measure --folder demo
     python -m snowglobe.measure --folder demo --bounds --alone
 
---bounds also writes captions from perfect tables (cache entries that are true of the scene) and
-from random ones. --alone tells how good each of the small models is by itself.
+--bounds also scores captions from perfect tables (cache entries that are true of the scene) and
+from random tables. --alone measures each small model alone.
 """
 
 import argparse
 import json
 import math
 import random
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from pycocoevalcap.bleu.bleu import Bleu
@@ -25,7 +24,7 @@ from antarctic.runtime import run as run_script
 from snowglobe import scenes
 
 WEIGHTS = Path(__file__).parent / "weights"
-RUNS = {  # folder of the run in DIR/runs: (split, what it is)
+RUNS = {  # {folder in DIR/runs: (split, description)}
     "untuned": ("val2017", "BART as pretrained, beam 3"),
     "tuned": ("val2017", "layernorms tuned, beam 3"),
     "val_added": ("val2017", "layernorms, beam 3, words added"),
@@ -47,56 +46,64 @@ RUNS = {  # folder of the run in DIR/runs: (split, what it is)
 
 
 def plain(text):
-    """A text as lower-cased words without punctuation, as the scorers take it."""
+    """A text as lower-cased words without punctuation, as the scorers expect it."""
     return " ".join(word.strip(".,!?;:\"'") for word in text.lower().split())
 
 
 def coco_scores(captions, references):
-    """(CIDEr-D, BLEU-4) of captions, a list of texts, against references, a list of lists of
-    texts."""
-    predicted = {i: [plain(text)] for i, text in enumerate(captions)}
-    told = {i: [plain(text) for text in texts] for i, texts in enumerate(references)}
-    return Cider().compute_score(told, predicted)[0], Bleu(4).compute_score(
-        told, predicted, verbose=0)[0][3]
+    """(CIDEr-D, BLEU-4). captions: N texts. references: N lists of texts."""
+    captions = {i: [plain(text)] for i, text in enumerate(captions)}
+    references = {i: [plain(text) for text in texts] for i, texts in enumerate(references)}
+    cider, _ = Cider().compute_score(references, captions)
+    bleu, _ = Bleu(4).compute_score(references, captions, verbose=0)
+    return cider, bleu[3]
 
 
 def reference_score(references):
-    """Mean (CIDEr-D, BLEU-4) of one reference against the others of its image, each taken in
-    turn."""
-    rounds = [
-        coco_scores([told[j]
-                     for told in references], [told[:j] + told[j + 1:] for told in references])
-        for j in range(min(map(len, references)))
-    ]
+    """Mean (CIDEr-D, BLEU-4) of one reference against the others of its image, over all choices of
+    this reference."""
+    rounds = []
+    for j in range(min(map(len, references))):
+        captions = [texts[j] for texts in references]
+        others = [texts[:j] + texts[j + 1:] for texts in references]
+        rounds.append(coco_scores(captions, others))
     return tuple(sum(values) / len(rounds) for values in zip(*rounds))
 
 
 def objects(captions, described):
-    """(recall, precision, share of held-out kinds named): of the kinds in the scenes those that
-    captions name, and back."""
-    hit = there = told = held_hit = held = 0
+    """(recall, precision, recall of the held-out kinds or None) of the kinds that captions name.
+
+    captions: texts. described: their scenes, as in scenes_{split}.json.
+    """
+    correct = drawn = named = correct_new = drawn_new = 0
     for text, scene in zip(captions, described):
         kinds, names = {group[0] for group in scene["groups"]}, scenes.named(text)
-        hit, there, told = hit + len(kinds & names), there + len(kinds), told + len(names)
         new = kinds & set(scenes.HELD_OUT)
-        held_hit, held = held_hit + len(new & names), held + len(new)
-    return hit / there, hit / max(1, told), held_hit / held if held else None
+        correct += len(kinds & names)
+        drawn += len(kinds)
+        named += len(names)
+        correct_new += len(new & names)
+        drawn_new += len(new)
+    held_out = correct_new / drawn_new if drawn_new else None
+    return correct / drawn, correct / max(1, named), held_out
 
 
 def score_run(captions, references, described):
-    """All scores of a run as a dict. captions: {image id: text}; described: {image id: scene}."""
+    """All scores of a run as a dict. captions: {image id: text}. references: {image id: texts}.
+    described: {image id: scene}."""
     ids = list(captions)
     cider, bleu = coco_scores([captions[i] for i in ids], [references[i] for i in ids])
     recall, precision, held_out = objects([captions[i] for i in ids], [described[i] for i in ids])
-    return {
-        "cider": cider, "bleu4": bleu, "object_recall": recall, "object_precision": precision,
-        "held_out": held_out, "distinct": len(set(captions.values())) / len(ids)
-    }
+    return {"cider": cider, "bleu4": bleu, "object_recall": recall, "object_precision": precision,
+            "held_out": held_out, "distinct": len(set(captions.values())) / len(ids)}
 
 
 def bound(folder, kind, table, described):
-    """Captions from other tables than CLIP's: {image id: text}. table(scene, entries, k, rng) makes
-    one; kind seeds rng. described: {image id: scene}."""
+    """Captions from tables that do not come from CLIP: {image id: text}.
+
+    folder: of demo.sh. kind: seeds rng. table(scene, entries, k, rng): the entries of a table.
+    described: {image id: scene}.
+    """
     from antarctic.checkpoints import checkpoint_settings, load_checkpoint
     from model import Captioner
     from utils import linearize
@@ -107,35 +114,38 @@ def bound(folder, kind, table, described):
     load_checkpoint(checkpoint, captioner)
     entries = (folder / "cache.txt").read_text(encoding="utf-8").splitlines()
     rng = random.Random(kind)
-    tables = [
-        linearize(table(scene, entries, settings["topk"], rng)) for scene in described.values()
-    ]
+    tables = [linearize(table(scene, entries, settings["topk"], rng))
+              for scene in described.values()]
     tokens = captioner.tokenize(tables, settings["maxlen_enc"])
-    found = [c[0][0] for i in range(0, len(tokens), 64) for c in captioner.beam(tokens[i:i + 64])]
-    return dict(zip(described, found))
+    captions = []
+    for start in range(0, len(tokens), 64):
+        captions += [beams[0][0] for beams in captioner.beam(tokens[start:start + 64])]
+    return dict(zip(described, captions))
 
 
 def perfect_table(scene, entries, k, rng):
-    """k entries of the cache that are true of the scene: of each kind in it and of what else is
-    true in turn."""
-    known = {name: value for name, value in scene.items() if name in scenes.Scene._fields}
-    facts = scenes.truths(scenes.Scene(**known)._replace(groups=tuple(map(tuple, scene["groups"]))))
-    piles = {}
+    """k entries of the cache that are true of the scene, in turn one of each of its kinds and one
+    without a kind."""
+    fields = {name: value for name, value in scene.items() if name in scenes.Scene._fields}
+    fields["groups"] = tuple(map(tuple, scene["groups"]))
+    facts = scenes.truths(scenes.Scene(**fields))
+    by_kind = {}
     for entry in rng.sample(entries, len(entries)):
-        said = scenes.claims(entry)
-        if said and said <= facts:
-            piles.setdefault(min((claim[1] for claim in said if claim[0] == "kind"), default=""),
-                             []).append(entry)
-    return [entry for turn in zip_longest(*piles.values()) for entry in turn if entry][:k]
+        claims = scenes.claims(entry)
+        if claims and claims <= facts:
+            kind = min((claim[1] for claim in claims if claim[0] == "kind"), default="")
+            by_kind.setdefault(kind, []).append(entry)
+    return [entry for turn in zip_longest(*by_kind.values()) for entry in turn if entry][:k]
 
 
 def random_table(scene, entries, k, rng):
-    """k entries of the cache, whatever the scene."""
+    """k random entries of the cache."""
     return rng.sample(entries, k)
 
 
 def measure_alone(folder, described):
-    """What each small model can do by itself, as lines of text."""
+    """Yields lines of text with scores of each small model alone. folder: of demo.sh. described:
+    {image id: scene} of val2017."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,50 +157,80 @@ def measure_alone(folder, described):
     clip = Clip(WEIGHTS / "clip")
     pictures = read_coco(folder / "world", "val2017")
     images, _, _ = image_features(clip, pictures, folder)
-    texts = clip.encode_texts([p.captions[0] for p in pictures])
-    first = (images @ texts.T).argmax(1) == torch.arange(len(images))
-    yield f"CLIP: of {len(images)} captions of val2017 an image's own comes first for {first.float().mean():.0%}"
+    vectors = clip.encode_texts([p.captions[0] for p in pictures])
+    first = (images @ vectors.T).argmax(1) == torch.arange(len(images))
+    yield (f"CLIP: of {len(images)} captions of val2017 an image's own comes first for "
+           f"{first.float().mean():.0%}")
     entries, embeddings = read_cache([folder / "cache.txt"], [folder / "cache.npy"], clip.identity,
                                      clip.dim)
     for k in (8, 16, 24, 32):
         _, indices = search(images, embeddings, k)
         tables = [" | ".join(entries[i] for i in row) for row in indices.tolist()]
         recall, precision, _ = objects(tables, [described[p.id] for p in pictures])
-        yield f"CLIP: in tables of {k} entries stand {recall:.0%} of the kinds; {precision:.0%} of the kinds in them are there"
+        yield (f"CLIP: in tables of {k} entries stand {recall:.0%} of the kinds; {precision:.0%} "
+               f"of the kinds in them are there")
     rng = random.Random("alone")
     captioner = Captioner(WEIGHTS / "bart")
-    told = [build.caption_text(rng) for _ in range(500)]
-    noisy = captioner.tokenize([build.noised(rng, text) for text in told], 128)
+    texts = [build.caption_text(rng) for _ in range(500)]
+    noisy = captioner.tokenize([build.noised(rng, text) for text in texts], 128)
     with torch.inference_mode():
-        loss = captioner.loss(noisy, captioner.tokenize(told, 64)).item()
+        loss = captioner.loss(noisy, captioner.tokenize(texts, 64)).item()
         yield f"BART: denoises 500 fresh captions at {loss:.2f} nats a token"
-        gpt, tokenizer = (kind.from_pretrained(WEIGHTS / "gpt")
-                          for kind in (AutoModelForCausalLM, AutoTokenizer))
-        gpt.float()
-        losses = [
-            gpt(**tokens, labels=tokens.input_ids).loss.item()
-            for tokens in (tokenizer(build.story_text(rng), return_tensors="pt")
-                           for _ in range(200))
-        ]
+        gpt = AutoModelForCausalLM.from_pretrained(WEIGHTS / "gpt").float()
+        tokenizer, losses = AutoTokenizer.from_pretrained(WEIGHTS / "gpt"), []
+        for _ in range(200):
+            tokens = tokenizer(build.story_text(rng), return_tensors="pt")
+            losses.append(gpt(**tokens, labels=tokens.input_ids).loss.item())
     yield f"GPT-Neo: perplexity {math.exp(sum(losses) / len(losses)):.2f} on 200 fresh stories"
 
 
 def write_pictures(folder, pictures, results):
-    """gallery.html of the whole folder: held-out kinds first, each run by its first images."""
+    """Writes gallery.html: the first 24 images of some runs, those with held-out kinds first.
+
+    pictures: {split: Pictures}. results: {run: scores}.
+    """
     sections = []
     for run in ("out_added", "near_added", "near_added_sampled", "tuned", "out_mined"):
-        if run in results:
-            with open(folder / "runs" / run / "details.jsonl", encoding="utf-8") as file:
-                records = [json.loads(line) for _, line in zip(range(24), file)]
-            split, what = RUNS[run]
-            told = {p.id: p.captions for p in pictures[split]}
-            sections.append((
-                f"{split}: {what}",
-                f"CIDEr {results[run]['cider']:.2f}, object recall "
-                f"{results[run]['object_recall']:.2f}"
-                + (f", held-out kinds named {results[run]['held_out']:.2f}"
-                   if split != "val2017" else ""), records, [told[r["image_id"]] for r in records]))
+        if run not in results:
+            continue
+        with open(folder / "runs" / run / "details.jsonl", encoding="utf-8") as file:
+            records = [json.loads(line) for line in islice(file, 24)]
+        split, description = RUNS[run]
+        scores = results[run]
+        summary = f"CIDEr {scores['cider']:.2f}, object recall {scores['object_recall']:.2f}"
+        if split != "val2017":
+            summary += f", held-out kinds named {scores['held_out']:.2f}"
+        references = {picture.id: picture.captions for picture in pictures[split]}
+        sections.append((f"{split}: {description}", summary, records,
+                         [references[record["image_id"]] for record in records]))
     write_gallery(folder / "gallery.html", "The snowglobe, captioned", sections)
+
+
+def read_captions(folder):
+    """The captions of a run: {image id: text}."""
+    records = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    return {record["image_id"]: record["caption"] for record in records}
+
+
+def read_scenes(datadir, split):
+    """The scenes of a split as dicts: {image id: scene}."""
+    described = json.loads((datadir / "annotations" / f"scenes_{split}.json").read_text())
+    return {scene["image_id"]: scene for scene in described}
+
+
+def print_table(reference, scores):
+    """Prints a row for the references and one for each run. reference: see reference_score. scores:
+    {run: scores}."""
+    print(f"{'':44}{'CIDEr-D':>8}{'BLEU-4':>8}{'objects: recall':>17}{'precision':>11}"
+          f"{'held-out named':>16}")
+    cider, bleu = reference
+    print(f"{'val2017     one reference against the others':44}{cider:8.2f}{bleu:8.3f}")
+    for run, s in scores.items():
+        split, description = RUNS[run]
+        held_out = "" if s["held_out"] is None else f"{s['held_out']:.2f}"
+        row = (f"{split:8} {description:35}{s['cider']:8.2f}{s['bleu4']:8.3f}"
+               f"{s['object_recall']:17.2f}{s['object_precision']:11.2f}{held_out:>16}")
+        print(row.rstrip())
 
 
 def main():
@@ -201,66 +241,37 @@ def main():
     parser.add_argument("--bounds", action="store_true",
                         help="also caption val2017 from perfect and from random tables")
     parser.add_argument("--alone", action="store_true",
-                        help="also tell how good each small model is by itself")
+                        help="also measure each small model alone")
     args = parser.parse_args()
     folder = args.folder
     splits = {split for split, _ in RUNS.values()}
     pictures = {split: read_coco(folder / "world", split) for split in splits}
-    described = {
-        split: {
-            s["image_id"]: s for s in json.loads((folder / "world" / "annotations" /
-                                                  f"scenes_{split}.json").read_text())
-        } for split in splits
-    }
+    described = {split: read_scenes(folder / "world", split) for split in splits}
+    references = {split: {picture.id: list(picture.captions) for picture in pictures[split]}
+                  for split in splits}
 
-    # The runs that are there.
-    captions = {}
-    for run in RUNS:
-        path = folder / "runs" / run / "captions.json"
-        if path.is_file():
-            captions[run] = {
-                r["image_id"]: r["caption"] for r in json.loads(path.read_text(encoding="utf-8"))
-            }
+    captions = {run: read_captions(folder / "runs" / run) for run in RUNS
+                if (folder / "runs" / run / "captions.json").is_file()}
     if args.bounds:
         captions["perfect"] = bound(folder, "perfect", perfect_table, described["val2017"])
         captions["random"] = bound(folder, "random", random_table, described["val2017"])
-    scores = {
-        run: score_run(found, {p.id: list(p.captions)
-                               for p in pictures[RUNS[run][0]]}, described[RUNS[run][0]])
-        for run, found in captions.items()
-    }
-    reference = reference_score([list(p.captions) for p in pictures["val2017"]])
-
-    # The table.
-    print(
-        f"{'':44}{'CIDEr-D':>8}{'BLEU-4':>8}{'objects: recall':>17}{'precision':>11}{'held-out named':>16}"
-    )
-    print(
-        f"{'val2017     one reference against the others':44}{reference[0]:8.2f}{reference[1]:8.3f}"
-    )
-    for run, s in scores.items():
-        split, what = RUNS[run]
-        held_out = "" if s["held_out"] is None else f"{s['held_out']:.2f}"
-        row = f"{split:8} {what:35}{s['cider']:8.2f}{s['bleu4']:8.3f}{s['object_recall']:17.2f}{s['object_precision']:11.2f}{held_out:>16}"
-        print(row.rstrip())
-
+    scores = {}
+    for run, texts in captions.items():
+        split, _ = RUNS[run]
+        scores[run] = score_run(texts, references[split], described[split])
+    reference = reference_score(list(references["val2017"].values()))
+    print_table(reference, scores)
     if args.alone:
         print("", *measure_alone(folder, described["val2017"]), sep="\n")
 
-    # For programs, and to look at.
+    results = {"reference": {"cider": reference[0], "bleu4": reference[1]}}
+    results |= {run: s for run, s in scores.items() if RUNS[run][0] == "val2017"}
+    for split in ("near", "out"):
+        results[split] = {run.removeprefix(f"{split}_"): s["held_out"]
+                          for run, s in scores.items() if run.startswith(f"{split}_")}
     stages = sorted((folder / "done").iterdir()) if (folder / "done").is_dir() else []
-    results = {
-        "reference": {"cider": reference[0], "bleu4": reference[1]},
-        **{run: s for run, s in scores.items() if RUNS[run][0] == "val2017"}, **{
-            split: {
-                run.removeprefix(f"{split}_"): s["held_out"] for run, s in scores.items()
-                if run.startswith(f"{split}_")
-            } for split in ("near", "out")
-        }, "runs": scores, "seconds": {
-            stage: float(seconds)
-            for stage, seconds in (path.read_text().split() for path in stages)
-        }
-    }
+    seconds = dict(path.read_text().split() for path in stages)  # {stage: seconds}
+    results |= {"runs": scores, "seconds": {stage: float(n) for stage, n in seconds.items()}}
     write_json(folder / "results.json", results, indent=1)
     write_pictures(folder, pictures, scores)
     print(f"\nscores: {folder / 'results.json'}\npictures: {folder / 'gallery.html'}")

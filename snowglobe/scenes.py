@@ -1,15 +1,15 @@
-"""Draws the snowglobe's scenes and writes them down as COCO does: images and five captions each.
+"""Draws the snowglobe's scenes and writes them in COCO's layout: images with five captions each.
 
     python -m snowglobe.scenes --datadir demo/world --train 2400 --val 500 --seed 0
     python -m snowglobe.scenes --datadir /tmp/world --train 20 --val 5
 
-A scene holds one to four things of up to three kinds, in one of eight settings. Its captions say
-only what is drawn. Six kinds (HELD_OUT) appear in no training image and in no training caption; as
-in nocaps (Agrawal et al. 2019, https://nocaps.org) there is one validation split without them
-(val2017, in-domain), one with them beside known kinds (near) and one with them alone (out).
+A scene has one to four objects of up to three kinds, in one of eight settings. Its captions say
+only what is drawn. Six kinds (HELD_OUT) are in no training image and no training caption. As in
+nocaps (Agrawal et al. 2019, https://nocaps.org), one validation split has none of them (val2017,
+in-domain), one has them beside known kinds (near) and one has only them (out).
 
-DIR/annotations/captions_{split}.json is COCO's layout; DIR/annotations/scenes_{split}.json keeps
-what was drawn (kinds, colours, counts, boxes), for measuring which things a caption names.
+DIR/annotations/captions_{split}.json has COCO's layout. DIR/annotations/scenes_{split}.json lists
+the objects drawn (kinds, colours, counts, boxes), to measure which of them a caption names.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from antarctic.runtime import run
 from snowglobe.kinds import COLOURS, GLASS, KINDS, WHITE, Pen, shade
 
 SIZE = 128  # pixels, each side
-SUPERSAMPLE = 2  # drawn this many times larger, then reduced
+SUPERSAMPLE = 2  # factor by which the drawing is larger than the image
 HELD_OUT = ("penguin", "lighthouse", "snowman", "whale", "mushroom", "train")
-SETTINGS = {  # what captions may say of each
+SETTINGS = {  # {setting: its phrases in captions}
     "beach": ("on the beach", "at the beach", "on a sandy beach", "by the sea", "at the seaside"),
     "snow": ("in the snow", "on snowy ground", "on a winter day", "in deep snow"),
     "forest": ("in the forest", "in the woods", "in a forest", "in a quiet wood"),
@@ -42,33 +42,35 @@ SETTINGS = {  # what captions may say of each
     "night": ("at night", "in the dark", "at midnight", "on a starry night"),
     "room": ("in a room", "indoors", "on the floor", "on a carpet", "inside a room"),
 }
-RELATIONS = {  # how "A relation B" is said, and how the same is said of B
+RELATIONS = {  # {relation of A to B: (phrases between A and B, phrases between B and A)}
     "next to": (("next to", "beside", "near", "by"), ("next to", "beside", "near", "by")),
     "above": (("above", "over"), ("under", "below")),
     "in front of": (("in front of",), ("behind",)),
     "on": (("on", "on top of"), ("under", "beneath")),
 }
 NUMBERS = {
-    1: ("a", "a", "a", "a", "one"), 2: ("two", "two", "a pair of"),
-    3: ("three", "three", "a group of"), 4: ("four", "four", "a group of")
+    1: ("a", "a", "a", "a", "one"),
+    2: ("two", "two", "a pair of"),
+    3: ("three", "three", "a group of"),
+    4: ("four", "four", "a group of"),
 }
 SIZES = {"small": ("small", "little", "tiny"), "big": ("big", "large", "huge"), "": ()}
 
 
 class Thing(NamedTuple):
     kind: str
-    colour: str  # "" where the kind has its natural colours
-    x: float  # middle of its square box; all three as shares of the image's side
-    y: float  # bottom of its box
-    size: float
-    flip: bool
+    colour: str  # "" where the kind has only its natural colours
+    x: float  # middle of its square box, as a share of the image's side
+    y: float  # bottom of the box, also as a share
+    size: float  # side of the box, also as a share
+    flip: bool  # whether left and right are swapped
 
 
 class Scene(NamedTuple):
     setting: str
-    groups: tuple  # ((kind, colour, count), ...), the first is the most prominent
-    relation: str  # of the first group to the second; "" for a single group
-    size: str  # "small", "big" or "", of a single thing
+    groups: tuple  # ((kind, colour, count), ...), the most prominent first
+    relation: str  # of the first group to the second, or "" for a single group
+    size: str  # "small" or "big" for a single object, or ""
     things: tuple  # of Thing, in drawing order
     seed: int  # of the background's details
 
@@ -78,11 +80,10 @@ class Scene(NamedTuple):
 class Background(NamedTuple):
     sky: tuple
     ground: tuple
-    blades: int = 0  # short lines on the ground
-    blade: tuple | None = None  # their colour
-    behind: Callable | None = None  # draws what stands on the horizon: (pen, horizon, jitter, rng)
-    # draws what lies on the ground or hangs in the sky: (pen, horizon, rng)
-    before: Callable | None = None
+    blades: int = 0  # number of short lines on the ground
+    blade: tuple | None = None  # colour of these lines
+    behind: Callable | None = None  # draws the horizon: (pen, horizon, jitter, rng)
+    before: Callable | None = None  # draws on the ground or in the sky: (pen, horizon, rng)
 
 
 def draw_skyline(pen, horizon, jitter, rng):
@@ -155,7 +156,7 @@ BACKGROUNDS = {
 
 
 def draw_setting(draw, setting, side, rng):
-    """The background of a setting: sky, ground and a few details."""
+    """Draws the background of a setting: sky, ground and a few details."""
     background = BACKGROUNDS[setting]
     jitter, horizon = rng.uniform(0.93, 1.0), rng.uniform(0.54, 0.64)
     pen = Pen(draw, 0, 0, side)
@@ -186,28 +187,28 @@ def draw_scene(scene, size=SIZE):
 # ------------------------------------------------------------------------------------------- scenes
 
 def make_scene(rng, kinds, must=(), most_groups=3):
-    """Draws up a scene by chance.
+    """A random Scene.
 
-    rng: random.Random. kinds: names to choose from. must: one of these stands in it, too (a
-    held-out kind). most_groups: the largest number of kinds.
+    rng: random.Random. kinds: names to choose from. must: names of which one is in the scene (the
+    held-out kinds). most_groups: the largest number of kinds.
     """
     setting = rng.choice(list(SETTINGS))
     kinds = [k for k in kinds if not (setting == "night" and k == "sun")]
     n_groups = min(most_groups, rng.choices((1, 2, 3), (42, 38, 20))[0])
     if must and most_groups > 1:
-        n_groups = max(2, n_groups)  # beside known kinds
+        n_groups = max(2, n_groups)  # room for a known kind
     names = rng.sample([k for k in kinds if k not in must], n_groups - bool(must))
     if must:
         names.insert(rng.randrange(n_groups), rng.choice(must))
-    if n_groups == 2 and rng.random() < 0.45:  # so that "on" and "in front of" are not rare
+    if n_groups == 2 and rng.random() < 0.45:  # makes "on" and "in front of" more frequent
         names.sort(key=lambda k: KINDS[k].big or KINDS[k].top > 0)
-    counts = {
-        1: ((1, ), (1, ), (1, ), (2, ), (3, ), (4, )),
+    counts = rng.choice({
+        1: ((1,), (1,), (1,), (2,), (3,), (4,)),
+        2: ((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1)),
         3: ((1, 1, 1), (1, 1, 1), (1, 1, 1), (2, 1, 1)),
-        2: ((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1))
-    }[n_groups]
+    }[n_groups])
     groups = tuple((k, rng.choice(list(COLOURS)) if KINDS[k].coloured else "", n)
-                   for k, n in zip(names, rng.choice(counts)))
+                   for k, n in zip(names, counts))
     size = rng.choice(("small", "", "big")) if n_groups == 1 and groups[0][2] == 1 else ""
     relation = choose_relation(rng, groups)
     return Scene(setting, groups, relation, size, place(rng, groups, relation, size),
@@ -215,6 +216,7 @@ def make_scene(rng, kinds, must=(), most_groups=3):
 
 
 def choose_relation(rng, groups):
+    """A relation of the first group to the second that can be drawn; "" for a single group."""
     if len(groups) == 1:
         return ""
     (a, _, m), (b, _, n) = groups[:2]
@@ -230,13 +232,12 @@ def choose_relation(rng, groups):
 
 
 def place(rng, groups, relation, size):
-    """Positions of all things of the groups: a tuple of Thing, farthest first."""
+    """Places the objects of all groups: a tuple of Thing, the farthest first."""
     def thing(group, x, y, side):
         side *= rng.uniform(0.94, 1.06)
-        half = side / 2
-        return Thing(group[0], group[1], min(max(x, half), 1 - half), min(
-            max(y, side + 0.01), 0.99), side,
-                     rng.random() < 0.5)
+        x = min(max(x, side / 2), 1 - side / 2)
+        y = min(max(y, side + 0.01), 0.99)
+        return Thing(group[0], group[1], x, y, side, rng.random() < 0.5)
 
     if relation in ("on", "in front of"):
         a, b = groups
@@ -246,12 +247,10 @@ def place(rng, groups, relation, size):
             above = thing(a, below.x, 0, 0.36)
             return below, above._replace(y=below.y - below.size * (1 - KINDS[b[0]].top) + 0.02)
         behind = thing(b, x, rng.uniform(0.8, 0.86), 0.66)
-        return behind, thing(a, behind.x + rng.choice((-1, 1)) * rng.uniform(0.16, 0.24), 0.97,
-                             0.36)
-    levels = {
-        sky: [g for g in groups if KINDS[g[0]].sky == sky for _ in range(g[2])]
-        for sky in (True, False)
-    }
+        x = behind.x + rng.choice((-1, 1)) * rng.uniform(0.16, 0.24)
+        return behind, thing(a, x, 0.97, 0.36)
+    levels = {sky: [g for g in groups if KINDS[g[0]].sky == sky for _ in range(g[2])]
+              for sky in (True, False)}
     total = sum(map(len, levels.values()))
     side = {1: 0.5, 2: 0.42, 3: 0.36, 4: 0.32}[total] * {"small": 0.6, "big": 1.4, "": 1}[size]
     things = []
@@ -260,8 +259,10 @@ def place(rng, groups, relation, size):
         here = min(side, 0.96 / max(1, len(order)))
         for i, group in enumerate(order):
             x = (i + 0.5) / len(order) + rng.uniform(-0.3, 0.3) * (1 / len(order) - here)
-            bottom = rng.uniform(0.0, 0.06) + here if sky and total > len(order) else rng.uniform(
-                0.3, 0.4) + here / 2
+            if sky and total > len(order):
+                bottom = rng.uniform(0.0, 0.06) + here
+            else:
+                bottom = rng.uniform(0.3, 0.4) + here / 2
             things.append(thing(group, x, bottom if sky else rng.uniform(0.86, 0.97), here))
     return tuple(sorted(things, key=lambda t: t.y))
 
@@ -269,8 +270,7 @@ def place(rng, groups, relation, size):
 # ----------------------------------------------------------------------------------------- captions
 
 def noun_phrase(rng, group, size="", detail=0.55):
-    """The group in words: "a red dog", "two puppies". detail: the chance that its colour is
-    told."""
+    """A group in words: "a red dog", "two puppies". detail: probability that it has its colour."""
     name, colour, count = group
     nouns = KINDS[name].nouns
     noun = nouns[0] if len(nouns) == 1 or rng.random() < 0.7 else rng.choice(nouns[1:])
@@ -285,23 +285,21 @@ def noun_phrase(rng, group, size="", detail=0.55):
 
 
 def caption(scene, rng):
-    """One caption of a scene, by chance: other words, orders and levels of detail each time, always
-    true."""
+    """A random caption of a scene. Words, order and detail differ each time; it is always true."""
     groups = list(scene.groups)
     if len(groups) > 1 and rng.random() < 0.1:
-        groups.pop()  # people do not tell everything
+        groups.pop()  # people leave things out
     a, *others = (noun_phrase(rng, g, scene.size) for g in groups)
     where = rng.choice(SETTINGS[scene.setting]) if rng.random() < 0.62 else ""
     be = "is" if groups[0][2] == 1 else "are"
-    what = rng.choice(("a picture of", "a photo of", "an image of", "a view of"))
+    photo = rng.choice(("a picture of", "a photo of", "an image of", "a view of"))
     see = rng.choice((f"there {be}", f"there {be}", "we see", "you can see"))
     if not others:
         doing = KINDS[groups[0][0]].doing
-        forms = [f"{a} {where}", f"{a} {where}", f"{see} {a} {where}", f"{what} {a} {where}"]
+        forms = [f"{a} {where}", f"{a} {where}", f"{see} {a} {where}", f"{photo} {a} {where}"]
         if doing:
-            forms += [
-                f"{a} {doing} {where}", f"{a} {be} {doing} {where}", f"{see} {a} {doing} {where}"
-            ]
+            forms += [f"{a} {doing} {where}", f"{a} {be} {doing} {where}",
+                      f"{see} {a} {doing} {where}"]
         if where:
             forms += [f"{where} {see} {a}", f"{a} {be} {where}"]
         return tidy(rng.choice(forms))
@@ -316,8 +314,8 @@ def caption(scene, rng):
         forms = [
             f"{a} {way} {b} {where}", f"{a} {way} {b} {where}", f"{a} {be} {way} {b} {where}",
             f"{a} and {b} {where}", f"{b} {back} {a} {where}", f"{b} {be_b} {back} {a} {where}",
-            f"{see} {a} {way} {b} {where}", f"{what} {a} and {b} {where}",
-            f"{what} {a} {way} {b} {where}", f"{a} with {b} {where}", f"{b} and {a} {where}"
+            f"{see} {a} {way} {b} {where}", f"{photo} {a} and {b} {where}",
+            f"{photo} {a} {way} {b} {where}", f"{a} with {b} {where}", f"{b} and {a} {where}",
         ]
         if where:
             forms += [f"{where} {see} {a} and {b}", f"{where} {a} {be} {way} {b}"]
@@ -326,8 +324,8 @@ def caption(scene, rng):
     forms = [
         f"{a}, {b} and {c} {where}", f"{c}, {a} and {b} {where}", f"{b}, {c} and {a} {where}",
         f"{a} {way} {b}, and {c} {where}", f"{c}, and {a} {way} {b} {where}",
-        f"{see} {a}, {b} and {c} {where}", f"{what} {a}, {b} and {c} {where}",
-        f"{a} with {b} and {c} {where}"
+        f"{see} {a}, {b} and {c} {where}", f"{photo} {a}, {b} and {c} {where}",
+        f"{a} with {b} and {c} {where}",
     ]
     if where:
         forms += [f"{where} {see} {a}, {b} and {c}"]
@@ -340,71 +338,75 @@ def tidy(text):
 
 def captions(scene, rng, n=5):
     """n different captions of a scene."""
-    found = {}
-    while len(found) < n:
-        found[caption(scene, rng)] = None
-    return list(found)
+    distinct = {}
+    while len(distinct) < n:
+        distinct[caption(scene, rng)] = None
+    return list(distinct)
 
 
 # -------------------------------------------------------------------------------------------- truth
 
 FUNCTION_WORDS = set(
     "a an the of in on at by and with is are there we see you can picture photo image view".split())
-NOUN_WORDS = {
+NOUN_WORDS = {  # {word: (kind, whether it is only in the plural)}
     word: (name, i == 1 and noun[0] != noun[1] and word not in noun[0].split())
     for name, k in KINDS.items() for noun in k.nouns for i in (0, 1) for word in noun[i].split()
 }
-NOUN_PATTERNS = {
-    name: re.compile(rf"\b({'|'.join(noun for pair in k.nouns for noun in pair)})\b")
-    for name, k in KINDS.items()
-}
+NOUN_PATTERNS = {name: re.compile(rf"\b({'|'.join(noun for pair in k.nouns for noun in pair)})\b")
+                 for name, k in KINDS.items()}
 COUNT_WORDS = {"one": (1,), "two": (2,), "pair": (2,), "three": (3,), "four": (4,), "group": (3, 4)}
 
 
 def claims(text):
-    """What a text says of a scene, as a set of features; it is true where truths(scene) holds them
-    all. Words without meaning of their own claim nothing."""
-    words, found = text.replace(",", " ").split(), set()
+    """The claims of a text about a scene, a set of features. The text is true if truths(scene)
+    contains them all. Function words claim nothing."""
+    features = set()
     colour = count = None
-    for word in words:
+    for word in text.replace(",", " ").split():
         if word in NOUN_WORDS:
             name, many = NOUN_WORDS[word]
-            found |= {("kind", name)} | ({("many", name)} if many else set())
+            features.add(("kind", name))
+            if many:
+                features.add(("many", name))
             if colour:
-                found.add(("colour", name, colour))
+                features.add(("colour", name, colour))
             if count:
-                found.add(("count", name, count))
-            if word != "ice":  # of "ice cream": its colour and number hold for the next word too
+                features.add(("count", name, count))
+            if word != "ice":  # "cream" has the colour and count of "ice", too
                 colour = count = None
         elif word in COLOURS:
             colour = word
-            found.add(("colour", word))
+            features.add(("colour", word))
         elif word in COUNT_WORDS:
             count = word
-            found.add(("count", word))
+            features.add(("count", word))
         elif word not in FUNCTION_WORDS:
-            found.add(("say", word))
-    return found
+            features.add(("say", word))
+    return features
 
 
 def truths(scene):
-    """All features that texts may claim of a scene."""
-    found = set()
+    """All features that are true of a scene, in the form of claims."""
+    features = set()
     phrases = list(SETTINGS[scene.setting]) + list(SIZES[scene.size])
     if scene.relation:
         key = "above" if scene.relation == "under" else scene.relation
         phrases += [phrase for way in RELATIONS[key] for phrase in way]
     for name, colour, n in scene.groups:
         phrases.append(KINDS[name].doing)
-        found |= {("kind", name)} | ({("many", name)} if n > 1 else set())
-        found |= {("colour", colour), ("colour", name, colour)} if colour else set()
+        features.add(("kind", name))
+        if n > 1:
+            features.add(("many", name))
+        if colour:
+            features |= {("colour", colour), ("colour", name, colour)}
         for word, counts in COUNT_WORDS.items():
-            found |= {("count", word), ("count", name, word)} if n in counts else set()
-    return found | {("say", word) for phrase in phrases for word in phrase.split()}
+            if n in counts:
+                features |= {("count", word), ("count", name, word)}
+    return features | {("say", word) for phrase in phrases for word in phrase.split()}
 
 
 def named(text):
-    """The kinds that a caption names, by any of their nouns, singular or plural: a set of names."""
+    """The set of kinds that a caption names by any of their nouns, singular or plural."""
     return {name for name, pattern in NOUN_PATTERNS.items() if pattern.search(text.lower())}
 
 
@@ -414,7 +416,7 @@ SPLITS = ("train2017", "val2017", "near", "out")
 
 
 def split_scene(split, seed, i):
-    """(scene, five captions) of image i of a split; the same for the same arguments everywhere."""
+    """(scene, five captions) of image i of a split. The arguments alone determine them."""
     rng = random.Random(f"{seed}/{split}/{i}")
     known = [k for k in KINDS if k not in HELD_OUT]
     if split == "near":
@@ -426,9 +428,9 @@ def split_scene(split, seed, i):
     return scene, captions(scene, rng)
 
 
-def leave_stopping_to_the_parent():
-    """In the pool's processes: the parent ends them by SIGTERM, which must not raise there, and
-    Ctrl-C is the parent's alone."""
+def reset_signals():
+    """Sets the signals of a process of the pool. The parent ends it by SIGTERM, which must not
+    raise here; only the parent handles Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -442,40 +444,32 @@ def write_image(job):
 
 
 def write_split(datadir, split, n, seed, pool):
-    """DIR/{split}/*.png, DIR/annotations/captions_{split}.json (last: it says that the split is
-    whole) and scenes_{split}.json."""
+    """Writes a split of n images: DIR/{split}/*.png, then DIR/annotations/scenes_{split}.json, and
+    captions_{split}.json last, as the sign that the split is complete."""
     folder = datadir / split
     folder.mkdir(parents=True, exist_ok=True)
     base = SPLITS.index(split) * 10_000_000
     images, annotations, described = [], [], []
     for i in range(n):
-        scene, told = split_scene(split, seed, i)
-        image = {
-            "id": base + i, "file_name": f"{base + i:012}.png", "width": SIZE, "height": SIZE,
-            "license": 1
-        }
-        images.append(image)
+        scene, texts = split_scene(split, seed, i)
+        images.append({"id": base + i, "file_name": f"{base + i:012}.png", "width": SIZE,
+                       "height": SIZE, "license": 1})
         annotations += [{"id": (base + i) * 5 + j, "image_id": base + i, "caption": text}
-                        for j, text in enumerate(told)]
-        described.append({
-            "image_id": base + i, **scene._asdict(),
-            "things": [thing._asdict() for thing in scene.things]
-        })
+                        for j, text in enumerate(texts)]
+        described.append({"image_id": base + i, **scene._asdict(),
+                          "things": [thing._asdict() for thing in scene.things]})
     jobs = [(folder / image["file_name"], split, seed, i) for i, image in enumerate(images)]
     for _ in tqdm(pool.imap_unordered(write_image, jobs, chunksize=32), f"drawing {split}", n,
                   unit="image"):
         pass
     (datadir / "annotations").mkdir(exist_ok=True)
     write_json(datadir / "annotations" / f"scenes_{split}.json", described)
-    write_json(
-        datadir / "annotations" / f"captions_{split}.json", {
-            "info": {
-                "description": "the snowglobe, a drawn miniature of COCO", "version": "1",
-                "year": 2026
-            }, "licenses": [{
-                "id": 1, "name": "MIT License", "url": "https://opensource.org/license/mit"
-            }], "images": images, "annotations": annotations
-        })
+    write_json(datadir / "annotations" / f"captions_{split}.json", {
+        "info": {"description": "the snowglobe, a drawn miniature of COCO", "version": "1",
+                 "year": 2026},
+        "licenses": [{"id": 1, "name": "MIT License",
+                      "url": "https://opensource.org/license/mit"}],
+        "images": images, "annotations": annotations})
 
 
 def main():
@@ -486,21 +480,19 @@ def main():
     parser.add_argument("--train", type=int, default=3000,
                         help="images of train2017 (default %(default)s)")
     parser.add_argument("--val", type=int, default=500,
-                        help="images of val2017, of near and of out each (default %(default)s)")
+                        help="images each of val2017, near and out (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0,
-                        help="another seed is another world (default %(default)s)")
+                        help="seed of the world (default %(default)s)")
     args = parser.parse_args()
     if args.train < 1 or args.val < 1:
         parser.error("--train and --val must be at least 1")
     output_folder(args.datadir)
-    with multiprocessing.Pool(initializer=leave_stopping_to_the_parent) as pool:
+    with multiprocessing.Pool(initializer=reset_signals) as pool:
         for split in SPLITS:
             write_split(args.datadir, split, args.train if split == "train2017" else args.val,
                         args.seed, pool)
-    print(
-        f"wrote {args.train} images for training and 3 times {args.val} for validation to "
-        f"{args.datadir}"
-    )
+    print(f"wrote {args.train} images for training and 3 times {args.val} for validation to "
+          f"{args.datadir}")
 
 
 if __name__ == "__main__":

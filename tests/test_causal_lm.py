@@ -187,7 +187,7 @@ def test_where_a_package_is_missing_the_sentence_says_which(llama, refuse, tmp_p
                                                             package):
     path = write_gguf(tmp_path / "a.gguf", *llama)
     monkeypatch.setattr(causal_lm, "find_spec", lambda name: None if name == package else object())
-    refuse(f"requirements.txt brings {package}", "--lm", path)
+    refuse(f"requirements.txt installs {package}", "--lm", path)
 
 
 def test_a_header_that_tells_of_a_giant_takes_no_memory_for_it(llama, tmp_path, refuse):
@@ -198,7 +198,7 @@ def test_a_header_that_tells_of_a_giant_takes_no_memory_for_it(llama, tmp_path, 
         "llama.feed_forward_length") + 4  # behind the value's type
     assert data[place:place + 4] == (96).to_bytes(4, "little")
     path.write_bytes(data[:place] + (10 ** 9).to_bytes(4, "little") + data[place + 4:])
-    refuse("weights, which its", "--lm", path)
+    refuse("weights, which do not fit", "--lm", path)
 
 
 def test_damaged_gguf_files_are_read_or_refused(llama, tmp_path):

@@ -185,7 +185,7 @@ def test_a_resnet_goes_through_openais_code(openai, beside, images, tmp_path, mo
     close(clip.encode_texts(TEXTS, batch_size=2), texts)
     close(clip.encode_images(images), pictures)
     shutil.rmtree(package)
-    with pytest.raises(InputError, match="resnet.pt is a ResNet .* was not found: clone https"):
+    with pytest.raises(InputError, match="resnet.pt is a ResNet, .* was not found: clone https"):
         Clip(str(path))
 
 
@@ -195,7 +195,7 @@ def test_a_resnet_that_is_not_whole_is_refused(openai, beside, tmp_path, monkeyp
     torch.save(weights, beside / "resnet.pt")
     look_in(tmp_path, monkeypatch)
     shutil.copytree(openai.folder, tmp_path / "site-packages" / "clip")
-    with pytest.raises(InputError, match="resnet.pt is not quite a CLIP of OpenAI's"):
+    with pytest.raises(InputError, match="resnet.pt differs from OpenAI.s CLIP models"):
         Clip(str(beside / "resnet.pt"))
 
 
@@ -224,7 +224,7 @@ RUNS = "import pathlib\npathlib.Path('ran').touch()\n"
 def test_another_package_called_clip_is_not_taken_for_openais(tmp_path, monkeypatch, other):
     look_in(tmp_path, monkeypatch)
     write_code(tmp_path / "site-packages" / other, RUNS)
-    with pytest.raises(InputError, match="RN50.pt is a ResNet .* was not found: clone https"):
+    with pytest.raises(InputError, match="RN50.pt is a ResNet, .* was not found: clone https"):
         openai_clip.openai_build_model("RN50.pt")
     cloned = write_code(tmp_path / "scripts" / "CLIP" / "clip" / "model.py", OPENAIS)
     assert openai_clip.openai_model_file() == cloned
@@ -274,7 +274,7 @@ def test_a_pt_file_that_is_not_quite_a_clip_is_refused(openai, beside, change):
     change(weights)
     torch.save(weights, beside / "other.pt")
     with pytest.raises(InputError,
-                       match="not quite a CLIP of OpenAI's .at .*(final_layer_norm|ln_pree).bias"):
+                       match="differs from OpenAI.s CLIP models .at .*(final_layer_norm|ln_pree).bias"):
         Clip(str(beside / "other.pt"))
 
 

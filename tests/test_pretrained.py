@@ -154,7 +154,7 @@ def test_repositories_of_other_forms_load(hub, change):
     hub.repositories[BART_LARGE] = bart_of_2020()
     change(hub.repositories[BART_LARGE])
     if "model.safetensors.index.json" in hub.repositories[BART_LARGE]:
-        with pytest.raises(InputError, match="could not be loaded from .* fetches anew"):
+        with pytest.raises(InputError, match="could not be loaded from .* a rerun fetches it anew"):
             Captioner(BART_LARGE)
         return
     captioner = Captioner(BART_LARGE)
@@ -263,20 +263,20 @@ def test_what_another_program_left_half_filled_is_not_loaded_without_a_network(h
     for file in ORDER[:there]:
         huggingface_hub.hf_hub_download(B32, file)
     hub.status = 503
-    assert "does not work at present" in refusal()
+    assert "is not available" in refusal()
 
 
 def test_half_of_the_shards_are_not_whole(tmp_path):
     for file in ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"):
         (tmp_path / file).touch()
-    assert not pretrained.whole(tmp_path, ("weights",))
+    assert not pretrained.is_complete(tmp_path, ("weights",))
     (tmp_path / "model-00002-of-00002.safetensors").touch()
-    assert pretrained.whole(tmp_path,
-                            ("weights", )) and not pretrained.whole(tmp_path,
+    assert pretrained.is_complete(tmp_path,
+                            ("weights", )) and not pretrained.is_complete(tmp_path,
                                                                     ("weights", "tokenizer"))
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert not pretrained.whole(tmp_path, ("weights",))  # an index alone
+    assert not pretrained.is_complete(tmp_path, ("weights",))  # an index alone
 
 
 def test_a_hub_that_is_away_is_asked_once_for_what_another_program_left(hub):
@@ -371,9 +371,8 @@ def test_a_gated_repository(hub):
     (401, "with this "
           "login"), (403, "with this "
                           "login"), (429, "is "
-                                          "busy"), (500, "does not work at "
-                                                         "present"), (502, "does not work"),
-    (503, "does not work"), (418, "refused the request"),
+                                          "busy"), (500, "is not available"), (502, "is not available"),
+    (503, "is not available"), (418, "refused the request"),
 ])
 def test_a_status_of_the_hub(hub, status, said):
     hub.status = status
@@ -383,7 +382,7 @@ def test_a_status_of_the_hub(hub, status, said):
 
 def test_a_login_page_of_a_network(hub):
     hub.page = b"<html>Welcome to the hotel</html>"
-    assert "does not answer as the hub does" in refusal()
+    assert "does not answer as the Hugging Face hub does" in refusal()
 
 
 def test_no_network(hub, monkeypatch, tmp_path):
@@ -397,14 +396,14 @@ def test_no_network(hub, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["api"])
 def test_a_hub_that_hangs(hub, monkeypatch, kind):
-    monkeypatch.setattr(pretrained, "PATIENCE", 0.5)
+    monkeypatch.setattr(pretrained, "TIMEOUT", 0.5)
     hub.hang = {kind}
     assert "there is no connection" in refusal() and "Timeout" in refusal()
 
 
 def test_the_list_of_files_has_a_time_limit(hub, monkeypatch):
     """huggingface_hub asks for it without one."""
-    monkeypatch.setattr(pretrained, "PATIENCE", 0.5)
+    monkeypatch.setattr(pretrained, "TIMEOUT", 0.5)
     pretrained.limit_waits()
     pretrained.limit_waits()
     hub.hang = {"api"}
@@ -425,7 +424,7 @@ def test_a_disk_with_too_little_room_is_told_before(hub, monkeypatch):
     monkeypatch.setattr(pretrained.shutil, "disk_usage",
                         lambda _: shutil._ntuple_diskusage(10, 9, 1_500))
     text = refusal()
-    assert re.search(r"needs 16\.\d MB in .* but 1\.5 kB are free there; HF_HOME",
+    assert re.search(r"needs 16\.\d MB in .* but only 1\.5 kB are free; set HF_HOME",
                      text) and hub.fetched(B32) == {}
 
 
@@ -434,19 +433,19 @@ def test_a_disk_that_fills_up(hub, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", full)
-    assert re.search(r"could not be kept in .* \(No space left on device\); make room", refusal())
+    assert re.search(r"could not be saved in .* \(No space left on device\); free some space", refusal())
 
 
 def test_a_folder_that_may_not_be_written(hub, monkeypatch, tmp_path):
     (tmp_path / "file").touch()  # root may write to any folder, but not below a file
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    assert re.search(r"could not be kept in .*file/hub \(Not a directory\); make it writable",
+    assert re.search(r"could not be saved in .*file/hub \(Not a directory\); make it writable",
                      refusal())
 
 
 def test_a_repository_without_weights_of_pytorch(hub):
     hub.repositories[B32] = {"config.json": b"{}", "tf_model.h5": b"tf", "model-q4.gguf": b"GGUF"}
-    assert "has no weights as model.safetensors or pytorch_model.bin" in refusal()
+    assert "has no PyTorch weights" in refusal()
 
 
 @pytest.mark.parametrize("name, data", [
@@ -464,7 +463,7 @@ def test_damaged_files_of_the_hub_are_told_with_their_folder(hub):
     hub.repositories[B32] = hub.repositories[B32] | {"config.json": b"{"}
     with pytest.raises(
             InputError, match=
-            r"could not be loaded from .*snapshots.*, which a rerun fetches anew once it is deleted"
+            r"could not be loaded from .*snapshots.*; delete that folder, and a rerun fetches it anew"
     ):
         Clip(B32)
 
