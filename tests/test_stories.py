@@ -211,8 +211,9 @@ def test_where_nobody_reads_results_are_written_all_the_same(tell, tmp_path):
 def test_where_nobody_reads_and_nothing_is_written_the_run_ends_with_a_sentence():
     with closed_pipe() as stream:
         code, err = run_with_stdout(stream, "--caption", *CAPTIONS)
-    assert code == 2 and err.splitlines(
-    )[-1] == "error: stories cannot be printed any more (Broken pipe); --savedir writes them to files"
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "error: the stories cannot be printed (Broken pipe); --savedir writes them to files")
 
 
 def test_a_long_story_is_printed_whole(capsys):
