@@ -62,7 +62,7 @@ def test_a_batch_equals_one_by_one(tell):
     options = ("--num_return_sequences", 3, "--top_p", 1)
     records = tell(*options, "--batch_size", 64)
     assert records == tell(*options, "--batch_size", 1) == tell(*options, "--batch_size", 5)
-    for index in (0, 2, 5):
+    for index in (0, 2, 5):  # not 4: a repeated caption gets different stories
         assert tell(*options, captions=[CAPTIONS[index]]) == [records[index]]
 
 
@@ -172,7 +172,7 @@ def test_without_a_folder_stories_are_printed_as_they_come_in_order_of_the_capti
 
 
 def run_with_stdout(stream, *arguments):
-    """Runs the script with a stream as standard output. Returns its exit code and standard error."""
+    """Runs the script with a stream as standard output. Returns its exit code and its errors."""
     err = io.StringIO()
     argv = ["stories.py", "--lm", GPT, "--device", "cpu", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv):
@@ -247,8 +247,8 @@ def test_only_what_is_broken_off_is_cut(lm, new, ended, more):
 
 
 def test_positions_bound_a_story_and_no_neighbour_does(tell, lm):
-    """Prompts of several lengths, near the model's 128 positions, are beside short ones, which leave
-    room for all tokens."""
+    """Prompts of several lengths, near the model's 128 positions, share a run with short prompts,
+    which leave room for all tokens."""
     long = ["a " + " ".join(["red dog"] * n) for n in (50, 30, 51, 51)]
     assert len(lm[1](f"Once upon a time there was {long[-1]}")["input_ids"]) in range(100, 128)
     records = tell("--top_p", 1, "--batch_size", 8, captions=long + CAPTIONS)
@@ -285,7 +285,7 @@ def test_settings_that_a_model_brings_do_not_steer_the_sampling(tell, tmp_path):
 
 @pytest.fixture
 def refuse(script, tmp_path):
-    """refuse(named, arguments...): exit code 2, one sentence that holds a text, no story, no file."""
+    """refuse(named, arguments...): exit code 2, one sentence with the text named, and no story."""
     def run(named, *arguments):
         if not {"--caption", "--captions"} & set(arguments):
             arguments = ("--caption", "a dog", *arguments)
