@@ -103,9 +103,9 @@ def tokenize(model, features, pictures):
 
 
 def batches(captions, batch_size, seed, epoch):
-    """Yields the steps of an epoch, always the same for one seed and epoch: (rows, chosen).
+    """Yields (rows, chosen) for each step of an epoch, always the same for one seed and epoch.
 
-    captions: of each image its captions. rows: the step's images. chosen: a caption of each.
+    captions: a list of captions for each image. rows: the step's images. chosen: a caption of each.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = rng.sample(range(len(captions)), len(captions))
@@ -115,7 +115,7 @@ def batches(captions, batch_size, seed, epoch):
 
 
 def cosine_rate(step, steps, warmup):
-    """The learning rate at a step of 0 .. steps - 1, as a share of the highest.
+    """The learning rate at a step of 0 .. steps - 1, as a share of the peak rate.
 
     It rises linearly over the warmup steps and falls as a cosine to 0.
     """
@@ -125,10 +125,10 @@ def cosine_rate(step, steps, warmup):
 
 
 def share_step(captioner, tables, captions, parameters):
-    """Computes the gradient of a batch's mean loss a caption token, and returns that loss, a float.
+    """Computes the gradient of a batch's mean loss per caption token. Returns that loss, a float.
 
-    tables, captions: lists of token ids, a pair an image. Each process takes every world-th pair.
-    Its share of the tokens weighs its loss, so that the sum is the loss of the whole batch.
+    tables, captions: lists of token ids, a pair an image. Each process takes every world-th pair,
+    and weighs its loss by its share of the tokens, so the sum is the loss of the whole batch.
     """
     import torch
     rank, world = rank_and_world()
@@ -147,9 +147,9 @@ def share_step(captioner, tables, captions, parameters):
 
 
 def validate(captioner, tables, captions, batch_size):
-    """Mean loss over a fixed set, weighted by images: each image with its first caption.
+    """The mean loss over all images, each with its first caption.
 
-    Each process takes every world-th batch.
+    Batches are weighted by their images. Each process takes every world-th batch.
     """
     import torch
     rank, world = rank_and_world()
@@ -157,15 +157,15 @@ def validate(captioner, tables, captions, batch_size):
     with torch.inference_mode():
         for start in range(rank * batch_size, len(tables), world * batch_size):
             batch = slice(start, start + batch_size)
-            first = [each[0] for each in captions[batch]]
-            total += captioner.loss(tables[batch], first) * len(tables[batch])
+            targets = [texts[0] for texts in captions[batch]]
+            total += captioner.loss(tables[batch], targets) * len(tables[batch])
     all_reduce_sum([total])
     return total.item() / len(tables)
 
 
-def require_finite(what, loss, step, args):
+def require_finite(name, loss, step, args):
     if not math.isfinite(loss):
-        raise InputError(f"the {what} became {loss} at step {step}; the checkpoints in "
+        raise InputError(f"the {name} became {loss} at step {step}; the checkpoints in "
                          f"{args.savedir} are of the last good epoch (try a lower --lrate than "
                          f"{args.lrate})")
 
@@ -173,8 +173,8 @@ def require_finite(what, loss, step, args):
 def train(captioner, trained, data, val_data, settings, savedir, args):
     """Trains; writes checkpoints and losses after each epoch. Returns the best validation loss.
 
-    trained: {name: parameter}. data, val_data: as tokenize() returns them. settings: what a
-    checkpoint notes of the models and lengths.
+    trained: {name: parameter}. data, val_data: as tokenize() returns them. settings: the models and
+    lengths that a checkpoint records.
     """
     import torch
 
@@ -187,7 +187,7 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
     steps = min(args.tmax, args.epochs * epoch_steps)
     warmup = min(args.warmup, steps // 4)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lrate)
-    # Everything that determines the result names the state: a run of other settings starts anew.
+    # The state's name holds all that determines the result: a run of other settings starts anew.
     key = fingerprint([settings, args.lrate, warmup, steps, args.batch_size, str(captioner.dtype),
                        *data, *val_data])
     state, saved = savedir / f"state-{key}.pt", time.monotonic()
@@ -261,8 +261,7 @@ def main():
     if rank == 0:
         count = sum(parameter.numel() for parameter in trained.values())
         total = sum(parameter.numel() for parameter in captioner.model.parameters())
-        print(f"{model}: "
-              f"training {count:,} of {total:,} parameters")
+        print(f"{model}: training {count:,} of {total:,} parameters")
 
     # CLIP encodes each image once; later runs read the vectors from --savedir.
     features, pictures, bad = image_features(model.clip, pictures, savedir)
@@ -281,7 +280,7 @@ def main():
 
     best = train(captioner, trained, data, val_data, settings, savedir, args)
     if rank == 0:
-        for path in savedir.glob("state-*.pt"):  # this run's, and those that other settings left
+        for path in savedir.glob("state-*.pt"):  # of this run, and of runs with other settings
             path.unlink()
         print(f"wrote {savedir / 'best.safetensors'} (validation loss {best:.4f}), "
               f"last.safetensors, loss.csv and loss.png")
