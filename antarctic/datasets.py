@@ -92,31 +92,32 @@ def read_annotations(path):
     return images
 
 
-def read_captions(path):
+def read_captions(path, other=".txt"):
     """The captions of a file, as sampler.py or another captioner wrote it: a list of (image id or
     None, caption). Raises InputError where the file holds something else.
 
     .json: COCO's results format, a list of {"image_id", "caption"}. .jsonl: one such object a line.
-    Other keys are ignored. Any other file: text, one caption a line.
+    Other keys are ignored. .txt: one caption a line. other: which of these any other suffix means.
     """
     path = Path(path)
     text = read_text(path, "captions file")
-    if path.suffix not in (".json", ".jsonl"):
+    suffix = path.suffix if path.suffix in (".json", ".jsonl") else other
+    if suffix == ".txt":
         return [(None, one_line(line, path)) for line in text.split("\n")]
     try:
-        parts = [text] if path.suffix == ".json" else [f"[{line}]" for line in text.split("\n")]
+        parts = [text] if suffix == ".json" else [f"[{line}]" for line in text.split("\n")]
         records = [record for part in parts for record in json.loads(part)]
         return [(record.get("image_id"), one_line(record["caption"], path)) for record in records]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} does not hold captions as sampler.py writes them in "
-                         f"{path.suffix} files") from error
+        raise InputError(f"{path} does not hold captions as sampler.py writes them in {suffix} "
+                         f"files") from error
 
 
 def read_results(path):
     """The captions of a file in COCO's results format: {image id: caption}. Raises InputError where
     the file is something else, or an image has two captions."""
     captions = {}
-    for image, caption in read_captions(path):
+    for image, caption in read_captions(path, other=".json"):
         if not isinstance(image, (int, float, str)):
             raise InputError(f"{path} is not in COCO's results format: no image_id belongs to the "
                              f"caption {caption[:60]!r}")

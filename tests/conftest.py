@@ -85,6 +85,13 @@ def commands(world, cache, checkpoint, **changes):
     return {name: partial(arguments, name) for name in defaults}
 
 
+def pytest_collection_modifyitems(items):
+    """All tests of tests/robustness are slow."""
+    for item in items:
+        if item.path.parent.name == "robustness":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def script():
     """script(name, *arguments) is run_script."""

@@ -149,6 +149,7 @@ print([entries[i] for i in indices[0].tolist()], scores[0].tolist())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_five_million_entries_are_searched_in_less_memory_than_they_have(tmp_path):
     """2.6 GB of embeddings in 1.6 GB of address space. Most are zeros, which take no disk space."""
     n, planted = 5_000_000, {4_999_999: 0.9, 0: 0.8, 2_345_678: 0.7}  # {row: score}

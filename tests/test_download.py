@@ -302,6 +302,7 @@ def test_an_originals_file_goes_on_after_a_cut(original, server, tmp_path, file,
     assert have_original(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_connection_that_stands_still_is_made_anew(original, server, tmp_path):
     """curl waits for one second here, where the script asks for sixty."""
     shim = tmp_path / "bin" / "curl"
@@ -317,6 +318,7 @@ exec {shutil.which("curl")} "${{@/#60/1}}"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.slow
 def test_a_stopped_download_goes_on(original, server, download, tmp_path, sent):
     server.stalls.add(CHECKPOINT)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -350,6 +352,7 @@ def test_a_run_that_was_killed_among_its_last_moves_is_finished(original, server
 
 @pytest.mark.parametrize("path", [TEXT, ARRAY, CHECKPOINT])
 @pytest.mark.parametrize("status", [404, 403, 503])
+@pytest.mark.slow
 def test_a_file_that_is_gone_is_one_sentence(original, server, tmp_path, path, status):
     if status == 404:
         del server.files[path]
@@ -422,6 +425,7 @@ DAMAGES = {  # {damage: (file, its damaged bytes, words of the refusal)}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_a_damaged_original_is_refused_then_replaced(original, server, tmp_path, damage):
     file, data, words = DAMAGES[damage]
     server.files[f"/a b/{NAMES[file]}"] = data
@@ -453,6 +457,7 @@ def test_files_of_ones_own_in_original_stay(original, server, tmp_path):
     assert tree(tmp_path) == {"original/cache.txt": b"mine\n"}
 
 
+@pytest.mark.slow
 def test_a_missing_file_of_three_is_fetched_alone(original, server, tmp_path):
     assert original().returncode == 0
     for file, path in zip(WHOLE, (TEXT, ARRAY, CHECKPOINT)):

@@ -67,6 +67,7 @@ def plain_pixels(image, short, crop_height, crop_width):
 
 
 @pytest.mark.parametrize("target", [224, 336])
+@pytest.mark.slow
 def test_sizes_and_crops_are_torchvisions_for_every_size(target):
     sides = np.arange(1, 701)
     width, height = (side.ravel() for side in np.meshgrid(sides, sides))
@@ -84,6 +85,7 @@ def test_sizes_and_crops_are_torchvisions_for_every_size(target):
 
 @pytest.mark.parametrize("short, crop_size", [
     (224, (224, 224)), (336, (336, 336)), (96, (96, 96)), (256, (224, 224)), (64, (30, 51))])
+@pytest.mark.slow
 def test_pixels_equal_torchvisions_to_the_bit(pictures, short, crop_size):
     batch = OpenAIPreprocessor(short, crop_size)(images=pictures)["pixel_values"]
     assert batch.dtype == torch.float32 and batch.is_contiguous()
@@ -186,6 +188,7 @@ torch.save(pixels, saved)
 """
 
 
+@pytest.mark.slow
 def test_pixels_are_the_same_where_torchvision_can_be_imported(tmp_path, pictures):
     square = {"size": {"height": 96, "width": 96}}
     siglip = square | {"image_processor_type": "SiglipImageProcessor"}

@@ -278,6 +278,7 @@ def test_settings_that_cannot_work_are_refused(script, tmp_path, monkeypatch, fl
 
 @needs_faiss
 @pytest.mark.parametrize("order", ["torch, faiss", "faiss, torch"])
+@pytest.mark.slow
 def test_torch_and_faiss_compute_in_one_process(order):
     """Each has its own OpenMP. Both run on two threads."""
     code = f"""
@@ -311,6 +312,7 @@ def test_float16_on_the_disk_leaves_the_tables_as_they_are(world, cache, tmp_pat
 
 
 @needs_faiss
+@pytest.mark.slow
 def test_the_benchmark_of_large_caches_runs_in_small(script, tmp_path):
     run = script("benchmarks.large", "--rows", 2000, "--folder", tmp_path)
     assert run.code == 0, run.err

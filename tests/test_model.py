@@ -158,6 +158,7 @@ def test_beams_in_a_batch_equal_beams_one_by_one():
 
 @pytest.mark.parametrize("num_beams, returned", [(1, 1), (2, 1), (3, 3), (7, 5)])
 @pytest.mark.parametrize("longest", [3, 4, 8, 32])
+@pytest.mark.slow
 def test_beams_are_those_of_generate(checkpoint, num_beams, returned, longest):
     """Texts and likelihoods are compared, for a pretrained language model and one with tuned
     layernorms."""
@@ -248,6 +249,7 @@ def all_captions(captioner, table, temperature, top_p):
 
 @pytest.mark.parametrize("temperature, top_p, chunk", [
     (1.0, 1.0, 256), (0.7, 0.9, 256), (1.3, 0.8, 5)])
+@pytest.mark.slow
 def test_samples_that_share_prefixes_are_distributed_as_independent_ones(temperature, top_p, chunk):
     """Chi-square test of all samples of many seeds against enumerated probabilities.
 

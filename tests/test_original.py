@@ -62,6 +62,7 @@ def start(*command, cwd, stdout=subprocess.PIPE, **environment):
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))), reason="needs curl")
+@pytest.mark.slow
 def test_two_commands_caption_a_photo(script, originals, cache, checkpoint, photo, here):
     files = {f"/a/{NAMES[path.name]}": path.read_bytes() for path in originals.iterdir()}
     with serving(files) as server:
@@ -88,6 +89,7 @@ def test_two_commands_caption_a_photo(script, originals, cache, checkpoint, phot
 
 
 @pytest.mark.parametrize("stdout", ["ascii", "closed pipe", "full disk"])
+@pytest.mark.slow
 def test_what_standard_output_lacks_costs_no_result(originals, photo, here, stdout):
     here.joinpath("original").symlink_to(originals)
     command = [sys.executable, ROOT / "sampler.py", "--images", photo, *MODELS]

@@ -87,6 +87,7 @@ def command(script, *arguments, **environment):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_every_script_runs_by_the_default_names_then_without_a_network(served, world, tmp_path):
     served.heal()
     served.hang = {"other"}  # a run that asked for more than it needs would not end
@@ -213,6 +214,7 @@ def only_fetch(name, url, home):
 
 
 @pytest.mark.parametrize("held", sorted(NEEDED[B32]))
+@pytest.mark.slow
 def test_a_kill_at_any_file_is_mended_by_the_next_run(hub, tmp_path, held):
     hub.held = {held: len(hub.repositories[B32][held]) // 2}
     run = context.Process(target=only_fetch, args=(B32, hub.url, str(tmp_path / "home")))
@@ -232,6 +234,7 @@ def test_a_kill_at_any_file_is_mended_by_the_next_run(hub, tmp_path, held):
 
 
 @pytest.mark.parametrize("lost", sorted(NEEDED[B32]))
+@pytest.mark.slow
 def test_a_file_that_is_lost_is_fetched_again_alone(hub, lost):
     folder = Path(fetch(B32, "CLIP model", ALL))
     hub.requests.clear()
@@ -249,6 +252,7 @@ ORDER = [
 
 
 @pytest.mark.parametrize("there", range(len(ORDER) + 1))
+@pytest.mark.slow
 def test_what_another_program_left_is_completed(hub, there):
     for file in ORDER[:there]:
         huggingface_hub.hf_hub_download(B32, file)

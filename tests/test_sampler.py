@@ -159,6 +159,7 @@ def test_sidecars_and_csv_hold_the_captions(script, world, cache, checkpoint, tm
 
 
 @pytest.mark.parametrize("sampling", [(), ("--do_sample", "--num_return_sequences", "5")])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, checkpoint,
                                                                 tmp_path, monkeypatch, sampling):
     flags = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3", *sampling)

@@ -99,6 +99,7 @@ def test_published_values_come_without_java(script, no_java, tmp_path, form, cap
 
 
 @needs_java
+@pytest.mark.slow
 def test_published_values_come_with_java_and_meteors_too(script, tmp_path):
     report, _ = score(script, tmp_path, *lines(tmp_path, GOOD, REFERENCES))
     assert report["tokenizer"] == "ptb"

@@ -180,6 +180,7 @@ def test_fragment_losses_fall_as_true_fragments_rise():
     assert all(abs(loss) < 1e-3 for loss in right) and all(loss > 5 for loss in wrong)
 
 
+@pytest.mark.slow
 def test_built_models_load_as_the_real_ones_do(tmp_path):
     build.build_clip(tmp_path, minutes=1e-4, seed=0, resume=False, n_images=8, batch=8)
     build.build_bart(tmp_path, minutes=1e-4, seed=0, resume=False)

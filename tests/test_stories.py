@@ -58,6 +58,7 @@ def tell(script, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_batch_equals_one_by_one(tell):
     options = ("--num_return_sequences", 3, "--top_p", 1)
     records = tell(*options, "--batch_size", 64)
@@ -431,6 +432,7 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(stopped, go_on, tell
     (lambda data: data.replace(b"red", b"rod", 1), 0),
     (lambda data: b"".join(line.split(b" ", 1)[1] for line in data.splitlines(True)), 0),
 ])
+@pytest.mark.slow
 def test_what_a_crash_left_of_a_batch_is_cut_off_and_written_again(
         stopped, go_on, tell, tmp_path, damage, kept):
     tell(*MANY)
@@ -443,6 +445,7 @@ def test_what_a_crash_left_of_a_batch_is_cut_off_and_written_again(
 @pytest.mark.parametrize("other", [
     ("--seed", 1), ("--temperature", 0.9), ("--top_p", 0.8), ("--prompt", "I saw {caption}"),
     ("--batch_size", 3), ("--max_tokens", 21), ("--num_return_sequences", 4)])
+@pytest.mark.slow
 def test_a_run_with_other_settings_takes_nothing_of_it(stopped, go_on, tell, tmp_path, other):
     tell(*MANY, *other)
     stopped(3)

@@ -90,6 +90,7 @@ def test_training_says_what_it_trains_and_leaves_all_files(train, tmp_path):
     assert len(load_file(tmp_path / "best.safetensors")) == 2 * 2 * 3 + 2 * 3
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_and_features_are_found_again(train, tmp_path):
     train(tmp_path / "a")
     before = load_file(tmp_path / "a" / "last.safetensors")
@@ -121,6 +122,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("stop_at, save_seconds", [(2, 0), (3, 0), (4, 0), (5, 1000), (6, 0)])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(
         script, arguments, train, tmp_path, monkeypatch, stop_at, save_seconds):
     """A run is stopped before the loss of step stop_at: in an epoch, at its end, or before any save
@@ -146,6 +148,7 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("tmax", [100, 5])
+@pytest.mark.slow
 def test_a_run_that_was_stopped_as_it_validated_validates_and_trains_no_step_twice(
         train, tmp_path, monkeypatch, tmax):
     """A run is stopped in its last validation, at the end of an epoch (100) or inside one (5). Its

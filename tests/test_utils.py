@@ -137,3 +137,19 @@ def test_a_cache_that_a_kill_left_half_moved_is_taken_whole(tmp_path, monkeypatc
     assert (args.textfile, args.embfile) == (["cache.txt"], ["cache.npy"])
     assert {path.name for path in tmp_path.iterdir()} == {*OURS, "cache.npy.json"}
     assert "the cache cache.txt with cache.npy" in capsys.readouterr().out
+
+
+RESULTS = [{"image_id": 7, "caption": "a dog"},
+           {"image_id": "b", "caption": " two  cats\n", "score": 0.3}]
+
+
+@pytest.mark.parametrize("name, text, text_file", [
+    ("a.json", json.dumps(RESULTS), False), ("a.results", json.dumps(RESULTS), False),
+    ("a.jsonl", "\n".join(map(json.dumps, RESULTS)), False), ("a.txt", "a dog\ntwo  cats", True)])
+def test_captions_are_read_from_every_file_that_holds_them(tmp_path, name, text, text_file):
+    (tmp_path / name).write_text(text)
+    if text_file:
+        captions = datasets.read_captions(tmp_path / name)
+        assert captions == [(None, "a dog"), (None, "two cats")]
+    else:  # by the scorer also under a suffix of its own
+        assert datasets.read_results(tmp_path / name) == {7: "a dog", "b": "two cats"}
