@@ -17,7 +17,7 @@
 #
 # It makes DIR/annotations/captions_{train,val}2017.json, DIR/train2017/*.jpg and DIR/val2017/*.jpg.
 # Stop it at any time: the next run resumes, and does not download existing files again.
-# Both a zip and its files are on the disk while it is unpacked: train needs 40 GB free until then.
+# While a zip is unpacked, both it and its files are on the disk: train needs 40 GB free.
 # CACHE_URL names another folder with the original's files (default:
 # https://the-eye.eu/public/AI/models/antarctic-captions).
 # COCO_URL names a mirror (default: http://images.cocodataset.org).

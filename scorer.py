@@ -71,7 +71,7 @@ def parse():
 def check(args):
     """Raises InputError for arguments that do not go together."""
     if (args.preds is None) == (args.results is None):
-        raise InputError("give the captions by exactly one of --results and --preds")
+        raise InputError("give the captions with exactly one of --results and --preds")
     if (args.results is None) != (args.annotations is None) or (args.results and args.refs):
         raise InputError("--results goes with --annotations, and --preds with --refs")
     if not (args.annotations or args.refs or args.images):

@@ -85,7 +85,7 @@ def parse():
 def check(args):
     """Raises InputError for settings that cannot work, before anything is loaded."""
     if (args.captions is None) == (args.caption is None):
-        raise InputError("give the captions by exactly one of --captions and --caption")
+        raise InputError("give the captions with exactly one of --captions and --caption")
     require_at_least(1, args, "num_return_sequences", "max_tokens", "batch_size")
     check_sampling(args)
     if "{caption}" not in args.prompt:

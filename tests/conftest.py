@@ -50,21 +50,22 @@ def flags(options):
     """
     arguments = []
     for option, value in options.items():
-        if value is not None:
-            arguments.append(f"--{option}")
+        if value is None:
+            continue
+        arguments.append(f"--{option}")
         if isinstance(value, (list, tuple)):
             arguments += value
-        elif value is not None and value is not True:
+        elif value is not True:
             arguments.append(value)
     return arguments
 
 
 def commands(world, cache, checkpoint, **changes):
-    """{script: arguments}: how the scripts run in the small world.
+    """{script: arguments}: the command lines of the scripts in the small world.
 
-    arguments(out, option=value, ...) are those that write to the folder out. Options replace the
-    default ones or are added to them, see flags(). changes: {script: {option: value}}, options of
-    all its runs. cache and checkpoint may be None where no script that reads them is run.
+    arguments(out, option=value, ...) gives the arguments of a run that writes to the folder out.
+    Options replace the defaults or are added to them, see flags(). changes: {script: {option:
+    value}}, options of all runs. cache and checkpoint may be None where no run reads them.
     """
     models = {"clip_model": CLIP, "lm": BART}
 
