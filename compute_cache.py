@@ -91,7 +91,7 @@ def parse():
                           'as "a photo of " (default: none; in a change, that of the cache)')
     add_clip_flag(encoding)
     encoding.add_argument("--batch_size", type=int, default=128,
-                          help="entries a batch, per process (default %(default)s)")
+                          help="entries per batch, per process (default %(default)s)")
     add_device_flags(encoding, "float32", "arithmetic of CLIP; bfloat16 is twice as fast where the "
                      "hardware computes in it, with cosines above .999 to float32's", ("float16",))
     encoding.add_argument("--bf16", action=Renamed, new="--dtype bfloat16", nargs=0, const=True)

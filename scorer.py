@@ -62,8 +62,8 @@ def parse():
     group.add_argument("--tokenizer", default="auto", choices=("auto", *TOKENIZERS), help="ptb, "
                        "which COCO's evaluation uses, needs Java; auto: ptb where there is Java, "
                        "else treebank (default %(default)s)")
-    group.add_argument("--batch_size", type=int, default=64, help="images or texts a batch of "
-                       "CLIP; there is one process (default %(default)s)")
+    group.add_argument("--batch_size", type=int, default=64, help="images or texts per "
+                       "batch of CLIP; there is one process (default %(default)s)")
     add_device_flag(group)
     return parser.parse_args()
 

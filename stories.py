@@ -53,7 +53,7 @@ def parse():
                         '"Dogs are running." gives "were dogs running" (default: '
                         f'"{OPENING}", with --chat "{REQUEST}")')
     output.add_argument("--num_return_sequences", type=int, default=1,
-                        help="stories a caption (default %(default)s)")
+                        help="stories per caption (default %(default)s)")
     output.add_argument("--max_tokens", type=int, default=100, help="most tokens after the "
                         "prompt, fewer where the model's positions end; a story that does not end "
                         "by then is cut back to its last full sentence (default %(default)s)")
@@ -73,7 +73,7 @@ def parse():
 
     group = parser.add_argument_group("computation")
     group.add_argument("--batch_size", type=int, default=16,
-                       help="stories a batch, per process (default %(default)s)")
+                       help="stories per batch, per process (default %(default)s)")
     add_device_flags(group, "float32", "weights and arithmetic of the language model; bfloat16 "
                      "halves the memory, but rounds so coarsely that a story also depends on its "
                      "batch")

@@ -28,59 +28,62 @@ from utils import (
     add_cache_flags,
     add_clip_flag,
     add_device_flags,
+    add_lm_flag,
     find_inputs,
     require_at_least,
     start_run,
 )
 
-# torch, transformers and the modules that import them are imported in functions, once the
-# arguments are checked: --help and a refusal do not wait seconds for them.
+# torch and transformers take seconds to load, so the functions that need them import them.
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("files")
-    add = group.add_argument
-    add("--datadir", required=True,
-        help="folder in COCO's layout (annotations/, train2017/, val2017/)")
-    add("--split", default="train2017", help="split to train on (default %(default)s)")
-    add("--val_split", default="val2017", help="split to validate on (default %(default)s)")
-    add_cache_flags(group)
-    add("--savedir", default="checkpoints", help="folder for best.safetensors, last.safetensors, "
-        "image features, loss.csv and loss.png (default %(default)s)")
+    files = parser.add_argument_group("files")
+    files.add_argument("--datadir", required=True, metavar="DIR", help="folder in COCO's layout "
+                       "(annotations/, train2017/, val2017/)")
+    files.add_argument("--split", default="train2017", help="split to train on (default "
+                       "%(default)s)")
+    files.add_argument("--val_split", default="val2017", help="split to validate on (default "
+                       "%(default)s)")
+    add_cache_flags(files)
+    files.add_argument("--savedir", default="checkpoints", metavar="DIR", help="folder for "
+                       "best.safetensors, last.safetensors, image features, loss.csv and loss.png "
+                       "(default %(default)s)")
 
-    group = parser.add_argument_group("models")
-    add = group.add_argument
-    add_clip_flag(group)
-    add("--lm", default="facebook/bart-large",
-        help="hub id or folder of a BART (default %(default)s)")
-    add("--trained", default="layernorms", choices=("layernorms", "all"), help="parameters of the "
-        "language model to train; all is for comparison (default %(default)s)")
+    models = parser.add_argument_group("models")
+    add_clip_flag(models)
+    add_lm_flag(models)
+    models.add_argument("--trained", default="layernorms", choices=("layernorms", "all"),
+                        help="parameters of the language model to train; all is for comparison "
+                        "(default %(default)s)")
 
-    add = parser.add_argument_group("table and caption").add_argument
-    add("--topk", type=int, default=TOPK, help="entries in a table (default %(default)s)")
-    add("--maxlen_enc", type=int, default=MAXLEN_ENC,
-        help="longest table, in tokens (default %(default)s)")
-    add("--maxlen_dec", type=int, default=MAXLEN_DEC,
-        help="longest caption, in tokens (default %(default)s)")
+    sizes = parser.add_argument_group("table and caption")
+    sizes.add_argument("--topk", type=int, default=TOPK, help="entries of a table (default "
+                       "%(default)s)")
+    sizes.add_argument("--maxlen_enc", type=int, default=MAXLEN_ENC, help="tokens of a table at "
+                       "most (default %(default)s)")
+    sizes.add_argument("--maxlen_dec", type=int, default=MAXLEN_DEC, help="tokens of a caption at "
+                       "most (default %(default)s)")
 
-    add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=int, default=16,
-        help="images a step, of all processes together (default %(default)s)")
-    add("--lrate", type=float, default=3e-4, help="peak learning rate (default %(default)s)")
-    add("--warmup", type=int, default=100, help="steps in which the rate rises from 0, at most a "
-        "quarter of all steps (default %(default)s)")
-    add("--epochs", type=int, default=6,
-        help="passes over the images, one caption each time (default %(default)s)")
-    add("--tmax", type=int, default=100000, help="most steps; the rate falls as a cosine to 0 at "
-        "the last step (default %(default)s)")
-    add("--save_seconds", type=float, default=30,
-        help="seconds between saves of the state to resume from (default %(default)s)")
-    add("--seed", type=int, default=0,
-        help="seed of the order of images and captions (default %(default)s)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--batch_size", type=int, default=16, help="images per step, of all "
+                          "processes together (default %(default)s)")
+    training.add_argument("--lrate", type=float, default=3e-4, help="peak learning rate (default "
+                          "%(default)s)")
+    training.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises "
+                          "from 0, at most a quarter of all steps (default %(default)s)")
+    training.add_argument("--epochs", type=int, default=6, help="passes over the images, one "
+                          "caption each time (default %(default)s)")
+    training.add_argument("--tmax", type=int, default=100000, help="steps at most; the rate falls "
+                          "as a cosine to 0 at the last step (default %(default)s)")
+    training.add_argument("--save_seconds", type=float, default=30, help="seconds between saves of "
+                          "the state to resume from (default %(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="seed of the order of images and "
+                          "captions (default %(default)s)")
 
-    add_device_flags(parser.add_argument_group("device"))
+    add_device_flags(parser.add_argument_group("computation"))
     return parser.parse_args()
 
 
