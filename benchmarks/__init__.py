@@ -1,1 +1,1 @@
-"""Each script's hot part beside the plain way: python -m benchmarks --help."""
+"""Speed of each script's hot part against a bug-fixed baseline: python -m benchmarks --help."""

@@ -1,13 +1,13 @@
-"""Each script's hot part beside the plain way: what the original does, without its faults, on
+"""Speed of each script's hot part against a baseline: the original's method without its bugs, on
 random weights of real sizes.
 
     python -m benchmarks
     python -m benchmarks beam_base rescore --repeats 3 --device cuda
 
-Both ways run in turns in this process, after it was checked that their results are equal. The table
-says how many times faster ours is (the median of the pairs, and their range), how near it comes to
-the machine's limit by FLOPs or bytes, and the peak memory of both above the weights. Then comes a
-line of JSON a part. With no PART named, benchmarks/RESULTS.md is written.
+Both must return equal results; then they run alternately in this process. The table lists the
+speedup of ours over the baseline ("plain"; median and range of the pairs), the share of the
+machine's limit by FLOPs or bytes, and the peak memory of both above the weights. After the table,
+each part has a line of JSON. Without a PART, benchmarks/RESULTS.md is written, too.
 """
 
 import argparse
@@ -40,54 +40,53 @@ def parse():
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART",
-                        help=f"what is measured (default: all): {', '.join(PARTS)}")
+                        help=f"parts to measure (default: all): {', '.join(PARTS)}")
     parser.add_argument("--small", action="store_true",
-                        help="small models and few texts, to see that everything runs")
+                        help="small models and few texts, to check that everything runs")
     parser.add_argument("--repeats", type=int, default=3,
-                        help="pairs of runs (default %(default)s)")
+                        help="pairs of runs for each part (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
     return parser.parse_args()
 
 
-def cells(name, found):
-    """A part's row of the table. found: of compare, or {"equal": None, "reason": why there is
-    nothing}."""
-    if "ratio" not in found:
-        return [name, *["-"] * (len(HEAD) - 2), found.get("reason", "no")]
-    figures = "{ratio:.2f}|{low:.2f} to {high:.2f}|{of_limit:.0%}|{peak_mb:,.0f}|{plain_peak_mb:,.0f}|{seconds:.3f}|{plain_seconds:.3f}|yes"
-    return [name, *figures.format(**found).split("|")]
+def cells(name, result):
+    """The table's row of a part, a list of texts. result: of compare, or {"equal": None, "reason":
+    why the part was not measured}."""
+    if "ratio" not in result:
+        return [name, *["-"] * (len(HEAD) - 2), result.get("reason", "no")]
+    figures = ("{ratio:.2f}", "{low:.2f} to {high:.2f}", "{of_limit:.0%}", "{peak_mb:,.0f}",
+               "{plain_peak_mb:,.0f}", "{seconds:.3f}", "{plain_seconds:.3f}", "yes")
+    return [name, *(figure.format(**result) for figure in figures)]
 
 
 def machine(args, device):
-    """What the figures hold for, in one line."""
+    """One line with the machine, the versions and the settings of the results."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                    name)
-    return (
-        f"{name}, threads: {args.threads}, float32 (bfloat16 in *_bf16), torch "
-        f"{torch.__version__}, "
-        f"transformers {transformers.__version__}, {datetime.date.today()}, repeats: "
-        f"{args.repeats}{', --small' * args.small}"
-    )
+        names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        name = next(names, name)
+    return (f"{name}, threads: {args.threads}, float32 (bfloat16 in *_bf16), torch "
+            f"{torch.__version__}, transformers {transformers.__version__}, "
+            f"{datetime.date.today()}, repeats: {args.repeats}{', --small' * args.small}")
 
 
 def main():
     args = parse()
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        raise InputError(f"there is no part {unknown[0]}; there is {', '.join(PARTS)}")
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        raise InputError(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
     if args.repeats < 1 or args.threads < 1:
-        raise InputError(
-            f"--repeats and --threads must be at least 1, not {args.repeats} and {args.threads}")
+        raise InputError(f"--repeats and --threads must be at least 1, not {args.repeats} and "
+                         f"{args.threads}")
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.threads > 1 else "false"
-    results, about = {}, machine(args, device)
-    print(about + "\n" + LINE.format(*HEAD))
+    results, setup = {}, machine(args, device)
+    print(setup + "\n" + LINE.format(*HEAD))
     for name in args.parts or PARTS:
         try:
             results[name] = compare(PARTS[name](args.small, device), args.repeats, device)
@@ -96,12 +95,11 @@ def main():
         print(LINE.format(*cells(name, results[name])), flush=True)
     if not args.parts and not args.small:
         table = [HEAD, ["---"] * len(HEAD), *(cells(*item) for item in results.items())]
-        write_lines(RESULTS, [
-            f"`python -m benchmarks`: {about}", "", *(f"| {' | '.join(line)} |" for line in table)
-        ])
-    for name, found in results.items():
-        print(json.dumps({"part": name} | {key: found.get(key) for key in KEYS}))
-    if any(found["equal"] is False for found in results.values()):
+        rows = [f"| {' | '.join(row)} |" for row in table]
+        write_lines(RESULTS, [f"`python -m benchmarks`: {setup}", "", *rows])
+    for name, result in results.items():
+        print(json.dumps({"part": name} | {key: result.get(key) for key in KEYS}))
+    if any(result["equal"] is False for result in results.values()):
         sys.exit(1)
 
 

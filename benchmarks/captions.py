@@ -1,4 +1,4 @@
-"""What sampler.py spends its time on: beams, samples, and CLIP's choice among them."""
+"""The hot parts of sampler.py: beam search, sampling, and CLIP's choice among the candidates."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from antarctic.datasets import read_coco
 from antarctic.features import image_features
-from benchmarks import made
+from benchmarks import synthetic
 from benchmarks.entries import encode_padded, encoding_work
 from benchmarks.measure import Part, bart_weights, least
 from model import Captioner, Clip, Model, rescore
@@ -28,8 +28,7 @@ SNOWGLOBE = Path(__file__).resolve().parents[1] / "snowglobe" / "weights"
 
 
 def generate(model, captioner, table, **options):
-    """The plain way to write: transformers' generate() for one table, a list of token ids, with
-    each setting that is ours."""
+    """The baseline for writing: transformers' generate() with our settings. table: token ids."""
     config = model.config
     return model.generate(
         torch.tensor([table], device=model.device), max_length=captioner.maxlen_dec, min_length=0,
@@ -37,129 +36,126 @@ def generate(model, captioner, table, **options):
         forced_eos_token_id=config.eos_token_id, return_dict_in_generate=True, **options)
 
 
-def decoding_floor(captioner, tables, found):
-    """Seconds to write these captions at the least: the encoder, then a step for each length over
-    all distinct beginnings. tables: lists of token ids. found: a list of texts for each."""
-    rows = [(place, *ids) for place, texts in enumerate(found)
+def decoding_floor(captioner, tables, captions):
+    """The fewest seconds to write captions: the encoder once, then for each length a step over all
+    distinct prefixes. tables: lists of token ids. captions: a list of texts for each table."""
+    rows = [(table, *ids) for table, texts in enumerate(captions)
             for ids in captioner.tokenize(texts, captioner.maxlen_dec - 1)]
-    beginnings = Counter(
-        len(row) for row in {row[:length] for row in rows for length in range(2, len(row))})
+    prefixes = {row[:length] for row in rows for length in range(2, len(row))}
+    per_length = Counter(map(len, prefixes))
     reading, writing = bart_weights(captioner.model)
-    return least(captioner.device, captioner.dtype,
-                 [(2 * reading * sum(map(len, tables)), reading), *((2 * writing * n, writing)
-                                                                    for n in beginnings.values())])
+    work = [(2 * reading * sum(map(len, tables)), reading)]
+    work += [(2 * writing * n, writing) for n in per_length.values()]
+    return least(captioner.device, captioner.dtype, work)
 
 
 def beam(small, device, size):
-    """3 beams for 16 images, bart-base or -large. Plain: one image after the other. Ours: in a
-    batch. Equal: likelihoods to 1e-4, and the texts, but for ties to 1e-4."""
-    captioner = Captioner(made.bart_folder("small" if small else size), device)
-    model = AutoModelForSeq2SeqLM.from_pretrained(
-        made.bart_folder("small" if small else size)).to(device).eval()
-    tables = captioner.tokenize(made.tables(3 if small else 16), captioner.maxlen_enc)
+    """Beam search with 3 beams for 16 images, bart-base or -large. Plain: one image at a time.
+    Ours: one batch. Equal: likelihoods to 1e-4, and the texts, except ties to 1e-4."""
+    folder = synthetic.bart_folder("small" if small else size)
+    captioner = Captioner(folder, device)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(device).eval()
+    tables = captioner.tokenize(synthetic.tables(3 if small else 16), captioner.maxlen_enc)
 
     def plain():
-        outputs = [
-            generate(model, captioner, table, do_sample=False, num_beams=3, num_return_sequences=3,
-                     length_penalty=1.0, early_stopping=False, output_scores=True)
-            for table in tables
-        ]
-        return [
-            list(zip(captioner.decode(output.sequences), output.sequences_scores.tolist()))
-            for output in outputs
-        ]
+        outputs = [generate(model, captioner, table, do_sample=False, num_beams=3,
+                            num_return_sequences=3, length_penalty=1.0, early_stopping=False,
+                            output_scores=True) for table in tables]
+        return [list(zip(captioner.decode(output.sequences), output.sequences_scores.tolist()))
+                for output in outputs]
 
     def same(plain, ours):
-        return (all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(plain, ours, strict=True))
-                and all(text in dict(ours) for text, score in plain if score > plain[-1][1] + 1e-4))
+        """Compares the captions of one table, lists of (text, likelihood)."""
+        (_, worst), texts = plain[-1], dict(ours)
+        close = all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(plain, ours, strict=True))
+        return close and all(text in texts for text, score in plain if score > worst + 1e-4)
 
-    return Part(
-        plain, lambda: captioner.beam(tables),
-        lambda a, b: all(same(*pair) for pair in zip(a, b, strict=True)),
-        lambda found: decoding_floor(captioner, tables, [[text for text, _ in beams]
-                                                         for beams in found]))
+    def floor(result):
+        texts = [[text for text, _ in beams] for beams in result]
+        return decoding_floor(captioner, tables, texts)
+
+    return Part(plain, lambda: captioner.beam(tables),
+                lambda a, b: all(same(*pair) for pair in zip(a, b, strict=True)), floor)
 
 
 def sample(captioner, folder, tables, n, clip=None, **dials):
-    """n samples of each table. Plain: generate(), all of a table in one batch. Ours:
-    Captioner.sample. With a CLIP, both rescore them, too. Equal, as the draws are others: see
-    same_distribution; rescoring is compared in a part of its own."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(
-        captioner.device).eval()
+    """n samples of each table. Plain: generate(), all samples of a table in one batch. Ours:
+    Captioner.sample. With a CLIP, both also rescore them. Equal: see same_distribution, since the
+    random draws differ; the part "rescore" compares rescoring."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(captioner.device).eval()
     image, seeds = normalize(torch.ones(1, clip.dim if clip else 1), dim=-1), itertools.count()
     torch.manual_seed(0)
 
     def plain():
-        found = [
-            captioner.decode(
-                generate(model, captioner, table, do_sample=True, num_beams=1, top_k=0,
-                         num_return_sequences=n, **dials).sequences) for table in tables
-        ]
+        outputs = [generate(model, captioner, table, do_sample=True, num_beams=1, top_k=0,
+                            num_return_sequences=n, **dials) for table in tables]
+        texts = [captioner.decode(output.sequences) for output in outputs]
         if clip:
-            encode_padded(clip, found[0]) @ image[0]
-        return found
+            encode_padded(clip, texts[0]) @ image[0]
+        return texts
 
     def ours():
-        found = [captioner.sample(table, n, **dials, seed=next(seeds)) for table in tables]
+        samples = [captioner.sample(table, n, **dials, seed=next(seeds)) for table in tables]
         if clip:
-            rescore(clip, image, [[text for text, *_ in found[0]]])
-        return found
+            rescore(clip, image, [[text for text, *_ in samples[0]]])
+        return samples
 
-    def floor(found):
-        texts = [[text for text, *_ in samples] for samples in found]
-        matching = least(captioner.device, torch.float32, encoding_work(clip,
-                                                                        texts[0])) if clip else 0
-        return decoding_floor(captioner, tables, texts) + matching
+    def floor(result):
+        texts = [[text for text, *_ in samples] for samples in result]
+        seconds = decoding_floor(captioner, tables, texts)
+        if clip:
+            seconds += least(captioner.device, torch.float32, encoding_work(clip, texts[0]))
+        return seconds
 
     return Part(plain, ours,
                 lambda a, b: same_distribution(model, captioner, tables[0], a[0], b[0]), floor)
 
 
 def same_distribution(model, captioner, table, plain, ours):
-    """Whether each likelihood is the model's own to 1e-3 (for one in ten the tokens cannot be had
-    back from the text), and the mean log-probability and length of a caption alike in both to four
-    standard errors, over 200 of each.
+    """Whether plain and ours have samples of one distribution, from 200 of each.
 
-    plain: texts. ours: what Captioner.sample returns.
+    The likelihoods of nine in ten captions must be the model's own to 1e-3; the text of the others
+    may have other tokens. The mean log-probability and the mean length must be equal to four
+    standard errors. plain: texts. ours: as Captioner.sample returns them.
     """
     each = [(text, likelihood) for text, likelihood, count in ours for _ in range(count)]
     each = random.Random(0).sample(each, min(200, len(each)))
     drawn = log_probabilities(model, captioner, table, [text for text, _ in each])  # (2, texts)
     others = log_probabilities(model, captioner, table, plain[:200])
-    told = torch.tensor([likelihood for _, likelihood in each])
-    own = ((drawn[0] / drawn[1] - told).abs() < 1e-3).float().mean() >= 0.9
+    returned = torch.tensor([likelihood for _, likelihood in each])
+    own = ((drawn[0] / drawn[1] - returned).abs() < 1e-3).float().mean() >= 0.9
     error = (drawn.var(1) / drawn.shape[1] + others.var(1) / others.shape[1]).sqrt()
     return bool(own and ((drawn.mean(1) - others.mean(1)).abs() <= 4 * error).all())
 
 
 @torch.inference_mode()
 def log_probabilities(model, captioner, table, texts):
-    """Teacher-forced, without a cache: log-probabilities of the texts, and their numbers of tokens,
+    """Log-probabilities of texts, by teacher forcing without a cache, and their numbers of tokens,
     float32 (2, texts)."""
-    encoded, found = model.get_encoder()(torch.tensor([table],
-                                                      device=model.device)).last_hidden_state, []
+    encoded = model.get_encoder()(torch.tensor([table], device=model.device)).last_hidden_state
+    pairs = []
     for ids in captioner.tokenize(texts, captioner.maxlen_dec):
-        labels = torch.tensor([ids], device=model.device)
-        log_p = model(encoder_outputs=(encoded, ), labels=labels).logits.log_softmax(
-            -1)  # (1, tokens, vocabulary)
-        found.append((log_p.gather(2, labels[...,
-                                             None])[0, 1:].sum().item(), len(ids)))  # <s> is forced
-    return torch.tensor(found, dtype=torch.float32).T
+        labels = torch.tensor([ids], device=model.device)  # (1, tokens)
+        logits = model(encoder_outputs=(encoded,), labels=labels).logits
+        log_p = logits.log_softmax(-1).gather(2, labels[..., None])  # (1, tokens, 1)
+        pairs.append((log_p[0, 1:].sum().item(), len(ids)))  # without <s>, which is forced
+    return torch.tensor(pairs, dtype=torch.float32).T
 
 
 def sample_random(small, device, size, n, rescored=False):
-    """n samples of one image by random weights, at the sampler's defaults: temperature 1 and top-p
-    1."""
-    folder = made.bart_folder("small" if small else size)
-    captioner, clip = Captioner(folder,
-                                device), Clip(made.clip_folder(small), device) if rescored else None
-    return sample(captioner, folder, captioner.tokenize(made.tables(1), captioner.maxlen_enc),
-                  100 if small else n, clip)
+    """n samples of one image from random weights, with the sampler's defaults: temperature 1 and
+    top-p 1."""
+    folder = synthetic.bart_folder("small" if small else size)
+    captioner = Captioner(folder, device)
+    clip = Clip(synthetic.clip_folder(small), device) if rescored else None
+    tables = captioner.tokenize(synthetic.tables(1), captioner.maxlen_enc)
+    return sample(captioner, folder, tables, 100 if small else n, clip)
 
 
 def sample_tree(small, device, temperature):
-    """1,000 samples for each of 4 images by the snowglobe's BART with its layernorms tuned, at
-    top-p 0.9."""
+    """1,000 samples of each of 4 images from the snowglobe's BART with tuned layernorms, at top-p
+    0.9."""
     files = tuned(*(16, 1, 1) if small else (1000, 4, 4))
     method = Model.load(SNOWGLOBE / "clip", SNOWGLOBE / "bart", files / "best.safetensors",
                         [files / "cache.txt"], [files / "cache.npy"], device=device,
@@ -173,37 +169,33 @@ def sample_tree(small, device, temperature):
 
 @functools.cache
 def tuned(train, val, epochs):
-    """A folder with a world of train and val images, its cache, and a checkpoint, made by the
-    project's own scripts."""
-    files = made.folder() / "snowglobe"
+    """A folder with a small world, its cache and a checkpoint, from the project's own scripts.
+    train, val: numbers of images."""
+    files = synthetic.folder() / "snowglobe"
     with ThreadPool(1) as pool:
         for split, images in (("train2017", train), ("val2017", val)):
             scenes.write_split(files, split, images, 0, pool)
-    common = [
-        "--datadir", files, "--textfile", files / "cache.txt", "--embfile", files / "cache.npy",
-        "--clip_model", SNOWGLOBE / "clip", "--topk"
-    ]
-    training = [
-        16, "--savedir", files, "--lm", SNOWGLOBE / "bart", "--lrate", "7e-2", "--epochs", epochs
-    ]
-    for script, more in (("compute_cache", [300]), ("trainer", training)):
-        with mock.patch.object(sys, "argv",
-                               [script, *map(str, common + more)]), contextlib.redirect_stdout(
-                                   sys.stderr):
+    common = ["--datadir", files, "--textfile", files / "cache.txt",
+              "--embfile", files / "cache.npy", "--clip_model", SNOWGLOBE / "clip"]
+    training = ["--topk", 16, "--savedir", files, "--lm", SNOWGLOBE / "bart", "--lrate", "7e-2",
+                "--epochs", epochs]
+    for script, more in (("compute_cache", ["--topk", 300]), ("trainer", training)):
+        argv = mock.patch.object(sys, "argv", [script, *map(str, common + more)])
+        with argv, contextlib.redirect_stdout(sys.stderr):
             importlib.import_module(script).main()
     return files
 
 
 def rescoring(small, device, share):
-    """CLIP's cosines of 1,000 candidates with their image; of these the share is distinct. Plain:
-    all, padded to 77 tokens. Equal: cosines to 1e-5."""
-    clip, n = Clip(made.clip_folder(small), device), 20 if small else 1000
-    texts = made.captions(round(share * n))
+    """CLIP's cosines of 1,000 candidates with their image. share: of candidates that are distinct.
+    Plain: all candidates, padded to 77 tokens. Equal: cosines to 1e-5."""
+    clip, n = Clip(synthetic.clip_folder(small), device), 20 if small else 1000
+    texts = synthetic.captions(round(share * n))
     candidates = texts + random.Random(0).choices(texts, k=n - len(texts))
     image = normalize(torch.randn(1, clip.dim, generator=torch.Generator().manual_seed(0)), dim=-1)
     return Part(lambda: encode_padded(clip, candidates) @ image[0],
-                lambda: torch.tensor(rescore(clip, image, [candidates])[0]), lambda a, b: bool(
-                    (a - b).abs().max() < 1e-5),
+                lambda: torch.tensor(rescore(clip, image, [candidates])[0]),
+                lambda a, b: bool((a - b).abs().max() < 1e-5),
                 lambda _: least(device, torch.float32, encoding_work(clip, texts)))
 
 

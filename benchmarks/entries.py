@@ -1,4 +1,4 @@
-"""What compute_cache.py and the tables spend their time on: encoding n-grams, and search."""
+"""The hot parts of compute_cache.py and of the tables: encoding n-grams, and search."""
 
 from functools import partial
 
@@ -6,55 +6,60 @@ import torch
 from torch.nn.functional import normalize
 
 from antarctic.cache import read_cache, search, to_bfloat16, write_cache
-from benchmarks import made
+from benchmarks import synthetic
 from benchmarks.measure import Part, least, weights
 from model import Clip
 
 
 def encode_padded(clip, texts):
-    """The plain way to encode texts: all in one batch, each padded to full length. Returns unit
-    vectors (len(texts), dim)."""
+    """The baseline for encoding texts: one batch, each text padded to full length. Returns unit
+    vectors, float32 (len(texts), dim)."""
     tokens = clip.tokenizer(texts, padding="max_length", truncation=True,
                             max_length=clip.max_length, return_tensors="pt")
-    with torch.inference_mode():  # without a mask, as the tower is causal
+    with torch.inference_mode():  # no mask, because the tower is causal
         features = clip.model.get_text_features(tokens["input_ids"].to(clip.device)).pooler_output
     return normalize(features, dim=-1).cpu()
 
 
 def encoding_work(clip, texts):
-    """FLOPs and numbers read, for least: the text tower over the texts' own tokens."""
+    """The work of encoding texts, for least: the text tower over the tokens without padding."""
     tokens = sum(map(len, clip.tokenizer(texts)["input_ids"]))
     numbers = weights(clip.model.text_model)
     return [(2 * numbers * tokens, numbers)]
 
 
 def encode_ngrams(small, device, dtype=torch.float32):
-    """500 n-grams, as long as those of a cache of 50,000. Equal: vectors to 1e-5; in bfloat16
-    cosines above .999."""
-    plain, texts = Clip(made.clip_folder(small), device), made.ngrams(40 if small else 500)
-    clip = plain if dtype == torch.float32 else Clip(made.clip_folder(small), device, dtype)
-    return Part(
-        partial(encode_padded, plain, texts), partial(clip.encode_texts, texts), lambda a, b: bool(
-            (a - b).abs().max() < 1e-5 if dtype == torch.float32 else (a * b).sum(1).min() > 0.999),
-        lambda _: least(device, dtype, encoding_work(clip, texts)))
+    """Encoding 500 n-grams, as long as those of a cache of 50,000. Equal: vectors to 1e-5; in
+    bfloat16 cosines above .999."""
+    texts = synthetic.ngrams(40 if small else 500)
+    baseline = clip = Clip(synthetic.clip_folder(small), device)
+    if dtype != torch.float32:
+        clip = Clip(synthetic.clip_folder(small), device, dtype)
+
+    def equal(plain, ours):
+        if dtype == torch.float32:
+            return bool((plain - ours).abs().max() < 1e-5)
+        return bool((plain * ours).sum(1).min() > 0.999)
+
+    return Part(partial(encode_padded, baseline, texts), partial(clip.encode_texts, texts), equal,
+                lambda _: least(device, dtype, encoding_work(clip, texts)))
 
 
 def vectors(n, share, generator):
-    """n unit vectors (n, 512) with a direction in common, as CLIP's have it: its share of their
-    length."""
+    """n unit vectors, float32 (n, 512), with a common direction, as CLIP's have. share: of their
+    length in this direction."""
     noise = torch.randn(n, 512, generator=generator).mul_(((1 - share ** 2) / 512) ** 0.5)
     return normalize(noise.add_(share / 512 ** 0.5), dim=-1)
 
 
 def searching(small, device, images, dtype=torch.float32, faiss=False):
-    """The 10 best of 1,000,000 entries for so many images. Plain: a softmax over all entries, or
-    faiss's exact index. Ours: from the cache's file, in bfloat16 with a copy in memory. Equal: the
-    same entries, best first, but for ties to 1e-6."""
+    """The top 10 of 1,000,000 entries for some images. Plain: a softmax over all entries, or
+    faiss's exact index. Ours: search in the cache's file, in bfloat16 in a copy in memory. Equal:
+    the same entries in the same order, except ties to 1e-6."""
     generator, n = torch.Generator().manual_seed(0), 5000 if small else 1000000
     matrix = vectors(n, 0.8, generator)
-    queries = vectors(images, 0.25,
-                      generator)  # their cosines with the entries are .2 on average, as CLIP's are
-    textfile, embfile = made.folder() / "cache.txt", made.folder() / "cache.npy"
+    queries = vectors(images, 0.25, generator)  # mean cosine with the entries .2, as CLIP's
+    textfile, embfile = synthetic.folder() / "cache.txt", synthetic.folder() / "cache.npy"
     write_cache(textfile, embfile, list(map(str, range(n))), matrix.numpy(), "none", "")
     _, embeddings = read_cache([textfile], [embfile], "none")
     half = to_bfloat16(embeddings) if dtype == torch.bfloat16 else None
@@ -74,10 +79,14 @@ def searching(small, device, images, dtype=torch.float32, faiss=False):
     def cosines(indices):
         return (queries[:, None].double() * matrix[indices].double()).sum(-1)  # (images, 10)
 
-    return Part(
-        plain, lambda: search(queries, embeddings, 10, half=half)[1], lambda a, b: bool(
-            (cosines(a) - cosines(b)).abs().max() < 1e-6), lambda _: least(
-                torch.device("cpu"), dtype, [(2 * matrix.numel() * images, matrix.numel())]))
+    def ours():
+        return search(queries, embeddings, 10, half=half)[1]
+
+    def equal(plain, ours):
+        return bool((cosines(plain) - cosines(ours)).abs().max() < 1e-6)
+
+    work = [(2 * matrix.numel() * images, matrix.numel())]
+    return Part(plain, ours, equal, lambda _: least(torch.device("cpu"), dtype, work))
 
 
 PARTS = {

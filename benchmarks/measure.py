@@ -1,5 +1,5 @@
-"""Times two ways to compute the same thing in turns, their peak memory, and how near the machine's
-limit they come."""
+"""Measures two ways to compute the same result: time, peak memory, and the share of the machine's
+limit."""
 
 import ctypes
 import functools
@@ -14,20 +14,22 @@ import torch
 
 
 class Part(NamedTuple):
-    """A hot part: two ways to compute it, and what is known of the result."""
-    plain: Callable  # () -> result: the original's way, without its faults
-    ours: Callable  # () -> result: the project's own functions
-    equal: Callable  # (result of plain, result of ours) -> whether they are the same
-    floor: Callable  # (result of ours) -> seconds that the machine needs for it at the least
+    """A hot part of a script, computed in two ways."""
+
+    plain: Callable  # () -> result of the baseline: the original's method without its bugs
+    ours: Callable  # () -> result of the project's own functions
+    equal: Callable  # (result of plain, result of ours) -> whether they are equal
+    floor: Callable  # (result of ours) -> fewest seconds that the machine needs for it
 
 
 def compare(part, repeats, device):
-    """Runs both ways once and compares their results; then, if these are equal, both in turns,
-    repeats times each.
+    """Compares the results of plain and ours; if they are equal, times both alternately, `repeats`
+    times each.
 
-    Returns {"equal", "ratio", "low", "high": plain's seconds over ours, median and range of the
-    pairs; "of_limit": floor over ours; "peak_mb", "plain_peak_mb": memory above what was there
-    before; "seconds", "plain_seconds": medians}; of results that differ "equal" alone.
+    Returns a dict. equal: whether the results are equal; if not, the dict has no other key. ratio,
+    low, high: seconds of plain over ours, median and range of the pairs. of_limit: floor over
+    seconds of ours. peak_mb, plain_peak_mb: peak memory above the memory before. seconds,
+    plain_seconds: medians.
     """
     plain, ours = part.plain(), part.ours()
     if not part.equal(plain, ours):
@@ -36,17 +38,15 @@ def compare(part, repeats, device):
     del plain, ours
     runs = [(timed(part.plain, device), timed(part.ours, device)) for _ in range(repeats)]
     ratios = [plain / ours for (plain, _), (ours, _) in runs]
-    (plain, plain_peak), (ours, ours_peak) = ([column for column in zip(*side)]
-                                              for side in zip(*runs))
-    return {
-        "ratio": median(ratios), "low": min(ratios), "high": max(ratios),
-        "of_limit": floor / median(ours), "peak_mb": max(ours_peak), "equal": True,
-        "seconds": median(ours), "plain_seconds": median(plain), "plain_peak_mb": max(plain_peak)
-    }
+    (plain, plain_peak), (ours, ours_peak) = (zip(*side) for side in zip(*runs))
+    return {"ratio": median(ratios), "low": min(ratios), "high": max(ratios),
+            "of_limit": floor / median(ours), "peak_mb": max(ours_peak), "equal": True,
+            "seconds": median(ours), "plain_seconds": median(plain),
+            "plain_peak_mb": max(plain_peak)}
 
 
 def seconds(call, device):
-    """What a call takes, its device's work included."""
+    """The seconds of a call, with the work of the device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -56,8 +56,8 @@ def seconds(call, device):
 
 
 def timed(call, device):
-    """(seconds, peak memory in MB above what was there before) of a call. Elsewhere than on CUDA
-    and Linux the memory is 0."""
+    """(seconds, peak memory in MB above the memory before) of a call. The memory is 0 on other
+    systems than CUDA and Linux."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -66,16 +66,16 @@ def timed(call, device):
         return seconds(call, device), (torch.cuda.max_memory_allocated() - before) / 1e6
     if sys.platform != "linux":
         return seconds(call, device), 0.0
-    ctypes.CDLL(None).malloc_trim(
-        0)  # else memory that was freed before would hide what is taken now
+    # Returns freed memory to the system; its reuse would hide memory that the call takes.
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew (man 5 proc)
+        file.write("5")  # resets the peak (man 5 proc)
     before = resident("VmRSS")
     return seconds(call, device), (resident("VmHWM") - before) / 1e6
 
 
 def resident(name):
-    """Bytes of this process in memory, now (VmRSS) or at the peak (VmHWM)."""
+    """Memory of this process in bytes, now (VmRSS) or at the peak (VmHWM)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
@@ -84,8 +84,8 @@ def resident(name):
 
 @functools.cache
 def speed(device, dtype):
-    """(FLOPs a second of a large matrix product, bytes a second of a long sum): the best of five,
-    with as many threads as now."""
+    """(FLOPs a second of a large matrix product, bytes a second of a long sum), each the best of
+    five with the present number of threads."""
     side, length = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 26)
     a, b = torch.randn(side, side, device=device).to(dtype), torch.ones(length, device=device)
     product, total = (min(seconds(call, device) for _ in range(5))
@@ -94,23 +94,24 @@ def speed(device, dtype):
 
 
 def least(device, dtype, work):
-    """Seconds that pieces of work take at the least. work: (FLOPs, numbers read from memory) pairs,
-    one after the other."""
+    """The fewest seconds for pieces of work, one after the other. work: pairs of (FLOPs, numbers
+    read from memory)."""
     flops, rate = speed(device, dtype)
     return sum(max(f / flops, numbers * dtype.itemsize / rate) for f, numbers in work)
 
 
 def weights(*modules):
-    """Numbers in the linear layers of modules: half the FLOPs a token, attention itself left
-    out."""
+    """The number of weights in the linear layers of modules: half the FLOPs of a token, without
+    attention."""
     return sum(layer.weight.numel() for module in modules for layer in module.modules()
                if isinstance(layer, torch.nn.Linear))
 
 
 def bart_weights(bart):
-    """(numbers of a BART that a token of the table meets, that a token of the caption meets), the
-    latter with the head."""
+    """(weights of a BART that a token of the table uses, weights that a token of the caption uses),
+    the latter with the head."""
     decoder = bart.get_decoder()
-    both = sum(
-        weights(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for layer in decoder.layers)
-    return weights(bart.get_encoder()) + both, weights(decoder) - both + weights(bart.lm_head)
+    # The keys and values of cross-attention belong to the decoder, but the table's tokens use them.
+    cross = sum(weights(layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)
+                for layer in decoder.layers)
+    return weights(bart.get_encoder()) + cross, weights(decoder) - cross + weights(bart.lm_head)

@@ -1,4 +1,4 @@
-"""Files in the form of the original's published ones, and a server on 127.0.0.1 that has them."""
+"""Files in the form of the original's published files, and a server for them on 127.0.0.1."""
 
 import collections
 import re
@@ -12,14 +12,14 @@ from unittest import mock
 from urllib.parse import unquote
 
 NAMES = {"cache.txt": "postcache.txt", "cache.npy": "postcache.npy",
-         "checkpoint.ckpt": "-epoch=05-vloss=2.163.ckpt"}  # here: there
+         "checkpoint.ckpt": "-epoch=05-vloss=2.163.ckpt"}  # {name here: name there}
 
 
 def lightning_file(path, captioner, **more):
-    """What Lightning 1.4 saved of the original's training on a GPU: the whole module, and the
-    training's state.
+    """Writes a checkpoint as Lightning 1.4 saved it in the original's training on a GPU: the whole
+    module and the state of the training.
 
-    captioner: a model.Captioner, whose weights it holds. more: such as hyper_parameters.
+    captioner: a model.Captioner with the weights. more: further keys, such as hyper_parameters.
     """
     import torch
 
@@ -51,9 +51,11 @@ def lightning_file(path, captioner, **more):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Files with Range, as COCO's server has them. server.cuts: paths that break off in the
-    middle, once; server.stalls: those that stand still there, once; server.answers: {path: a
-    status in place of the file}."""
+    """Serves files with ranges, as COCO's server does.
+
+    server.cuts: paths whose answer breaks in the middle, once. server.stalls: paths whose answer
+    stops there, once. server.answers: {path: status in place of the file}.
+    """
 
     def do_HEAD(self):
         self.answer(with_body=False)
@@ -100,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(files):
-    """A server on 127.0.0.1, which notes requests (GET), heads and agents. files: {path: bytes}."""
+    """A server on 127.0.0.1 that records requests (GET), heads and agents. files: {path: bytes}."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.kinds, server.answers = dict(files), {}, {}
     server.requests, server.heads, server.agents = [], [], set()

@@ -1,4 +1,4 @@
-"""Captions of every kind read right behind "there"."""
+"""Captions of every kind read well after "there"."""
 
 import pytest
 
@@ -33,7 +33,7 @@ from antarctic.english import noun_phrase, participle, stem
     ("Food on a plate", "was food on a plate"),
     ("Black and white cows in a field", "were black and white cows in a field"),
     ("Parking meter on a street", "was a parking meter on a street"),
-    # what has just been met has no "the" yet
+    # what the story has not mentioned yet has no "the"
     ("The man on the roof", "was a man on the roof"),
     ("The dogs", "were dogs"),
     ("The whale", "was a whale"),
@@ -45,7 +45,7 @@ from antarctic.english import noun_phrase, participle, stem
     ("Geoff Hinton on a bus", "was Geoff Hinton on a bus"),
     ("Antarctica", "was Antarctica"),
     ("Chinese food on a plate", "was Chinese food on a plate"),
-    # what only says that there is a picture
+    # words that only say that there is a picture
     ("There is a dog on a couch.", "was a dog on a couch"),
     ("There are two cats", "were two cats"),
     ("This is a picture of a kitchen", "was a kitchen"),
@@ -73,12 +73,12 @@ from antarctic.english import noun_phrase, participle, stem
     ("A laptop that is to have a lid", "was a laptop to have a lid"),
     ("A kitten as a pet", "was a kitten as a pet"),
     ("Looking out of a window at a bus", "was someone looking out of a window at a bus"),
-    # shouting, marks
+    # capitals and punctuation
     ("A MAN ON A BIKE", "was a man on a bike"),
     ("TWO DOGS ARE PLAYING", "were two dogs playing"),
     ("A dog!", "was a dog"),
     ("a dog , a cat and a bus .", "was a dog , a cat and a bus"),
-    # nothing that is a phrase stays what it is
+    # a text that is not a phrase stays as it is
     ("!", "was !"),
     ("\u732b", "was \u732b"),
 ])
@@ -87,8 +87,9 @@ def test_a_caption_is_a_noun_phrase_behind_there(caption, phrase):
 
 
 @pytest.mark.parametrize("verb, in_ing", [
-    ("sits", "sitting"), ("rides", "riding"), ("lies", "lying"), ("carries", "carrying"), ("reaches", "reaching"), ("uses", "using"),
-    ("passes", "passing"), ("poses", "posing"), ("eats", "eating"), ("looks", "looking"), ("sees", "seeing"), ("goes", "going"),
+    ("sits", "sitting"), ("rides", "riding"), ("lies", "lying"), ("carries", "carrying"),
+    ("reaches", "reaching"), ("uses", "using"), ("passes", "passing"), ("poses", "posing"),
+    ("eats", "eating"), ("looks", "looking"), ("sees", "seeing"), ("goes", "going"),
     ("wears", "wearing"), ("waxes", "waxing"), ("opens", "opening"), ("hits", "hitting"),
 ])
 def test_participles(verb, in_ing):

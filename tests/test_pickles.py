@@ -1,4 +1,4 @@
-"""Other projects' files: equal to what those projects make of them, and nothing of them is run."""
+"""Other projects' files: results equal those of the projects, and no code of the files runs."""
 
 import argparse
 import hashlib
@@ -51,37 +51,32 @@ from antarctic.preprocessing import OpenAIPreprocessor
 from model import Captioner, Clip
 from utils import linearize
 
-TEXTS = [
-    "a dog", "Two Red cats, next to a big house in the snow!", "penguin",
-    "there is a train at night, it's 10 o'clock", "a"
-]
-TABLES = [
-    linearize(t) for t in (["a dog", "grass"], ["penguin"],
-                           ["two red cats", "cats", "snow", "a house", "next to"])
-]
+TEXTS = ["a dog", "Two Red cats, next to a big house in the snow!", "penguin",
+         "there is a train at night, it's 10 o'clock", "a"]
+TABLES = [linearize(["a dog", "grass"]), linearize(["penguin"]),
+          linearize(["two red cats", "cats", "snow", "a house", "next to"])]
 
 
 def unit(tensor):
     return torch.nn.functional.normalize(tensor.float(), dim=-1)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+def close(result, expected):
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def images():
     generator = np.random.default_rng(0)
     sizes = ((90, 64), (64, 64), (70, 151), (40, 31))
-    return [
-        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes
-    ]
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+            for size in sizes]
 
 
 # ------------------------------------------------------------------------------------ OpenAI's CLIP
 
 def module_of(path):
-    """A file of Python's as a module that nobody else can import."""
+    """A Python file as a module outside of sys.modules."""
     spec = importlib.util.spec_from_file_location(f"of_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,16 +85,14 @@ def module_of(path):
 
 @pytest.fixture(scope="module")
 def openai():
-    """OpenAI's model.py and tokenizer, without the package's __init__, which needs torchvision.
-    folder: the package's."""
+    """OpenAI's model.py and tokenizer without the package's __init__, which needs torchvision.
+    folder: of the package."""
     folder = Path(os.environ.get("OPENAI_CLIP", "nowhere"))
     if not (folder / "clip" / "model.py").is_file():
-        pytest.skip(
-            "OpenAI's package is not there: test.sh installs it, and says where it is in "
-            "OPENAI_CLIP"
-        )
+        pytest.skip("OpenAI's package is missing: test.sh installs it and sets OPENAI_CLIP to its "
+                    "folder")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path, str(folder)])  # of ftfy
+        patch.setattr(sys, "path", [*sys.path, str(folder)])  # with ftfy
         tokenizer = module_of(folder / "clip" / "simple_tokenizer.py").SimpleTokenizer()
     package = folder / "clip"
     return types.SimpleNamespace(model=module_of(package / "model.py"), tokenizer=tokenizer,
@@ -108,16 +101,16 @@ def openai():
 
 @pytest.fixture(scope="module")
 def beside(openai, tmp_path_factory):
-    """A folder with OpenAI's tokenizer as transformers keeps it."""
+    """A folder with OpenAI's tokenizer in transformers' format."""
     folder = tmp_path_factory.mktemp("openai")
-    CLIPTokenizer(vocab=openai.tokenizer.encoder, merges=list(
-        openai.tokenizer.bpe_ranks)).save_pretrained(folder)
+    merges = list(openai.tokenizer.bpe_ranks)
+    CLIPTokenizer(vocab=openai.tokenizer.encoder, merges=merges).save_pretrained(folder)
     return folder
 
 
 def make_clip(openai, layers=2, width=64, patch=16):
-    """A small CLIP of OpenAI's with random weights in half precision; layernorms, too, which are
-    all alike at first."""
+    """A small CLIP of OpenAI's with random weights in half precision. Its layernorms are random,
+    too; OpenAI's code sets them all to 1 and 0."""
     torch.manual_seed(0)
     clip = openai.model.CLIP(32, 64, layers, width, patch, 77, len(openai.tokenizer.encoder), 128,
                              2, 3)
@@ -129,8 +122,7 @@ def make_clip(openai, layers=2, width=64, patch=16):
 
 
 def encoded_by_openai(openai, clip, texts, pixels):
-    """(text vectors, image vectors) as OpenAI's package computes them in float32 on a CPU, unit
-    length."""
+    """(text vectors, image vectors) of unit length from OpenAI's package, in float32 on a CPU."""
     rows = [[49406, *openai.tokenizer.encode(text), 49407] for text in texts]
     tokens = torch.tensor([row + [0] * (77 - len(row)) for row in rows])
     clip = openai.model.build_model(dict(clip.state_dict())).float()
@@ -138,50 +130,51 @@ def encoded_by_openai(openai, clip, texts, pixels):
 
 
 def save_jit(clip, path):
-    """As OpenAI's archives: traced, with the three numbers that are no weights."""
+    """Saves a traced model like OpenAI's archives, with three numbers that are not weights."""
     for name, number in (("input_resolution", 64), ("context_length", 77), ("vocab_size", 49408)):
         vars(clip).pop(name, None)
         clip.register_buffer(name, torch.tensor(number))
-    clip.float()  # some operations are not there in half precision on a CPU
-    archive = torch.jit.trace(
-        clip, (torch.zeros(1, 3, 64, 64), torch.zeros(1, 77, dtype=torch.long)), check_trace=False)
+    clip.float()  # a CPU lacks some operations in half precision
+    inputs = torch.zeros(1, 3, 64, 64), torch.zeros(1, 77, dtype=torch.long)
+    archive = torch.jit.trace(clip, inputs, check_trace=False)
     torch.jit.save(archive.half(), path)
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing is deprecated
 @pytest.mark.parametrize("form", ["state dict", "JIT archive"])
 def test_a_pt_file_encodes_as_openais_package_does(openai, beside, images, form):
-    made, path = make_clip(openai), beside / "tiny.pt"
+    original, path = make_clip(openai), beside / "tiny.pt"
     if form == "JIT archive":
-        save_jit(made, path)
+        save_jit(original, path)
         saved = torch.jit.load(path).state_dict()
         with pickles.torch_file(path) as (content, fetch):
             read = {name: fetch(entry) for name, entry in pickles.named_entries(content).items()}
-        assert read.keys() == saved.keys() and all(
-            torch.equal(read[name], saved[name]) for name in saved)
+        assert read.keys() == saved.keys()
+        assert all(torch.equal(read[name], saved[name]) for name in saved)
     else:
-        torch.save(made.state_dict(), path)
+        torch.save(original.state_dict(), path)
     clip = Clip(str(path))
     pixels = clip.processor(images=images, return_tensors="pt")["pixel_values"]
-    texts, pictures = encoded_by_openai(openai, made, TEXTS, pixels)
+    texts, pictures = encoded_by_openai(openai, original, TEXTS, pixels)
     close(clip.encode_texts(TEXTS, batch_size=2), texts)
     close(clip.encode_images(images), pictures)
     assert clip.processor == OpenAIPreprocessor(64, (64, 64))
-    assert clip.dim == 32 and clip.identity == f"tiny.pt@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert clip.dim == 32 and clip.identity == f"tiny.pt@{digest[:12]}"
 
 
 @pytest.mark.parametrize("place", ["site-packages", "scripts/CLIP"])
 def test_a_resnet_goes_through_openais_code(openai, beside, images, tmp_path, monkeypatch, place):
-    """As installed, and as cloned beside the scripts; the package, which needs torchvision, is not
-    imported."""
-    made, path = make_clip(openai, (1, 1, 1, 1), 16, None), beside / "resnet.pt"
-    torch.save(made.state_dict(), path)
+    """OpenAI's code is installed, or cloned beside the scripts. The package, which needs
+    torchvision, is not imported."""
+    original, path = make_clip(openai, (1, 1, 1, 1), 16, None), beside / "resnet.pt"
+    torch.save(original.state_dict(), path)
     look_in(tmp_path, monkeypatch)
     package = shutil.copytree(openai.folder, tmp_path / place / "clip")
     (package / "__init__.py").write_text("raise RuntimeError('torchvision::nms does not exist')")
     clip = Clip(str(path))
     pixels = clip.processor(images=images, return_tensors="pt")["pixel_values"]
-    texts, pictures = encoded_by_openai(openai, made, TEXTS, pixels)
+    texts, pictures = encoded_by_openai(openai, original, TEXTS, pixels)
     close(clip.encode_texts(TEXTS, batch_size=2), texts)
     close(clip.encode_images(images), pictures)
     shutil.rmtree(package)
@@ -195,12 +188,12 @@ def test_a_resnet_that_is_not_whole_is_refused(openai, beside, tmp_path, monkeyp
     torch.save(weights, beside / "resnet.pt")
     look_in(tmp_path, monkeypatch)
     shutil.copytree(openai.folder, tmp_path / "site-packages" / "clip")
-    with pytest.raises(InputError, match="resnet.pt differs from OpenAI.s CLIP models"):
+    with pytest.raises(InputError, match="resnet.pt differs from OpenAI's CLIP models"):
         Clip(str(beside / "resnet.pt"))
 
 
 def look_in(folder, monkeypatch):
-    """Python's modules, the scripts, and the current directory lie in folders of folder now."""
+    """Moves Python's modules, the scripts and the current directory into folders of `folder`."""
     for name in ("site-packages", "scripts", "current"):
         (folder / name).mkdir()
     monkeypatch.setattr(sys, "path", ["", str(folder / "site-packages")])
@@ -273,8 +266,8 @@ def test_a_pt_file_that_is_not_quite_a_clip_is_refused(openai, beside, change):
     weights = make_clip(openai).state_dict()
     change(weights)
     torch.save(weights, beside / "other.pt")
-    with pytest.raises(InputError,
-                       match="differs from OpenAI.s CLIP models .at .*(final_layer_norm|ln_pree).bias"):
+    message = "differs from OpenAI's CLIP models .at .*(final_layer_norm|ln_pree).bias"
+    with pytest.raises(InputError, match=message):
         Clip(str(beside / "other.pt"))
 
 
@@ -284,7 +277,8 @@ def test_a_pt_file_without_a_tokenizer_says_what_to_do(openai, tmp_path):
         Clip(str(tmp_path / "ViT-B-32.pt"))
 
 
-@pytest.mark.parametrize("content", [{}, {"visual.conv1.weight": torch.ones(1), "text_projection": torch.ones(1)}, [1], "text"])
+@pytest.mark.parametrize("content", [
+    {}, {"visual.conv1.weight": torch.ones(1), "text_projection": torch.ones(1)}, [1], "text"])
 def test_a_pt_file_that_is_no_clip_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(InputError, match="other.pt"):
@@ -294,21 +288,19 @@ def test_a_pt_file_that_is_no_clip_is_refused(tmp_path, content):
 # ------------------------------------------------------------------------------------------- SigLIP
 
 def siglip_tokenizer(folder):
-    """SigLIP's: sentencepiece, </s> is the padding, too. The tokenizer drops punctuation and
-    case."""
+    """SigLIP's tokenizer: sentencepiece, which drops punctuation and case; </s> is also the
+    padding."""
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 9), model_prefix=str(
-        folder / "spiece"), vocab_size=60, hard_vocab_limit=False, pad_id=-1, bos_id=-1, eos_id=1,
-                                             unk_id=2, minloglevel=2)
-    return {
-        "tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "pad_token": "</s>",
-        "eos_token": "</s>", "unk_token": "<unk>"
-    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 9), model_prefix=str(folder / "spiece"), vocab_size=60,
+        hard_vocab_limit=False, pad_id=-1, bos_id=-1, eos_id=1, unk_id=2, minloglevel=2)
+    return {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "pad_token": "</s>",
+            "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def gemma_tokenizer(folder):
-    """SigLIP 2's: Gemma's, which knows capitals, though the model was trained without them."""
+    """SigLIP 2's tokenizer: Gemma's, with capitals, though the model was trained without them."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -319,10 +311,8 @@ def gemma_tokenizer(folder):
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>",
                                                              special_tokens=[("<eos>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    return {
-        "tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True,
-        "padding_side": "right", **{f"{token[1:-1]}_token": token for token in special}
-    }
+    return {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True,
+            "padding_side": "right", **{f"{token[1:-1]}_token": token for token in special}}
 
 
 def features(encode, inputs):
@@ -333,36 +323,38 @@ def features(encode, inputs):
 @pytest.mark.parametrize("tokenizer, config, network, processor", [
     pytest.param(siglip_tokenizer, SiglipConfig, SiglipModel, SiglipImageProcessorPil, id="SigLIP"),
     pytest.param(gemma_tokenizer, SiglipConfig, SiglipModel, SiglipImageProcessorPil, id="SigLIP2"),
-    pytest.param(gemma_tokenizer, Siglip2Config, Siglip2Model, Siglip2ImageProcessorPil, id="SigLIP2-NaFlex"),
+    pytest.param(gemma_tokenizer, Siglip2Config, Siglip2Model, Siglip2ImageProcessorPil,
+                 id="SigLIP2-NaFlex"),
 ])
 def test_siglip_encodes_as_its_own_processor_and_model_do(tmp_path, images, tokenizer, config,
                                                           network, processor):
     torch.manual_seed(0)
     size = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    flexible = network is Siglip2Model
-    vision = {"num_patches": 16, "patch_size": 16
-              } if flexible else {"image_size": 32, "patch_size": 16}
     ids = {"vocab_size": 100, "bos_token_id": 2, "eos_token_id": 1}
-    network(config(text_config={**size, **ids, "hidden_size": 32, "projection_size": 48},
-                   vision_config={**size, **vision, "hidden_size": 48})).save_pretrained(tmp_path)
-    patches = {"max_num_patches": 16} if flexible else {
-    }  # NaFlex's processor cuts 256 if not told otherwise
-    processor(**(patches or {"size": {"height": 32, "width": 32}})).save_pretrained(tmp_path)
-    described = tokenizer(tmp_path) | {
-        "processor_class": network.__name__.replace("Model", "Processor")
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    text = {**size, **ids, "hidden_size": 32, "projection_size": 48}
+    vision = {**size, "patch_size": 16, "hidden_size": 48}
+    if network is Siglip2Model:
+        vision["num_patches"] = 16
+        patches = {"max_num_patches": 16}  # NaFlex's processor cuts 256 by default
+        processor(**patches).save_pretrained(tmp_path)
+    else:
+        vision["image_size"] = 32
+        patches = {}
+        processor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    network(config(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    settings = tokenizer(tmp_path)
+    settings["processor_class"] = network.__name__.replace("Model", "Processor")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
 
     clip = Clip(str(tmp_path))
-    plain, prepare = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(
-        tmp_path)
+    plain = AutoModel.from_pretrained(tmp_path).eval()
+    prepare = AutoProcessor.from_pretrained(tmp_path)
     as_trained = dict(padding="max_length", max_length=64, truncation=True,
                       return_attention_mask=False, return_tensors="pt")
     texts = features(plain.get_text_features,
                      [prepare(text=[text.lower()], **as_trained) for text in TEXTS])
-    pictures = features(
-        plain.get_image_features,
-        [prepare(images=[image], return_tensors="pt", **patches) for image in images])
+    inputs = [prepare(images=[image], return_tensors="pt", **patches) for image in images]
+    pictures = features(plain.get_image_features, inputs)
     for batch_size in (1, 2, 128):
         close(clip.encode_texts(TEXTS, batch_size), texts)
     close(clip.encode_images(images), pictures)
@@ -376,10 +368,8 @@ def lightning(checkpoint, tmp_path_factory):
     """A Lightning checkpoint with the parameters of the checkpoint fixture."""
     captioner, path = Captioner(BART), tmp_path_factory.mktemp("lightning") / "original.ckpt"
     load_checkpoint(checkpoint, captioner)
-    lightning_file(
-        path, captioner, hyper_parameters={
-            "topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "clip_model": "ViT-B/16"
-        })
+    settings = {"topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "clip_model": "ViT-B/16"}
+    lightning_file(path, captioner, hyper_parameters=settings)
     return path
 
 
@@ -395,12 +385,10 @@ def test_a_lightning_checkpoint_captions_as_ours_does(lightning, checkpoint, mon
     monkeypatch.setattr(zipfile.ZipFile, "read",
                         lambda archive, info: read.append(info.filename) or plain(archive, info))
     settings = load_checkpoint(lightning, theirs)
-    assert settings == checkpoint_settings(lightning) == {
-        "topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "lm": None
-    }
-    wanted = load_file(checkpoint)
-    assert len([name for name in read if "/data/" in name]) == len(
-        wanted)  # of the weights only those
+    assert settings == {"topk": 24, "maxlen_enc": 128, "maxlen_dec": 20, "lm": None}
+    assert settings == checkpoint_settings(lightning)
+    storages = [name for name in read if "/data/" in name]
+    assert len(storages) == len(load_file(checkpoint))  # no other weights are read
     for (name, mine), (_, other) in zip(ours.model.named_parameters(),
                                         theirs.model.named_parameters()):
         assert torch.equal(mine, other), name
@@ -414,47 +402,47 @@ def test_the_digest_of_what_was_trained_is_of_every_number_and_of_nothing_else(
     load_checkpoint(checkpoint, captioner)
     digest, tensors = trained_sha256(checkpoint, captioner), load_file(checkpoint)
     with safe_open(checkpoint, "pt") as file:
-        described = file.metadata()
+        metadata = file.metadata()
     for name in tensors:
         changed = tensors | {name: tensors[name] + 1e-3 * (torch.arange(len(tensors[name])) == 7)}
-        save_file(changed, tmp_path / "a.safetensors", described)
+        save_file(changed, tmp_path / "a.safetensors", metadata)
         load_checkpoint(tmp_path / "a.safetensors", captioner)
         assert trained_sha256(tmp_path / "a.safetensors", captioner) != digest, name
     load_checkpoint(lightning, captioner)
     with torch.no_grad():
-        captioner.model.lm_head.weight.add_(1)  # no part of a checkpoint
+        captioner.model.lm_head.weight.add_(1)  # not in a checkpoint
     assert trained_sha256(lightning, captioner) == digest
 
 
-@pytest.mark.parametrize("told, expected", [
+@pytest.mark.parametrize("saved, expected", [
     ({"hyper_parameters": argparse.Namespace(topk=5, maxlen_enc=64, maxlen_dec=16)}, (5, 64, 16)),
     ({"hyper_parameters": {"topk": "many", "maxlen_dec": -1}}, (10, 128, 32)),
     ({}, (10, 128, 32)),
 ])
 def test_what_a_lightning_checkpoint_does_not_say_is_the_originals_default(
-        tmp_path, told, expected):
-    torch.save({"state_dict": {}, **told}, tmp_path / "a.ckpt")
+        tmp_path, saved, expected):
+    torch.save({"state_dict": {}, **saved}, tmp_path / "a.ckpt")
     settings = checkpoint_settings(tmp_path / "a.ckpt")
     assert (settings["topk"], settings["maxlen_enc"], settings["maxlen_dec"]) == expected
 
 
 @pytest.mark.parametrize("change", [
     lambda weights: weights.pop("model.encoder.layers.1.final_layer_norm.bias"),
-    lambda weights: weights.update({"model.encoder.layers.1.final_layer_norm.bias": torch.zeros(3)}),
+    lambda weights: weights.update(
+        {"model.encoder.layers.1.final_layer_norm.bias": torch.zeros(3)}),
     dict.clear,
 ])
 def test_a_checkpoint_of_another_language_model_is_refused_and_changes_nothing(tmp_path, change):
     captioner = Captioner(BART)
     before = {name: tensor.clone() for name, tensor in captioner.model.state_dict().items()}
-    weights = {
-        name: torch.zeros_like(tensor) for name, tensor in before.items() if is_layernorm(name)
-    }
+    weights = {name: torch.zeros_like(tensor) for name, tensor in before.items()
+               if is_layernorm(name)}
     change(weights)
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="does not fit the language model"):
         load_checkpoint(tmp_path / "a.ckpt", captioner)
-    assert all(
-        torch.equal(tensor, before[name]) for name, tensor in captioner.model.state_dict().items())
+    after = captioner.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 # ------------------------------------------------------------------------------ hostile and damaged
@@ -482,15 +470,14 @@ def refused_everywhere(path):
 @pytest.mark.parametrize("call", ["system", "open", "exec"])
 def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, call):
     marker = tmp_path / "marker"
-    hostile = {
-        "system": Hostile(os.system, f"touch {marker}"), "open": Hostile(open, str(marker), "w"),
-        "exec": Hostile(exec, f"open({str(marker)!r}, 'w')")
-    }[call]
+    hostile = {"system": Hostile(os.system, f"touch {marker}"),
+               "open": Hostile(open, str(marker), "w"),
+               "exec": Hostile(exec, f"open({str(marker)!r}, 'w')")}[call]
     lightning_file(tmp_path / "a.ckpt", Captioner(BART),
                    hyper_parameters={"topk": 10, "note": hostile})
     assert call in refused_everywhere(tmp_path / "a.ckpt")
     assert not marker.exists()
-    with pytest.MonkeyPatch.context() as patch:  # the file is as hostile as it should be
+    with pytest.MonkeyPatch.context() as patch:  # Python itself runs the call
         patch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
         pickle.loads(pickle.dumps(hostile))
     assert marker.exists()
@@ -500,10 +487,10 @@ def global_(name):
     return b"c" + name.encode().replace(b" ", b"\n") + b"\n"
 
 
-ATTRIBUTE = b"N}X\x01\0\0\0a" + global_(
-    "pathlib Path") + b"s\x86b."  # sets .a of what stands before it
-# as bytes, since no object of Python's is pickled so; most of them would change what later files
-# are read with
+# Sets the attribute .a of the object before it.
+ATTRIBUTE = b"N}X\x01\0\0\0a" + global_("pathlib Path") + b"s\x86b."
+# Bytes, because Python pickles no object in this way. Most of them would change objects that read
+# later files.
 PICKLES = {
     "attribute of a stand-in class": global_("pathlib Path") + ATTRIBUTE,
     "attribute of a function": global_("torch._utils _rebuild_tensor_v2") + ATTRIBUTE,
@@ -520,13 +507,12 @@ PICKLES = {
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_no_pickle_reaches_anything(tmp_path, name):
-    before = dict(vars(pickles.StandIn)), dict(vars(pickles.Reader)), dict(
-        vars(pickles.Reader.tensor))
+    reachable = pickles.StandIn, pickles.Reader, pickles.Reader.tensor
+    before = [dict(vars(each)) for each in reachable]
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", PICKLES[name])
     refused_everywhere(tmp_path / "a.ckpt")
-    assert (dict(vars(pickles.StandIn)), dict(vars(
-        pickles.Reader)), dict(vars(pickles.Reader.tensor))) == before
+    assert [dict(vars(each)) for each in reachable] == before
 
 
 def entry(key="0", dtype=torch.float32, offset=0, shape=(4,), stride=(1,)):
@@ -534,8 +520,8 @@ def entry(key="0", dtype=torch.float32, offset=0, shape=(4,), stride=(1,)):
 
 
 @pytest.mark.parametrize("bad", [
-    entry(key="../data.pkl"), entry(key="7"), entry(shape=(5,)), entry(shape=(8,), stride=(0,)), entry(offset=1),
-    entry(offset=-1), entry(stride=(-1,)), entry(dtype=torch.float64)], ids=str)
+    entry(key="../data.pkl"), entry(key="7"), entry(shape=(5,)), entry(shape=(8,), stride=(0,)),
+    entry(offset=1), entry(offset=-1), entry(stride=(-1,)), entry(dtype=torch.float64)], ids=str)
 def test_a_tensor_that_is_not_in_the_file_is_refused(tmp_path, bad):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "a.pt")
     with pickles.torch_file(tmp_path / "a.pt") as (content, fetch):
@@ -546,19 +532,19 @@ def test_a_tensor_that_is_not_in_the_file_is_refused(tmp_path, bad):
 
 
 @pytest.mark.parametrize("offset, shape, stride", [
-    (-1, (1,), (1,)), (0.5, (), ()), (0, (-1,), (1,)), (0, ("a", 1 << 40), (1, 1)), (0, (1 << 60,), (1,)),
-    (0, (1,) * 99, (1,) * 99)])
+    (-1, (1,), (1,)), (0.5, (), ()), (0, (-1,), (1,)), (0, ("a", 1 << 40), (1, 1)),
+    (0, (1 << 60,), (1,)), (0, (1,) * 99, (1,) * 99)])
 def test_a_tensor_is_described_by_few_small_numbers(offset, shape, stride):
     with pytest.raises(pickle.UnpicklingError):
         pickles.Reader(io.BytesIO(), "a.pt").tensor(("0", torch.float32), offset, shape, stride)
 
 
 def compressed(path, data):
-    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(path.with_suffix(".new"), "w",
-                                                         zipfile.ZIP_DEFLATED) as archive:
+    new = path.with_suffix(".new")
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in plain.namelist():
             archive.writestr(name, plain.read(name))
-    path.with_suffix(".new").rename(path)
+    new.rename(path)
 
 
 @pytest.mark.parametrize("damage", [
@@ -570,14 +556,12 @@ def compressed(path, data):
     lambda path, data: zipfile.ZipFile(path, "w").close(),
     lambda path, data: torch.save({"state_dict": {}}, path, _use_new_zipfile_serialization=False),
     compressed,
-], ids=["half", "four "
-                "bytes", "empty", "garbage", "hole", "no "
-                                                     "pickle", "older than PyTorch "
-                                                               "1.6", "compressed"])
+], ids=["half", "four bytes", "empty", "garbage", "hole", "no pickle", "older than PyTorch 1.6",
+        "compressed"])
 def test_a_damaged_file_is_refused(tmp_path, damage):
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {"model.encoder.layer_norm.weight": torch.arange(100.0)}}, path)
-    assert checkpoint_settings(path)["topk"] == 10  # whole as yet
+    assert checkpoint_settings(path)["topk"] == 10  # not damaged yet
     damage(path, path.read_bytes())
     refused_everywhere(path)
 
@@ -596,8 +580,8 @@ def test_a_module_inside_itself_ends(tmp_path):
 def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
     rows = unit(torch.randn(3, 8, generator=torch.Generator().manual_seed(0))).numpy()
     np.save(tmp_path / "postcache.npy", rows.astype(dtype))
-    (tmp_path / "postcache.txt").write_text(
-        "a dog\ngeoff hinton\nfrisbee")  # the last line may lack its end
+    text = "a dog\ngeoff hinton\nfrisbee"  # the last line may lack its end
+    (tmp_path / "postcache.txt").write_text(text)
     entries, embeddings = read_cache([tmp_path / "postcache.txt"], [tmp_path / "postcache.npy"],
                                      "ViT-B/16", 8)
     assert entries == ["a dog", "geoff hinton", "frisbee"] and embeddings[:].dtype == torch.float32
@@ -606,8 +590,8 @@ def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
 
 
 def test_a_folder_a_file_and_a_name_have_identities(tmp_path):
-    (tmp_path / "ViT-B-32.pt").write_bytes(b"weights")
-    assert model.identity(str(
-        tmp_path / "ViT-B-32.pt")) == f"ViT-B-32.pt@{hashlib.sha256(b'weights').hexdigest()[:12]}"
-    assert model.identity(CLIP).startswith("clip@") and model.identity(
-        "openai/clip") == "openai/clip"
+    path, digest = tmp_path / "ViT-B-32.pt", hashlib.sha256(b"weights").hexdigest()
+    path.write_bytes(b"weights")
+    assert model.identity(str(path)) == f"ViT-B-32.pt@{digest[:12]}"
+    assert model.identity(CLIP).startswith("clip@")
+    assert model.identity("openai/clip") == "openai/clip"

@@ -1,4 +1,4 @@
-"""The miniature world: what is drawn and what is said of it agree; scores against known values."""
+"""The miniature world: drawings and captions agree; scores have known values."""
 
 import json
 import random
@@ -23,18 +23,15 @@ def some_scenes(split, n):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_caption_is_true_of_its_scene(split):
-    for scene, told in some_scenes(split, 400):
-        assert len(set(told)) == 5
-        for text in told:
+    for scene, texts in some_scenes(split, 400):
+        assert len(set(texts)) == 5
+        for text in texts:
             assert scenes.claims(text) <= scenes.truths(scene), (text, scene.groups)
             assert scenes.named(text) <= {g[0] for g in scene.groups} and scenes.named(text)
 
 
-@pytest.mark.parametrize("wrong", ["a red "
-                                   "dog", "two "
-                                          "dogs", "a dog in the "
-                                                  "snow", "a dog under a "
-                                                          "cat", "a tiny dog", "three green cats"])
+@pytest.mark.parametrize("wrong", ["a red dog", "two dogs", "a dog in the snow",
+                                   "a dog under a cat", "a tiny dog", "three green cats"])
 def test_a_false_caption_is_found_out(wrong):
     scene = scenes.Scene("beach", (("dog", "blue", 1), ("cat", "red", 1)), "next to", "", (), 0)
     assert not scenes.claims(wrong) <= scenes.truths(scene)
@@ -45,14 +42,14 @@ def test_a_thing_changes_the_picture_within_its_box_and_nowhere_else():
     for scene, _ in some_scenes("val2017", 40):
         whole = scenes.draw_scene(scene)
         for i, thing in enumerate(scene.things):
-            without = scenes.draw_scene(
-                scene._replace(things=scene.things[:i] + scene.things[i + 1:]))
+            others = scene.things[:i] + scene.things[i + 1:]
+            without = scenes.draw_scene(scene._replace(things=others))
             box = ImageChops.difference(whole, without).getbbox()
-            assert box, "a thing that is told must be seen"
-            left, top, side = ((v * scenes.SIZE) for v in (thing.x - thing.size / 2,
-                                                           thing.y - thing.size, thing.size))
-            assert left - 3 <= box[0] and top - 3 <= box[1] and box[2] <= left + side + 3 and box[
-                3] <= top + side + 3
+            assert box, "an object of the scene must be visible"
+            left, top = (thing.x - thing.size / 2) * scenes.SIZE, (thing.y - thing.size) * scenes.SIZE
+            side = thing.size * scenes.SIZE
+            assert left - 3 <= box[0] and box[2] <= left + side + 3
+            assert top - 3 <= box[1] and box[3] <= top + side + 3
 
 
 def test_relations_are_drawn_as_they_are_told():
@@ -84,10 +81,10 @@ def test_counts_colours_and_settings_are_drawn_as_they_are_written_down():
 def test_held_out_kinds_stand_where_they_should_and_nowhere_else():
     new = set(scenes.HELD_OUT)
     for split in SPLITS:
-        for scene, told in some_scenes(split, 300):
+        for scene, texts in some_scenes(split, 300):
             kinds = {g[0] for g in scene.groups}
             if split in ("train2017", "val2017"):
-                assert not kinds & new and not any(scenes.named(text) & new for text in told)
+                assert not kinds & new and not any(scenes.named(text) & new for text in texts)
             elif split == "near":
                 assert len(kinds & new) == 1 and kinds - new
             else:
@@ -126,33 +123,32 @@ def test_objects_count_synonyms_and_plurals():
 
 def test_a_copy_of_a_reference_scores_best_and_nonsense_zero():
     rng = random.Random(0)
-    told = [list(scenes.captions(scenes.make_scene(rng, list(KINDS)), rng)) for _ in range(30)]
-    perfect, bleu = measure.coco_scores([t[0] for t in told], told)
-    one, _ = measure.reference_score(told)
+    references = [scenes.captions(scenes.make_scene(rng, list(KINDS)), rng) for _ in range(30)]
+    perfect, bleu = measure.coco_scores([texts[0] for texts in references], references)
+    one, _ = measure.reference_score(references)
     assert bleu == pytest.approx(1) and perfect > 1.5 * one > 0
-    assert measure.coco_scores(["xyzzy"] * 30, told)[0] == 0
+    assert measure.coco_scores(["xyzzy"] * 30, references)[0] == 0
 
 
 def test_scores_equal_published_ones():
-    """Two candidates of which one is its own reference: BLEU-4 by hand."""
+    """BLEU-4 by hand, for two captions of which one equals its reference."""
     captions = ["a cat sits on the mat today", "a dog runs"]
-    _, bleu = measure.coco_scores(captions,
-                                  [["a cat sits on the mat today"], ["the dog runs fast"]])
+    references = [["a cat sits on the mat today"], ["the dog runs fast"]]
+    _, bleu = measure.coco_scores(captions, references)
     # n-gram matches 9/10, 7/8, 5/6, 4/4 (the second has no 4-gram); brevity exp(1 - 11/10)
     assert bleu == pytest.approx((0.9 * 0.875 * 5 / 6 * 1)**0.25 * 2.718281828**(1 - 11 / 10),
                                  abs=1e-4)
 
 
 def test_perfect_tables_hold_true_entries_and_random_ones_any():
-    entries = [e for _, told in some_scenes("val2017", 60) for text in told
-               for e in text.split()] + ["red dog", "two cats"]
-    entries, rng = sorted(set(entries)), random.Random(0)
+    words = {word for _, texts in some_scenes("val2017", 60) for text in texts
+             for word in text.split()}
+    entries, rng = sorted(words | {"red dog", "two cats"}), random.Random(0)
     for i, (scene, _) in enumerate(some_scenes("val2017", 30)):
         described = json.loads(json.dumps({"image_id": i, **scene._asdict()}))
         table = measure.perfect_table(described, entries, 8, rng)
-        assert table and all(
-            scenes.claims(entry) and scenes.claims(entry) <= scenes.truths(scene)
-            for entry in table)
+        assert table and all(scenes.claims(entry) for entry in table)
+        assert all(scenes.claims(entry) <= scenes.truths(scene) for entry in table)
         assert len(set(measure.random_table(described, entries, 8, rng))) == 8
 
 
@@ -161,23 +157,20 @@ def test_noise_keeps_to_words_of_the_text_and_lists_in_order():
     for _ in range(200):
         text = build.bart_text(rng)
         kept = [word for word in build.noised(rng, text).split() if word != "<mask>"]
-        assert not {word.rstrip(".")
-                    for word in kept} - {word.rstrip(".")
-                                         for word in text.split()}  # sentences may be parted
+        words = {word.rstrip(".") for word in text.split()}  # noise can part sentences
+        assert {word.rstrip(".") for word in kept} <= words
         if "|" in text.split():
             words = iter(text.split())
             assert all(word in words for word in kept)  # a subsequence
 
 
 def test_fragment_losses_fall_as_true_fragments_rise():
-    truth = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0,
-                                            0.0]])  # the third fragment is true of nothing
+    truth = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # the third fragment is always false
     plain = names_kind = torch.ones(3, dtype=torch.bool)
-    right = [loss.item() for loss in build.fragment_losses(20 * truth, truth, plain, names_kind)]
-    wrong = [
-        loss.item() for loss in build.fragment_losses(20 * truth.flip(0), truth, plain, names_kind)
-    ]
-    assert all(abs(loss) < 1e-3 for loss in right) and all(loss > 5 for loss in wrong)
+    right = build.fragment_losses(20 * truth, truth, plain, names_kind)
+    wrong = build.fragment_losses(20 * truth.flip(0), truth, plain, names_kind)
+    assert all(abs(loss.item()) < 1e-3 for loss in right)
+    assert all(loss.item() > 5 for loss in wrong)
 
 
 @pytest.mark.slow
@@ -187,8 +180,8 @@ def test_built_models_load_as_the_real_ones_do(tmp_path):
     build.build_gpt(tmp_path, minutes=1e-4, seed=0, resume=False)
     clip, captioner = Clip(str(tmp_path / "clip")), Captioner(str(tmp_path / "bart"))
     assert clip.encode_texts(["a dog", "a penguin"]).shape == (2, clip.dim)
-    assert clip.encode_images([scenes.draw_scene(scenes.split_scene("out", 0,
-                                                                    0)[0])]).shape == (1, clip.dim)
+    scene, _ = scenes.split_scene("out", 0, 0)
+    assert clip.encode_images([scenes.draw_scene(scene)]).shape == (1, clip.dim)
     assert len(captioner.beam(captioner.tokenize(["a dog | "], 16))[0]) == 3
     assert (tmp_path / "gpt" / "model.safetensors").is_file()
 
@@ -197,14 +190,13 @@ def test_bad_folders_end_in_one_sentence(script, tmp_path):
     (tmp_path / "file").write_text("")
     for name, flag in (("snowglobe.scenes", "--datadir"), ("snowglobe.measure", "--folder")):
         run = script(name, flag, tmp_path / "file" / "folder")
-        assert run.code == 2 and run.err.startswith("error: ") and run.err.count(
-            "\n") == 1 and "folder" in run.err
+        assert run.code == 2 and run.err.startswith("error: ")
+        assert run.err.count("\n") == 1 and "folder" in run.err
 
 
 def test_the_world_is_drawn_by_the_command_to_the_end(tmp_path):
-    """With its pool of processes, which the tests' other worlds do without."""
-    subprocess.run([
-        sys.executable, "-m", "snowglobe.scenes", "--datadir", tmp_path, "--train", "40", "--val",
-        "5"
-    ], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    """The command uses a pool of processes; the other worlds of the tests do not."""
+    command = [sys.executable, "-m", "snowglobe.scenes", "--datadir", tmp_path, "--train", "40",
+               "--val", "5"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
     assert len(list((tmp_path / "train2017").glob("*.png"))) == 40

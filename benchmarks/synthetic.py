@@ -1,8 +1,8 @@
-"""Models of real sizes with random weights, and texts and pictures as long and as large as real
-ones: nothing is fetched.
+"""Models of real sizes with random weights, and texts and images of real lengths and sizes, so that
+nothing is downloaded.
 
-What a word is does not matter for speed; how many tokens a text has does, and so does how soon
-samples part.
+The words do not matter for speed. The number of tokens in a text does, and so does the length of
+the prefixes that samples share.
 """
 
 import functools
@@ -24,8 +24,8 @@ from transformers import (
 
 from utils import linearize
 
-# Shares of texts with 1, 2, 3 ... tokens, as CLIP's tokenizer splits COCO's captions of val2017 and
-# what is mined from them.
+# Shares of texts with 1, 2, 3 ... tokens of CLIP's tokenizer: COCO's captions of val2017, and the
+# n-grams mined from them.
 NGRAM_LENGTHS = (0.31, 0.65, 0.035, 0.005)
 CAPTION_LENGTHS = (*[0] * 6, 0.005, 0.04, 0.15, 0.2, 0.19, 0.155, 0.1, 0.06, 0.035, 0.025, 0.015,
                    0.01, 0.005, 0.005, 0.005)
@@ -33,19 +33,19 @@ CAPTION_LENGTHS = (*[0] * 6, 0.005, 0.04, 0.15, 0.2, 0.19, 0.155, 0.1, 0.06, 0.0
 
 @functools.cache
 def folder():
-    """A temporary folder for models and pictures. It goes when Python ends."""
+    """A temporary folder for models and images, deleted when Python ends."""
     folder.keep = tempfile.TemporaryDirectory(prefix="benchmarks-")
     return Path(folder.keep.name)
 
 
 def texts(n, lengths, seed):
-    """n distinct texts of made-up words, of which each is one token. lengths: shares of texts with
-    1, 2, 3 ... words."""
-    rng, found = random.Random(seed), {}
-    while len(found) < n:
+    """n distinct texts of artificial words, each of which is one token. lengths: shares of texts
+    with 1, 2, 3 ... words."""
+    rng, distinct = random.Random(seed), {}
+    while len(distinct) < n:
         [length] = rng.choices(range(1, len(lengths) + 1), lengths)
-        found[" ".join(f"w{rng.randrange(20000)}" for _ in range(length))] = None
-    return list(found)
+        distinct[" ".join(f"w{rng.randrange(20000)}" for _ in range(length))] = None
+    return list(distinct)
 
 
 def ngrams(n):
@@ -57,14 +57,14 @@ def captions(n):
 
 
 def tables(n):
-    """n tables of 10 entries each, linearized."""
+    """n tables of 10 entries each, as texts."""
     entries = ngrams(10 * n)
     return [linearize(entries[i:i + 10]) for i in range(0, 10 * n, 10)]
 
 
 def save_tokenizer(path, specials, size, unknown, longest, **names):
-    """A tokenizer for which a word is a token. specials: {token: id}; words fill the other ids
-    below size, "|" first."""
+    """Saves a tokenizer for which each word is a token. specials: {token: id}. Words get the other
+    ids below size, "|" the first of them. longest: most tokens of a text."""
     free = [i for i in range(size) if i not in specials.values()]
     vocabulary = specials | dict(zip(["|", *(f"w{i}" for i in range(size))], free))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
@@ -80,14 +80,14 @@ def save_tokenizer(path, specials, size, unknown, longest, **names):
 
 @functools.cache
 def clip_folder(small):
-    """A CLIP as save_pretrained leaves it: ViT-B/16, or one of two narrow layers."""
+    """The folder of a saved CLIP: ViT-B/16, or with small a model of two narrow layers."""
     torch.manual_seed(0)
-    path = folder() / "clip"
-    sizes = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2
-    } if small else {}
-    CLIPModel(CLIPConfig(text_config=sizes, vision_config={"patch_size": 16,
-                                                           **sizes})).save_pretrained(path)
+    path, sizes = folder() / "clip", {}
+    if small:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                 "num_attention_heads": 2}
+    config = CLIPConfig(text_config=sizes, vision_config={"patch_size": 16, **sizes})
+    CLIPModel(config).save_pretrained(path)
     save_tokenizer(path, {"<|startoftext|>": 49406, "<|endoftext|>": 49407}, 49408, "w0", 77,
                    bos_token="<|startoftext|>", eos_token="<|endoftext|>",
                    pad_token="<|endoftext|>")
@@ -97,15 +97,15 @@ def clip_folder(small):
 
 @functools.cache
 def bart_folder(size):
-    """A BART as save_pretrained leaves it: "base", "large", or "small", of one narrow layer."""
+    """The folder of a saved BART. size: "base", "large", or "small" with one narrow layer."""
     torch.manual_seed(0)
     path = folder() / size
     layers, width = {"small": (1, 128), "base": (6, 768), "large": (12, 1024)}[size]
-    bart = BartForConditionalGeneration(
-        BartConfig(encoder_layers=layers, decoder_layers=layers, d_model=width,
-                   encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
-                   encoder_attention_heads=width // 64,
-                   decoder_attention_heads=width // 64)).eval()
+    config = BartConfig(
+        encoder_layers=layers, decoder_layers=layers, d_model=width, encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width, encoder_attention_heads=width // 64,
+        decoder_attention_heads=width // 64)
+    bart = BartForConditionalGeneration(config).eval()
     with torch.no_grad():
         write_captions(bart)
     bart.save_pretrained(path)
@@ -116,39 +116,40 @@ def bart_folder(size):
 
 
 def write_captions(bart):
-    """Makes random weights write as a captioner does in what decides speed: captions end as COCO's
-    do, and words follow a power law, at about 2 nats a word, so that samples part about as soon as
-    those of a trained model.
+    """Changes random weights in place, so that generation takes as long as with trained weights.
+
+    Captions have the lengths of COCO's. Words follow a power law with about 2 nats a word, so that
+    samples share prefixes about as long as those of a trained model.
     """
     decoder, bias, end = bart.get_decoder(), bart.final_logits_bias[0], bart.config.eos_token_id
     bias[:] = -2 * torch.arange(-2, len(bias) - 2).clamp(min=1).log()
     bias[[0, 1, 2, 3, -1]] = -30  # never drawn: <s>, <pad>, </s>, <unk>, <mask>
-    decoder.embed_positions.weight.mul_(
-        10)  # else each word calls for itself again, for input and output share their weights
-    # The output's row of </s>: solved for, so that behind each number of words the right share of
+    # Without this, each word would repeat itself, because input and output share their weights.
+    decoder.embed_positions.weight.mul_(10)
+    # The output's row of </s> is fitted so that after each number of words the right share of
     # captions ends.
-    tables, words = torch.randint(5, 20000, (16, 32)), bias.softmax(0).multinomial(
-        512, replacement=True).view(16, 32)
+    tables = torch.randint(5, 20000, (16, 32))
+    words = bias.softmax(0).multinomial(512, replacement=True).view(16, 32)
     tables[:, 3::3] = 4  # the bar
     tables[:, 0], tables[:, -1], words[:, 0], words[:, 1] = 0, end, end, 0
     bias[end] = 0
-    share = torch.tensor([0.0, *CAPTION_LENGTHS,
-                          *[0.0] * 32])[:30]  # of captions with 0, 1, 2 ... words
-    ending = (share / share.flip(0).cumsum(0).flip(0)).nan_to_num(0.9).clamp(
-        1e-6, 0.9)  # of those that are as long
-    for _ in range(2):  # the row is an input, too
+    # Shares of captions with 0, 1, 2 ... words, of all captions and of those at least as long.
+    share = torch.tensor([0.0, *CAPTION_LENGTHS, *[0.0] * 32])[:30]
+    ending = (share / share.flip(0).cumsum(0).flip(0)).nan_to_num(0.9).clamp(1e-6, 0.9)
+    for _ in range(2):  # twice, because the row is also an input
         encoded = bart.get_encoder()(tables).last_hidden_state
         hidden = decoder(input_ids=words, encoder_hidden_states=encoded).last_hidden_state[:, 1:31]
         logits = hidden @ bart.lm_head.weight.T + bias  # (16, 30, vocabulary)
         logits[..., end] = -torch.inf
         wanted = ending.logit() + logits.logsumexp(-1).mean(0)  # (30,)
-        bart.lm_head.weight[end] = torch.linalg.lstsq(hidden.mean(0), wanted[:, None]).solution[:,
-                                                                                                0]
+        solution = torch.linalg.lstsq(hidden.mean(0), wanted[:, None]).solution  # (dim, 1)
+        bart.lm_head.weight[end] = solution[:, 0]
 
 
 def pictures(n):
-    """Paths of n JPEG files of COCO's size."""
-    paths, generator = [folder() / f"{i}.jpg" for i in range(n)], torch.Generator().manual_seed(0)
+    """Writes n JPEG files of COCO's size. Returns their paths."""
+    generator = torch.Generator().manual_seed(0)
+    paths = [folder() / f"{i}.jpg" for i in range(n)]
     for path in paths:
         pixels = torch.randint(256, (30, 40, 3), dtype=torch.uint8, generator=generator)
         Image.fromarray(pixels.numpy()).resize((640, 480)).save(path)
