@@ -1,9 +1,9 @@
-"""Makes a cache: mines n-grams from captions, or takes a list of entries, and encodes them by CLIP.
+"""Makes a cache: mines n-grams from captions, or reads a list of entries, and encodes them by CLIP.
 
     python compute_cache.py --datadir coco --textfile cache.txt --embfile cache.npy
     python compute_cache.py --entries words.txt --textfile mine.txt --embfile mine.npy
 
-It also changes a cache that exists, and encodes only what is new:
+It also changes an existing cache, and encodes only the new entries:
 
     python compute_cache.py --textfile mine.txt --embfile mine.npy --add "Geoff Hinton" --remove dog
 
@@ -55,7 +55,7 @@ def parse():
                         help="text files, one sentence a line, that are mined instead")
     source.add_argument("--entries", metavar="FILE", help="list of entries, one a line, instead")
 
-    change = parser.add_argument_group("changes to a cache that exists")
+    change = parser.add_argument_group("changes to an existing cache")
     change.add_argument("--add", nargs="+", default=[], metavar="TEXT", help="entries to add")
     change.add_argument("--add_from", metavar="FILE", help="list of entries to add, one a line")
     change.add_argument("--remove", nargs="+", default=[], metavar="TEXT", help="entries to remove")
@@ -91,12 +91,12 @@ def parse():
                           'as "a photo of " (default: none; in a change, that of the cache)')
     add_clip_flag(encoding)
     encoding.add_argument("--batch_size", type=int, default=128,
-                          help="entries a batch, per process (default %(default)s)")
+                          help="entries per batch, per process (default %(default)s)")
     add_device_flags(encoding, "float32", "arithmetic of CLIP; bfloat16 is twice as fast where the "
                      "hardware computes in it, with cosines above .999 to float32's", ("float16",))
     encoding.add_argument("--bf16", action=Renamed, new="--dtype bfloat16", nargs=0, const=True)
     args = parser.parse_args()
-    if args.dtype == "float16":  # as the numbers of --embfile were asked for
+    if args.dtype == "float16":  # the old flag for the numbers in --embfile
         warn_renamed("--dtype float16", "--emb_dtype float16")
         args.dtype, args.emb_dtype = "float32", "float16"
     if args.bf16:
@@ -105,7 +105,7 @@ def parse():
 
 
 def sources(args):
-    """What a new cache is made from, a list; empty where one that exists is changed or indexed."""
+    """The sources of a new cache; an empty list where an existing one is changed or indexed."""
     return [source for source in (args.datadir, args.corpus, args.entries) if source is not None]
 
 
@@ -113,9 +113,9 @@ def check(args):
     """Raises InputError for arguments that cannot work, before anything is loaded."""
     tasks = len(sources(args)) + bool(args.add or args.add_from or args.remove)
     if tasks > 1 or not tasks and not args.index:
-        raise InputError("a new cache needs exactly one of --datadir, --corpus and --entries; one "
-                         "that exists is changed by --add, --add_from and --remove, and indexed by "
-                         "--index")
+        raise InputError("a new cache needs exactly one of --datadir, --corpus and --entries; an "
+                         "existing one is changed by --add, --add_from and --remove, and indexed "
+                         "by --index")
     require_at_least(1, args, "topk", "batch_size")
     require_at_least(0, args, "ncaptions")
     if args.queries and not args.index:
@@ -123,7 +123,8 @@ def check(args):
 
 
 def check_outputs(args):
-    """Raises InputError where a file is missing, or could not be written after hours of work."""
+    """Raises InputError where an input is missing or an output cannot be written, before any work.
+    """
     outputs = [args.textfile, args.embfile] + ([args.index] if args.index else [])
     for path in outputs:
         output_folder(Path(path).parent)
@@ -142,7 +143,7 @@ def check_outputs(args):
 
 
 def read_source(args):
-    """(lines of a new cache's source, its name). Raises InputError."""
+    """Returns (lines of the new cache's source, its name). Raises InputError where it has none."""
     if args.entries is not None:
         lines, name = read_lines(args.entries, "list of entries"), args.entries
     elif args.corpus is not None:
@@ -153,7 +154,7 @@ def read_source(args):
         lines = [caption for picture in pictures for caption in picture.captions]
         name = f"{args.split} of {args.datadir}"
     if not lines:
-        raise InputError(f"there is no text in {name}, so there is nothing to make a cache of")
+        raise InputError(f"there is no text in {name} to make a cache of")
     return lines, name
 
 
@@ -190,7 +191,7 @@ def load_clip(args):
 
 
 def make_cache(args):
-    """Writes a new cache: reads captions, mines n-grams, encodes them. Raises InputError."""
+    """Reads captions, mines n-grams, encodes them and writes the cache. Raises InputError."""
     lines, source = read_source(args)
     from antarctic.cache import write_cache
     from antarctic.features import text_features
@@ -202,7 +203,7 @@ def make_cache(args):
             lines = random.Random(args.seed).sample(lines, min(args.ncaptions, len(lines)))
         entries = mine(lines, args.topk, args.min_count)
     if not entries:
-        raise InputError(f"there is no word in {source}, so there is nothing to make a cache of")
+        raise InputError(f"there is no word in {source} to make a cache of")
     prefix, embfile = args.prefix or "", Path(args.embfile)
     key = fingerprint([clip.identity, entries, prefix, args.batch_size, str(clip.dtype)])
     part = embfile.with_name(f".{embfile.name}.{key}.part")
@@ -210,14 +211,15 @@ def make_cache(args):
     if rank_and_world()[0] > 0:
         return
     write_cache(args.textfile, embfile, entries, vectors, clip.identity, prefix, args.emb_dtype)
-    for part in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):  # also abandoned ones
+    # These are the vectors of this run, and of stopped runs with other settings.
+    for part in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):
         part.unlink()
     print(f"wrote {len(entries):,} entries to {args.textfile} and {args.embfile} "
           f"(CLIP {clip.identity}, {clip.device})")
 
 
 def update_cache(args):
-    """Adds entries to a cache and takes others out. Raises InputError."""
+    """Adds entries to a cache and removes others. Raises InputError."""
     add = [" ".join(entry.split()) for entry in args.add]
     if args.add_from:
         add += read_lines(args.add_from, "list of entries")
@@ -239,7 +241,7 @@ def main():
     rank = rank_and_world()[0]
     if sources(args):
         make_cache(args)
-    elif (args.add or args.add_from or args.remove) and rank == 0:  # too few entries to share
+    elif (args.add or args.add_from or args.remove) and rank == 0:  # too few entries to split
         update_cache(args)
     if args.index and rank == 0:
         from antarctic.index import build_index

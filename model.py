@@ -1,5 +1,9 @@
-"""The method as objects: Clip (images and texts to unit vectors), Captioner (BART: table to
-caption) and Model, which composes them: image, table, candidates, CLIP's choice."""
+"""The method as objects.
+
+Clip turns images and texts into unit vectors. Captioner is BART: it writes captions from tables,
+and its layernorms are trained. Model composes both with a cache: an image becomes a table, the
+table candidates, and CLIP chooses the caption.
+"""
 
 import contextlib
 from dataclasses import replace
@@ -45,64 +49,65 @@ from utils import (
     seed_of,
 )
 
-MANY = 4096  # images for whose tables a bfloat16 copy of the embeddings pays
+MANY = 4096  # images whose tables are worth a bfloat16 copy of the embeddings
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+
 
 # --------------------------------------------------------------------------------------------- CLIP
 
 class Clip:
     """A frozen CLIP, SigLIP or SigLIP 2 with its preprocessing.
 
-    name: one of CLIP_NAMES, a hub id, a folder, or a .pt file of OpenAI's. identity: the stamp of
-    caches made with it. dim: of its vectors. dtype: of weights and arithmetic; in torch.bfloat16
-    the vectors have cosines above .999 with float32's. Raises InputError where it cannot be loaded.
+    name: one of CLIP_NAMES, a hub id, a folder, or one of OpenAI's .pt files. dtype: weights and
+    arithmetic; in torch.bfloat16 the vectors have cosines above .999 with those of float32.
+    Attributes: identity, the stamp of the caches that it encodes; dim, the width of its vectors.
+    Raises InputError where the model cannot be loaded.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32):
-        name = CLIP_NAMES.get(name, name)
-        what = "CLIP model"
+        name, kind = CLIP_NAMES.get(name, name), "CLIP model"
         if Path(name).is_file():
             model, self.tokenizer, self.processor = load_openai_clip(name)
         else:
-            fetch(
-                name, what,
-                ("weights", "tokenizer", "processor"))  # all at once, so that its size is told once
-            model = load(AutoModel, name, what, dtype=torch.float32)
-            if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-                raise InputError(
-                    f"the CLIP model {name} has no image and text features: it is no CLIP")
-            self.tokenizer = load_tokenizer(name, what)
-            # Where torchvision is installed, transformers would resize with it, to other pixels.
-            processor = load(AutoImageProcessor, name, what, backend="pil")
+            # All parts at once: the size of the download is printed before it starts.
+            fetch(name, kind, ("weights", "tokenizer", "processor"))
+            model = load(AutoModel, name, kind, dtype=torch.float32)
+            if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+                raise InputError(f"the CLIP model {name} has no image and text features: "
+                                 f"it is no CLIP")
+            self.tokenizer = load_tokenizer(name, kind)
+            # With torchvision installed, transformers would resize by it, to other pixels.
+            processor = load(AutoImageProcessor, name, kind, backend="pil")
             self.processor = openai_preprocessor(processor)
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.identity, self.device, self.dtype = identity(name), device, dtype
         config = self.model.config
         self.max_length = config.text_config.max_position_embeddings
-        # SigLIP was trained on lower-cased texts, padded to full length without a mask, and is read
-        # at the last place.
+        self.dim, self.padding = getattr(config, "projection_dim", None), {}
+        # SigLIP was trained on lower-cased texts, padded to full length without a mask, and its
+        # text vector is that of the last place.
         self.siglip = config.model_type.startswith("siglip")
-        self.padding = dict(padding="max_length", max_length=self.max_length,
-                            return_attention_mask=False) if self.siglip else {}
-        self.dim = config.text_config.projection_size if self.siglip else config.projection_dim
+        if self.siglip:
+            self.dim = config.text_config.projection_size
+            self.padding = {"padding": "max_length", "max_length": self.max_length,
+                            "return_attention_mask": False}
 
     @torch.inference_mode()
     def encode_images(self, images):
-        """images: PIL images (RGB). Returns unit vectors, float32 (len(images), dim), on the
-        CPU."""
-        batch = self.processor(images=images,
-                               return_tensors="pt")  # pixel_values (B, 3, H, W); NaFlex: more
+        """Unit vectors of B PIL images (RGB), float32 (B, dim), on the CPU."""
+        # pixel_values (B, 3, H, W); of SigLIP 2 NaFlex also masks and sizes
+        batch = self.processor(images=images, return_tensors="pt")
         return unit(self.model.get_image_features(**batch.to(self.device, self.dtype)))
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=128, progress=None):
-        """Returns unit vectors, float32 (len(texts), dim), on the CPU, in the order of texts.
+        """Unit vectors of N texts, float32 (N, dim), on the CPU. progress: a bar's name, or None.
 
-        Texts are sorted by length and each batch is trimmed to its longest. That is exact: the text
-        tower is causal and is read at the end token, so padding behind it changes nothing. Not so
-        SigLIP's, which gets its full length.
+        Texts are sorted by length and each batch is trimmed to its longest. This is exact: the text
+        tower is causal and its vector is that of the end token, so padding behind it changes
+        nothing. SigLIP's tower is not causal and reads texts at full length.
         """
         texts = [text.lower() if self.siglip else text for text in texts]
         if not texts:
@@ -120,27 +125,25 @@ class Clip:
 
 
 def unit(output):
-    """Features of transformers 4 (a tensor) or 5 (an object) as float32 unit vectors (B, dim) on
-    the CPU."""
+    """Features as float32 unit vectors (B, dim) on the CPU. output: a tensor, or transformers'
+    object that holds it."""
     features = output if torch.is_tensor(output) else output.pooler_output
     return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
 
 
 # ---------------------------------------------------------------------------------------- captioner
 
-
-
 class Captioner:
-    """A sequence-to-sequence language model that writes captions from tables.
+    """A BART that writes captions from tables.
 
-    name: a hub id or folder of a BART. dtype: of the arithmetic (torch.float32, or torch.bfloat16
-    by autocast); the weights are float32.
+    name: a hub id or folder. dtype: the arithmetic, torch.float32, or torch.bfloat16 by autocast;
+    the weights are float32. maxlen_enc, maxlen_dec: tokens of a table and of a caption at most.
+    Raises InputError where the model cannot be loaded, or has fewer positions.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=MAXLEN_ENC,
                  maxlen_dec=MAXLEN_DEC):
-        # On a CPU in bfloat16 a training step with the fused attention takes twice as long as with
-        # the plain one.
+        # On a CPU in bfloat16, a training step with fused attention takes twice as long.
         attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
         fetch(name, "language model", ("weights", "tokenizer"))
         self.model = load(AutoModelForSeq2SeqLM, name, "language model", dtype=torch.float32,
@@ -150,18 +153,15 @@ class Captioner:
         self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
         longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)
         if min(maxlen_enc, maxlen_dec) < 3:
-            raise InputError(
-                f"--maxlen_enc {maxlen_enc} and --maxlen_dec {maxlen_dec} must be at least 3: two "
-                "tokens are no text"
-            )
+            raise InputError(f"--maxlen_enc {maxlen_enc} and --maxlen_dec {maxlen_dec} must be at "
+                             f"least 3: two tokens are no text")
         if max(maxlen_enc, maxlen_dec) > longest:
-            raise InputError(
-                f"the language model {name} reads and writes {longest} tokens at most; "
-                f"--maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for more")
+            raise InputError(f"the language model {name} reads and writes {longest} tokens at "
+                             f"most; --maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for "
+                             f"more")
 
     def train_only(self, wanted):
-        """Freezes all parameters but those whose name wanted(name) picks. Returns {name: parameter}
-        of the trained."""
+        """Freezes all parameters except those with wanted(name): {name: parameter} of these."""
         trained = {}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(wanted(name))
@@ -182,33 +182,27 @@ class Captioner:
         return self.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
 
     def pad(self, rows):
-        """Lists of token ids to {input_ids, attention_mask}, each int64 (B, longest)."""
+        """B lists of token ids as {input_ids, attention_mask}, each int64 (B, longest)."""
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
 
     def loss(self, tables, captions):
-        """Mean cross-entropy a caption token. tables, captions: lists of token ids, one pair an
-        image.
+        """Mean cross-entropy per caption token. tables, captions: B lists of token ids.
 
-        The decoder's input is the model's own shift of the labels, so that training and generation
+        The model shifts the labels itself to get the decoder's input, so training and generation
         start alike.
         """
-        labels = self.pad(captions)
-        labels = labels["input_ids"].masked_fill(labels["attention_mask"] == 0,
-                                                 -100)  # (B, caption)
+        batch = self.pad(captions)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)  # (B, caption)
         with self.autocast():
             return self.model(**self.pad(tables), labels=labels).loss
 
     @torch.inference_mode()
     def beam(self, tables, num_beams=3, num_return_sequences=3):
-        """Beam search. tables: lists of token ids. Returns for each table a list of (text,
-        likelihood), best first.
+        """Beam search: for each table a list of (text, likelihood), best first.
 
-        likelihood: mean log-probability a token; <s>, and </s> at the greatest length, are forced
-        and cost nothing. The captions are those of transformers' generate() with
-        early_stopping=False: a table is done when it has num_beams captions and no open beam is
-        more likely a token than the worst of them; a single beam is done at its first caption. A
-        table that is done leaves the batch, where generate() computes on until all of them are.
-        Raises InputError where the vocabulary is smaller than two tokens a beam.
+        tables: B lists of token ids. likelihood: the mean log-probability per token. The captions
+        are those of transformers' generate() with early_stopping=False, see beam_search. Raises
+        InputError where the vocabulary has fewer than two tokens a beam.
         """
         if 2 * num_beams > self.model.config.vocab_size:
             raise InputError(f"--num_beams {num_beams} is too wide for a language model of "
@@ -220,12 +214,12 @@ class Captioner:
 
     @torch.inference_mode()
     def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
-        """n independent samples of one image's caption: a list of (text, likelihood, how many of
-        the n it is), each sequence of tokens once.
+        """n independent samples for one table, each distinct sequence of tokens once: a list of
+        (text, likelihood, count), whose counts sum to n.
 
-        table: token ids. The likelihood is the model's own, as beam gives it, before temperature
-        and nucleus. The same seed gives the same samples. Samples that begin alike share their
-        beginning; chunk: rows of the decoder at a time, which bounds the memory, see sample_tree.
+        table: a list of token ids. likelihood: as of beam(), before temperature and nucleus. The
+        same seed gives the same samples. chunk: rows of the decoder at a time, which bounds the
+        memory. Samples that begin alike are computed once, see sample_tree.
         """
         with self.autocast():
             finished = sample_tree(self.model, self.pad([table]), n, temperature, top_p,
@@ -235,26 +229,26 @@ class Captioner:
 
     def decode(self, sequences):
         """Texts of token ids (B, length), without special tokens."""
-        return [
-            " ".join(text.split())
-            for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        ]
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
 
 
 def rescore(clip, features, candidates):
-    """CLIP's cosine of each candidate with its image; a text that comes several times is encoded
-    once.
+    """CLIP's cosine of each candidate with its image: B lists of floats.
 
-    features: (B, dim) unit vectors. candidates: B lists of texts. Returns B lists of floats.
+    features: (B, dim), unit vectors. candidates: B lists of texts; equal ones are encoded once.
     """
     distinct = list(dict.fromkeys(text for texts in candidates for text in texts))
-    vectors = clip.encode_texts(distinct)
-    place = {text: row for row, text in enumerate(distinct)}
-    return [(vectors[[place[t] for t in texts]] @ image).tolist() if texts else []
-            for image, texts in zip(features, candidates)]
+    vectors = clip.encode_texts(distinct)  # (distinct, dim)
+    row_of = {text: row for row, text in enumerate(distinct)}
+    cosines = []
+    for image, texts in zip(features, candidates):
+        rows = torch.tensor([row_of[text] for text in texts], dtype=torch.long)
+        cosines.append((vectors[rows] @ image).tolist())
+    return cosines
 
 
-# ------------------------------------------------------------------------------------ the method
+# --------------------------------------------------------------------------------------- the method
 
 class Caption(NamedTuple):
     """An image's caption with all that it came from. Cosines and likelihoods have 5 digits."""
@@ -262,18 +256,18 @@ class Caption(NamedTuple):
     caption: str  # "" where every candidate held a banned word
     score: float  # CLIP's cosine of caption and image
     table: list  # (entry, cosine) of the topk, best first
-    candidates: list  # (text, cosine, likelihood: mean log-probability a token), best first
+    candidates: list  # (text, cosine, likelihood), best first
 
 
 class Model:
     """The method: a frozen CLIP, a cache of entries, and BART, of which the layernorms are trained.
 
-    An image becomes a caption in four steps, which caption() takes one after the other:
+    An image becomes a caption in four steps, and caption() takes all four:
 
-        features = model.features(images)         float32 (n, dim): CLIP's unit vectors
-        tables = model.tables(features)           the topk entries nearest to each image, best first
-        candidates = model.candidates(tables)     BART writes captions from the linearized tables
-        captions = model.choose(features, tables, candidates)    CLIP rescores them: the best wins
+        features = model.features(images)       # float32 (n, dim): CLIP's unit vectors
+        tables = model.tables(features)         # n lists: the topk nearest entries, best first
+        candidates = model.candidates(tables)   # n dicts: what BART writes from each table
+        captions = model.choose(features, tables, candidates)   # n Captions: CLIP's choice
 
     The vocabulary is the cache: add_words() lays new entries over it, with no training.
     Attributes: clip, a Clip; captioner, a Captioner; entries, a list of N texts; embeddings, their
@@ -282,29 +276,29 @@ class Model:
 
     def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=None,
                  banned=None, prefix="", search=search):
-        """banned: a pattern of texts that no caption may hold, or None. prefix: what stands before
-        an entry when CLIP encodes it. search: cache.search, or Index.search."""
+        """banned: a pattern that no caption may match, or None. prefix: the text before each entry
+        when CLIP encodes it. search: cache.search, or Index.search."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
-        self.topk, self.decoding, self.banned, self.prefix = topk, decoding or Decoding(
-        ), banned, prefix
+        self.topk, self.decoding = topk, decoding or Decoding()
+        self.banned, self.prefix = banned, prefix
 
     @classmethod
     def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,
              embfile=None, index=None, only=None, ban=None, topk=None, maxlen_enc=None,
              maxlen_dec=None, device="auto", dtype="auto", **decoding):
-        """A Model by the sampler's flags, which have the same names, meanings and defaults here.
+        """Loads a Model. The arguments are the sampler's flags, with the same defaults.
 
         textfile, embfile: lists of paths. ckpt: "none" for BART as pretrained. only, ban: lists of
-        words. topk, maxlen_enc, maxlen_dec: where they are None, the checkpoint's. decoding: the
-        fields of utils.Decoding. Raises InputError where a file is missing or does not fit.
+        words. topk, maxlen_enc, maxlen_dec: None takes the checkpoint's. decoding: the fields of
+        utils.Decoding. Raises InputError where a file is missing or does not fit the others.
         """
         decoding = Decoding(**decoding)
         textfile, embfile = choose_cache(textfile, embfile, isfile)
         ckpt = choose_checkpoint(ckpt, isfile)
         device = choose_device(device)
         settings = {"topk": TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
-        if ckpt:  # it knows the table and the lengths that it was trained with
+        if ckpt:  # it holds the sizes of the tables and texts that it was trained with
             settings = checkpoint_settings(existing_file(ckpt, "checkpoint"))
         topk, maxlen_enc = topk or settings["topk"], maxlen_enc or settings["maxlen_enc"]
         maxlen_dec = maxlen_dec or settings["maxlen_dec"]
@@ -327,10 +321,10 @@ class Model:
         return f"{self.captioner.identity} on {self.captioner.device}, {dtype}"
 
     def add_words(self, words):
-        """Lays entries over the cache, in memory alone. Returns those that were not there before.
+        """Lays entries over the cache, in memory only. Returns the new ones, a list.
 
-        words: texts, such as ["Geoff Hinton"]. They are encoded by CLIP with the cache's prefix.
-        Raises InputError where a word is banned, or longer than an entry may be.
+        words: texts, such as ["Geoff Hinton"]. CLIP encodes them with the cache's prefix. Raises
+        InputError where a word is banned, or longer than an entry may be.
         """
         words = dict.fromkeys(one_line(word, "add_words") for word in words)
         if banned := [word for word in words if self.banned and self.banned.search(word)]:
@@ -344,110 +338,106 @@ class Model:
         return words
 
     def features(self, images):
-        """CLIP's unit vectors, float32 (n, dim). images: n paths or PIL images, read at once.
+        """CLIP's unit vectors, float32 (n, dim). images: n paths or PIL images, one batch.
 
-        Raises InputError where a file is no image that can be read.
+        Raises InputError where a file cannot be read as an image.
         """
         pictures = []
         for image in images:
             try:
-                pictures.append(
-                    image.convert("RGB") if isinstance(image, Image) else read_image(image))
+                picture = image if isinstance(image, Image) else read_image(image)
             except OSError as error:
-                raise InputError(
-                    f"cannot read the image {image} ({error.strerror or error})") from error
+                raise InputError(f"cannot read the image {image} "
+                                 f"({error.strerror or error})") from error
+            pictures.append(picture.convert("RGB"))
         return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
 
     def tables(self, features):
         """The topk entries nearest to each image, best first: n lists of (entry, cosine).
 
-        features: (n, dim), unit vectors.
+        features: unit vectors, float32 (n, dim).
         """
         find = self.search
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
-            find = partial(search, half=to_bfloat16(
-                self.embeddings))  # the same tables, in half the time
+            find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, sooner
         tables = []
         for rows in features.split(256):
-            scores, indices = find(rows, self.embeddings, self.topk)  # (256, k), (256, k)
-            tables += [[(self.entries[i], score) for i, score in zip(*row)]
-                       for row in zip(indices.tolist(), scores.tolist())]
+            cosines, indices = find(rows, self.embeddings, self.topk)  # (256, k), (256, k)
+            for image_indices, image_cosines in zip(indices.tolist(), cosines.tolist()):
+                entries = [self.entries[i] for i in image_indices]
+                tables.append(list(zip(entries, image_cosines)))
         return tables
 
     def tokenize(self, tables):
-        """Token ids of each linearized table, cut at maxlen_enc: n lists. tables: as tables()
-        returns them."""
+        """Token ids of each linearized table, cut at maxlen_enc: n lists."""
         texts = [linearize(entry for entry, _ in table) for table in tables]
         tokens = []
-        for start in range(0, len(texts), 256):  # all at once, a tokenizer takes 10 kB for each
+        for start in range(0, len(texts), 256):  # the tokenizer takes 10 kB for each text of a call
             tokens += self.captioner.tokenize(texts[start:start + 256], self.captioner.maxlen_enc)
         return tokens
 
     def candidates(self, tables, ids=None, **changes):
-        """The captions that BART writes for each table: n dicts {text: likelihood}, which is the
-        mean log-probability a token.
+        """What BART writes from each table: n dicts {text: likelihood}.
 
-        tables: n lists of (entry, cosine). ids: what seeds each image's samples beside the seed, so
-        that they do not depend on its neighbours (default: its place). changes: of self.decoding.
+        tables: n lists of (entry, cosine). ids: with decoding.seed they seed each image's samples,
+        which so do not depend on its neighbours (default: 0, 1, ...). changes: fields of
+        self.decoding. likelihood: the mean log-probability per token.
         """
         decoding = replace(self.decoding, **changes)
-        seeds = [
-            seed_of(decoding.seed, name) for name in (range(len(tables)) if ids is None else ids)
-        ]
-        tokens = self.tokenize(tables)
-        n = decoding.num_return_sequences
+        ids = range(len(tables)) if ids is None else ids
+        seeds = [seed_of(decoding.seed, image_id) for image_id in ids]
+        tokens, n = self.tokenize(tables), decoding.num_return_sequences
         if decoding.do_sample:
             dials = n, decoding.temperature, decoding.top_p
-            drafts = [
-                self.captioner.sample(table, *dials, seed) for table, seed in zip(tokens, seeds)
-            ]
+            drafts = [self.captioner.sample(table, *dials, seed)
+                      for table, seed in zip(tokens, seeds)]
         else:
             drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
         if self.banned:
             drafts = [self.without_banned(*each) for each in zip(drafts, tokens, seeds)]
-        candidates = []
-        for draft in drafts:  # of a text that two token sequences spell, the likelier one counts
-            by_likelihood = sorted(draft, key=lambda candidate: candidate[1])
-            candidates.append({text: likelihood for text, likelihood, *_ in by_likelihood})
-        return candidates
+        # Two token sequences can spell one text: the likelier one comes last and counts.
+        drafts = [sorted(draft, key=lambda each: each[1]) for draft in drafts]
+        return [{text: likelihood for text, likelihood, *_ in draft} for draft in drafts]
 
     def without_banned(self, candidates, table, seed, attempts=9):
-        """The candidates without a banned word; where none is left, samples without one."""
+        """The candidates without a banned word. If none is left, samples are drawn anew, up to so
+        many attempts."""
         for attempt in range(attempts + 1):
             if attempt:
                 candidates = self.captioner.sample(table, 100, seed=seed + attempt)
-            if clean := [each for each in candidates if not self.banned.search(each[0])]:
+            clean = [each for each in candidates if not self.banned.search(each[0])]
+            if clean:
                 return clean
         return []
 
     def choose(self, features, tables, candidates, **changes):
         """CLIP's choice among the candidates of each image: n Captions.
 
-        features: (n, dim). tables, candidates: as tables() and candidates() return them. changes:
-        of self.decoding, whose lm_weight lets BART's likelihood count, too.
+        features: (n, dim). tables, candidates: of tables() and candidates(). changes: fields of
+        self.decoding; lm_weight lets BART's likelihood count beside CLIP's cosine.
         """
         weight = replace(self.decoding, **changes).lm_weight
+        all_cosines = rescore(self.clip, features, candidates)
         captions = []
-        for table, texts, cosines in zip(tables, candidates, rescore(self.clip, features,
-                                                                     candidates)):
+        for table, likelihoods, cosines in zip(tables, candidates, all_cosines):
             ranked = [(text, round(cosine, 5), round(likelihood, 5))
-                      for (text, likelihood), cosine in zip(texts.items(), cosines)]
-            # CLIP cannot tell some apart: then the likelier one.
+                      for (text, likelihood), cosine in zip(likelihoods.items(), cosines)]
+            # Where scores are equal, the likelier text comes first.
             ranked.sort(key=lambda each: (-each[1] - weight * each[2], -each[2]))
             text, score = ranked[0][:2] if ranked else ("", 0.0)
-            captions.append(Caption(text, score, [(e, round(c, 5)) for e, c in table], ranked))
+            table = [(entry, round(cosine, 5)) for entry, cosine in table]
+            captions.append(Caption(text, score, table, ranked))
         return captions
 
     def caption(self, images, ids=None, batch_size=16, **changes):
-        """A Caption of each image: the four steps. images: n paths or PIL images.
+        """Captions images by the four steps: n Captions. images: n paths or PIL images.
 
-        ids: see candidates(); by default paths are their own, as in the sampler. changes: of
-        self.decoding, such as do_sample=True, num_return_sequences=100.
+        ids: see candidates() (default: the paths, as in the sampler; of PIL images 0, 1, ...).
+        changes: fields of self.decoding, such as do_sample=True, num_return_sequences=100.
         """
         images = list(images)
-        ids = ids or [
-            place if isinstance(image, Image) else image for place, image in enumerate(images)
-        ]
+        if ids is None:
+            ids = [i if isinstance(image, Image) else image for i, image in enumerate(images)]
         captions = []
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)

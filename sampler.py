@@ -1,5 +1,4 @@
-"""Captions a COCO split, or any images: table, candidates from the language model, CLIP picks the
-best one.
+"""Captions images: each one's table, candidates from the language model, CLIP's choice.
 
     python sampler.py --images photo.jpg
     python sampler.py --datadir coco --textfile cache.txt --embfile cache.npy --savedir results \\
@@ -8,8 +7,7 @@ best one.
         --do_sample --num_return_sequences 100 --top_p 0.9 --sidecar
 
 Without --textfile and --ckpt it takes cache.txt, cache.npy and checkpoints/best.safetensors, or
-what ./download.sh --original puts into original/. Rerun the same command to resume a run that was
-stopped.
+what ./download.sh --original puts into original/. Rerun the same command to resume a stopped run.
 """
 
 import argparse
@@ -47,66 +45,53 @@ def parse():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("images: one of two")
     group.add_argument("--datadir", help="folder in COCO's layout (annotations/, val2017/)")
-    group.add_argument("--split", default="val2017",
-                       help="split of --datadir (default %(default)s)")
+    group.add_argument("--split", default="val2017", help="split of --datadir (default "
+                       "%(default)s)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
-                       "subfolders) and patterns instead")
+                       "subfolders) and patterns")
     group = parser.add_argument_group("vocabulary")
     add_cache_flags(group)
-    group.add_argument("--only", metavar="FILE",
-                       help="use only the entries that are lines of this file")
-    group.add_argument(
-        "--ban", metavar="FILE", help="leave out entries and captions that hold a line of "
-        "this file, as whole words in any case")
+    group.add_argument("--only", metavar="FILE", help="use only the lines of this file as entries")
+    group.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a "
+                       "line of this file, as whole words in any case")
     group = parser.add_argument_group("models")
     add_clip_flag(group)
     add_lm_flag(group)
-    group.add_argument(
-        "--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; none: the "
-        "language model as pretrained (default: checkpoints/best.safetensors, else the "
-        "original's)")
-    group.add_argument("--topk", type=int,
-                       help="entries in a table (default: as in training, 10 with "
-                       "--ckpt none)")
+    group.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; none: "
+                       "the language model as pretrained (default: checkpoints/best.safetensors, "
+                       "else the original's)")
+    group.add_argument("--topk", type=int, help="entries of a table (default: as in training; 10 "
+                       "with --ckpt none)")
     group = parser.add_argument_group("candidates")
-    group.add_argument("--num_beams", type=int, default=3,
-                       help="width of beam search (default %(default)s)")
-    group.add_argument("--num_return_sequences", type=int, default=3,
-                       help="candidates an image (default "
+    group.add_argument("--num_beams", type=int, default=3, help="width of beam search (default "
                        "%(default)s)")
-    group.add_argument("--do_sample", action="store_true",
-                       help="sample the candidates in place of beam search")
+    group.add_argument("--num_return_sequences", type=int, default=3, help="candidates per image "
+                       "(default %(default)s)")
+    group.add_argument("--do_sample", action="store_true", help="sample instead of beam search")
     add_sampling_flags(group)
-    group.add_argument(
-        "--lm_weight", type=float, default=0.0, help="weight of the language model's mean "
-        "log-probability a token beside CLIP's cosine in the choice of the best (default "
-        "%(default)s: CLIP alone)")
+    group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language "
+                       "model's mean log-probability per token beside CLIP's cosine in the choice "
+                       "(default %(default)s: CLIP alone)")
     group = parser.add_argument_group("results")
     group.add_argument("--savedir", default="results", help="folder for preds.txt, ref0.txt ..., "
-                       "captions.json, details.jsonl, gallery.html (default %(default)s)")
-    group.add_argument("--csv", action="store_true", help="write captions.csv, too")
-    group.add_argument("--sidecar", action="store_true",
-                       help="write each caption beside its image, too: "
-                       "dog.jpg gets dog.txt")
-    group.add_argument("--overwrite", action="store_true",
-                       help="let --sidecar replace .txt files that exist")
-    group.add_argument(
-        "--features", help="folder where image features are kept for later runs (default: "
-        "--savedir)")
-    group.add_argument("--gallery", type=int, default=200,
-                       help="images on gallery.html at most (default "
-                       "%(default)s)")
+                       "captions.json, details.jsonl and gallery.html (default %(default)s)")
+    group.add_argument("--csv", action="store_true", help="also write captions.csv")
+    group.add_argument("--sidecar", action="store_true", help="also write each caption beside its "
+                       "image: dog.txt for dog.jpg")
+    group.add_argument("--overwrite", action="store_true", help="let --sidecar replace .txt files")
+    group.add_argument("--features", help="folder where image features are kept for later runs "
+                       "(default: --savedir)")
+    group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most "
+                       "(default %(default)s)")
     group = parser.add_argument_group("computation")
-    group.add_argument("--batch_size", type=int, default=16,
-                       help="images a batch, per process (default "
-                       "%(default)s)")
+    group.add_argument("--batch_size", type=int, default=16, help="images per batch, per process "
+                       "(default %(default)s)")
     add_device_flags(group)
     return parser.parse_args()
 
 
 def check(args):
-    """Raises InputError for settings that cannot work, before anything is loaded. Returns the
-    Decoding."""
+    """The Decoding. Raises InputError for settings that cannot work, before anything is loaded."""
     if (args.datadir is None) == (args.images is None):
         raise InputError("exactly one of --datadir and --images says what is captioned")
     require_at_least(1, args, "topk", "batch_size")
@@ -117,8 +102,7 @@ def check(args):
 
 
 def read_words(path):
-    """The lines of --only or --ban, or None without the flag. Raises InputError where there are
-    none."""
+    """The lines of --only or --ban; None without the flag. Raises InputError: there is no line."""
     words = read_lines(path, "list of words") if path else None
     if words == []:
         raise InputError(f"there is no word in {path}")
@@ -126,19 +110,19 @@ def read_words(path):
 
 
 def name_of_run(args, model, features, pictures):
-    """The fingerprint of all that decides the results: runs that share it resume from one
-    another."""
+    """The fingerprint of everything that determines the results. Runs of one name can resume from
+    one another."""
     from antarctic.checkpoints import trained_sha256
     captioner = model.captioner
-    return fingerprint([
-        captioner.identity, args.ckpt and trained_sha256(args.ckpt, captioner),
-        str(captioner.dtype), captioner.maxlen_enc, captioner.maxlen_dec, model.topk, model.entries,
-        [Path(path).stat().st_mtime_ns for path in args.embfile], args.index
-        and file_sha256(args.index), model.banned and model.banned.pattern,
-        asdict(model.decoding), args.batch_size,
-        hashlib.sha256(features.numpy().tobytes()).hexdigest(),
-        [(picture.id, str(picture.path)) for picture in pictures]
-    ])
+    weights = [captioner.identity, args.ckpt and trained_sha256(args.ckpt, captioner),
+               str(captioner.dtype)]
+    words = [model.entries, [Path(path).stat().st_mtime_ns for path in args.embfile],
+             args.index and file_sha256(args.index), model.banned and model.banned.pattern]
+    settings = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec, asdict(model.decoding),
+                args.batch_size]
+    images = [hashlib.sha256(features.numpy().tobytes()).hexdigest(),
+              [(picture.id, str(picture.path)) for picture in pictures]]
+    return fingerprint([weights, words, settings, images])
 
 
 def record_of(picture, result):
@@ -147,9 +131,9 @@ def record_of(picture, result):
 
 
 def report(records, empty, bad, seconds, args):
-    """Says where the results are; of a user's own images the first captions, too.
+    """Prints where the results are, and the first captions of a user's own images.
 
-    records, empty: see write_results. bad: images that could not be read. seconds: an image took.
+    records, empty: see write_results. bad: images that could not be read. seconds: per image.
     """
     from antarctic.images import report_bad_images
     report_bad_images(bad)
@@ -162,9 +146,9 @@ def report(records, empty, bad, seconds, args):
         if len(records) > ON_SCREEN:
             path = escape_control(Path(args.savedir) / "preds.txt")
             print_safely(f"... and {len(records) - ON_SCREEN:,} more in {path}")
-    print_safely(
-        f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
-        f"captions.json, details.jsonl and {escape_control(Path(args.savedir) / 'gallery.html')}")
+    page = escape_control(Path(args.savedir) / "gallery.html")
+    print_safely(f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
+                 f"captions.json, details.jsonl and {page}")
 
 
 def main():
@@ -173,7 +157,8 @@ def main():
     pictures = list_images(args.images) if args.images else read_coco(args.datadir, args.split)
     only, ban = read_words(args.only), read_words(args.ban)
     savedir, device, dtype = start_run(args)
-    from antarctic.features import image_features  # torch: only now, so that --help answers at once
+    # Libraries take seconds to load, so they are imported only after the arguments are checked.
+    from antarctic.features import image_features
     from antarctic.images import report_bad_images
     from antarctic.results import check_sidecars, write_results
     from model import Model
@@ -184,7 +169,7 @@ def main():
     rank, world = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
-    if args.sidecar:  # those that a stopped run has written are its own
+    if args.sidecar:  # a stopped run may have written some of them
         check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
     features, pictures, bad = image_features(model.clip, pictures,
                                              output_folder(args.features or savedir))
@@ -197,16 +182,14 @@ def main():
     done = on_rank0(lambda: resume(part, args.batch_size, len(pictures)))
 
     start_time = time.perf_counter()
-    with tqdm(total=len(pictures), initial=done, desc="captioning", unit="image", disable=rank
-              > 0) as bar:
+    with tqdm(total=len(pictures), initial=done, desc="captioning", unit="image",
+              disable=rank > 0) as bar:
         for start in range(done, len(pictures), args.batch_size * world):
-            first = start + rank * args.batch_size
-            batch = pictures[first:first + args.batch_size]
-            vectors = features[first:first + args.batch_size]  # (B, dim)
-            tables = model.tables(vectors)
-            candidates = model.candidates(tables, [picture.id for picture in batch])
-            captions = model.choose(vectors, tables, candidates)
-            records = gather_lists(list(map(record_of, batch, captions)))
+            batch = slice(start + rank * args.batch_size, start + (rank + 1) * args.batch_size)
+            tables = model.tables(features[batch])
+            candidates = model.candidates(tables, [picture.id for picture in pictures[batch]])
+            captions = model.choose(features[batch], tables, candidates)
+            records = gather_lists(list(map(record_of, pictures[batch], captions)))
             if rank == 0:
                 append(part, b"".join(map(seal, records)))
             bar.update(len(records))

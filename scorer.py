@@ -39,15 +39,16 @@ def parse():
                       "annotated images or of a part")
     pair.add_argument("--annotations", metavar="FILE", help="references: COCO's caption file")
     pair.add_argument("--preds", metavar="FILE", help="captions, one a line")
-    pair.add_argument("--refs", nargs="+", default=[], metavar="FILE", help="references: files of "
-                      "as many lines")
+    pair.add_argument("--refs", nargs="+", default=[], metavar="FILE", help="references: "
+                      "files of as many lines")
 
-    more = parser.add_argument_group("what else is scored")
-    more.add_argument("--images", metavar="DIR", help="images, for CLIPScore: of --results by the "
-                      "annotated file names; of --preds all in the folder and its subfolders, "
-                      "sorted, one a line, as sampler.py writes them")
-    more.add_argument("--train_captions", metavar="FILE", help="captions of the training, for the "
-                      "share of novel words: COCO's caption file (.json) or text, one a line")
+    inputs = parser.add_argument_group("images and training captions")
+    inputs.add_argument("--images", metavar="DIR", help="folder of images, for CLIPScore: with "
+                        "--results those that --annotations names; with --preds all of them and "
+                        "of the subfolders, sorted by path, one for each line, as sampler.py "
+                        "writes them")
+    inputs.add_argument("--train_captions", metavar="FILE", help="training captions, for the share "
+                        "of novel words: COCO's caption file (.json), or text with one a line")
 
     output = parser.add_argument_group("files")
     output.add_argument("--savedir", metavar="DIR", help="folder for scores.json and for image "
@@ -55,26 +56,26 @@ def parse():
                         "that of the captions)")
     output.add_argument("--json", action=Renamed, new="--savedir DIR")
 
-    how = parser.add_argument_group("computation")
-    add_clip_flag(how, "ViT-B/32", "; CLIPScore's own by default, and better not the one that "
+    group = parser.add_argument_group("computation")
+    add_clip_flag(group, "ViT-B/32", "; CLIPScore's own by default, and better not the one that "
                   "chose the captions")
-    how.add_argument("--tokenizer", default="auto", choices=("auto", *TOKENIZERS), help="ptb needs "
-                     "Java and is what COCO's evaluation uses; auto: ptb where there is Java, else "
-                     "treebank (default %(default)s)")
-    how.add_argument("--batch_size", type=int, default=64, help="images or texts a batch of CLIP, "
-                     "in the one process (default %(default)s)")
-    add_device_flag(how)
+    group.add_argument("--tokenizer", default="auto", choices=("auto", *TOKENIZERS), help="ptb, "
+                       "which COCO's evaluation uses, needs Java; auto: ptb where there is Java, "
+                       "else treebank (default %(default)s)")
+    group.add_argument("--batch_size", type=int, default=64, help="images or texts per "
+                       "batch of CLIP; there is one process (default %(default)s)")
+    add_device_flag(group)
     return parser.parse_args()
 
 
 def check(args):
     """Raises InputError for arguments that do not go together."""
     if (args.preds is None) == (args.results is None):
-        raise InputError("exactly one of --results and --preds says what is scored")
+        raise InputError("give the captions with exactly one of --results and --preds")
     if (args.results is None) != (args.annotations is None) or (args.results and args.refs):
         raise InputError("--results goes with --annotations, and --preds with --refs")
     if not (args.annotations or args.refs or args.images):
-        raise InputError("there is nothing to hold the captions against: give --refs or --images, "
+        raise InputError("there is nothing to compare the captions with: give --refs or --images, "
                          "or both")
     if args.json and args.savedir:
         raise InputError("--json is an old spelling of --savedir; give one of the two")
@@ -82,7 +83,7 @@ def check(args):
 
 
 def read_by_image(args):
-    """read_scored() of --results, --annotations and --images."""
+    """read_scored() for --results, --annotations and --images."""
     captions, images = read_results(args.results), read_annotations(args.annotations)
     unknown = [image for image in captions if image not in images]
     if unknown:
@@ -91,12 +92,12 @@ def read_by_image(args):
     names, references = zip(*(images[image] for image in captions))
     paths = [Path(args.images) / name for name in names] if args.images else []
     if paths and not any(path.is_file() for path in paths):
-        raise InputError(f"none of the images is in the folder {args.images}, such as {paths[0]}")
+        raise InputError(f"none of the images, such as {paths[0]}, is in the folder {args.images}")
     return list(captions.values()), references, paths
 
 
 def read_by_line(args):
-    """read_scored() of --preds, --refs and --images."""
+    """read_scored() for --preds, --refs and --images."""
     captions = read_texts(args.preds, "captions file")
     columns = [read_texts(path, "references file") for path in args.refs]
     for path, lines in zip(args.refs, columns):
@@ -110,22 +111,22 @@ def read_by_line(args):
 
 
 def read_scored(args):
-    """(captions, N texts; references, N lists of texts, empty ones without --refs; N image paths,
-    or none without --images).
+    """Returns (captions, N texts; references, N lists of texts; N image paths).
 
-    Raises InputError: a file cannot be read, two files do not belong together, or an image has no
-    reference.
+    The lists of texts are empty without references, and there are no paths without --images.
+    Raises InputError where a file cannot be read, two files do not belong together, or an image has
+    no reference.
     """
     captions, references, paths = read_by_image(args) if args.results else read_by_line(args)
     references = [[text for text in texts if text] for texts in references]
     if (args.annotations or args.refs) and not all(references):
-        raise InputError(f"there is no reference for caption {references.index([]) + 1} of "
-                         f"{args.results or args.preds}")
+        raise InputError(f"caption {references.index([]) + 1} of {args.results or args.preds} has "
+                         f"no reference")
     return captions, references, paths
 
 
 def read_training_captions(path):
-    """A list of texts; empty where path is None. Raises InputError."""
+    """A list of texts, empty where path is None. Raises InputError where the file has none."""
     if path is None:
         return []
     if not path.endswith(".json"):
@@ -149,31 +150,34 @@ def output_file(args):
 def choose_tokenizer(name, java):
     if name == "ptb" and not java:
         raise InputError("--tokenizer ptb needs Java, and there is none here; --tokenizer treebank "
-                         "does without")
-    return name if name != "auto" else "ptb" if java else "treebank"
+                         "needs none")
+    if name != "auto":
+        return name
+    return "ptb" if java else "treebank"
 
 
 def unavailable(args, java, captions):
-    """{metric: why it cannot be computed}, known before any work."""
+    """{metric: the reason why it cannot be computed}, as far as it is known before any work."""
     corenlp = missing_corenlp()
     needs = (
         (not corenlp, ["SPICE"], corenlp),
         (java, ["METEOR", "SPICE"], "there is no Java here"),
-        (len(captions) > 1, ["CIDEr-D"], "it weighs n-grams by how rare they are among images, and "
-                                         "there is one image"),
+        (len(captions) > 1, ["CIDEr-D"],
+         "it weighs n-grams by how rare they are among images, and there is one image"),
         (args.annotations or args.refs, [*BY_WORDS, "RefCLIPScore"], "no --refs"),
         (args.images, ["CLIPScore", "RefCLIPScore"], "no --images"),
         (args.train_captions, ["novel words"], "no --train_captions"))
-    return {metric: reason for met, metrics, reason in needs if not met for metric in metrics}
+    return {metric: reason
+            for available, metrics, reason in needs if not available for metric in metrics}
 
 
 def clip_scores(clip, captions, references, paths, folder, batch_size):
-    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718), means over
-    images that can be read.
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718).
 
-    CLIPScore is 2.5 max(cos(image, caption), 0); RefCLIPScore its harmonic mean with the best
-    max(cos(caption, reference), 0). captions: N texts. references: N lists of texts, or of none:
-    then there is no RefCLIPScore. paths: N images, whose features are kept in folder.
+    Both are means over the images that can be read. CLIPScore is 2.5 max(cos(image, caption), 0);
+    RefCLIPScore is its harmonic mean with the best max(cos(caption, reference), 0), and is left out
+    where a list of references is empty. captions: N texts. references: N lists of texts. paths: N
+    images, whose features are saved in folder.
     Returns ({metric: score}, n images that were read). Raises InputError where none can be read.
     """
     from antarctic.features import image_features
@@ -195,7 +199,7 @@ def clip_scores(clip, captions, references, paths, folder, batch_size):
             part = slice(i, i + batch_size)
             best += map(max, rescore(clip, vectors[part], texts[part]))
         best = vectors.new_tensor(best).clamp(min=0)  # (n,)
-        mean = 2 * clip_score * best / (clip_score + best).clamp(min=1e-9)  # of 0 and 0: 0
+        mean = 2 * clip_score * best / (clip_score + best).clamp(min=1e-9)  # 0 where both are
         scores["RefCLIPScore"] = mean.mean().item()
     return scores, len(pictures)
 
@@ -215,15 +219,15 @@ def main():
                 f"{TOKENIZERS[tokenizer]}")
     scores = {}
 
-    if paths:  # before all else, so a wrong --clip_model is reported early
-        from model import Clip  # with torch and transformers, which take seconds to load
+    if paths:  # first, so that a wrong --clip_model is reported early
+        from model import Clip  # torch and transformers take seconds to load
         clip = Clip(args.clip_model, choose_device(args.device))
         scores, images = clip_scores(clip, captions, references, paths, path.parent,
                                      args.batch_size)
         report |= {"clip_model": clip.identity, "clip_images": images}
         headline += f"; CLIP {clip.identity}, {images} images"
 
-    # All texts are tokenized in one go: Java takes as long to start as for thousands of them.
+    # One call tokenizes all texts: Java takes as long to start as for thousands of them.
     texts = captions + [text for texts in references for text in texts] + train
     tokens = iter(tokenize(texts, tokenizer))
     captions = [next(tokens) for _ in captions]

@@ -41,22 +41,22 @@ def parse():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("captions: one of two")
     source.add_argument("--captions", metavar="FILE", help="captions.json (COCO's results format) "
-                        "or details.jsonl of sampler.py, or any other file as a text of one "
-                        "caption a line; empty captions are skipped")
-    source.add_argument("--caption", nargs="+", metavar="TEXT", help="captions themselves")
+                        "or details.jsonl of sampler.py, or a text file with one caption a "
+                        "line; empty captions are skipped")
+    source.add_argument("--caption", nargs="+", metavar="TEXT", help="one or more captions")
 
     output = parser.add_argument_group("stories")
-    output.add_argument("--prompt", metavar="TEXT", help="what a story begins with, or with --chat "
-                        "what the model is asked. A caption stands in it without its last period, "
-                        "and its A, An or The is small there. Where {was} stands in it, too, that "
-                        'becomes was or were, and the caption a noun phrase: "Dogs are running." '
-                        f'gives "were dogs running" (default: "{OPENING}", with --chat '
-                        f'"{REQUEST}")')
+    output.add_argument("--prompt", metavar="TEXT", help="text that a story begins with, or with "
+                        "--chat the request to the model. {caption} becomes the caption without "
+                        "its last period, and with a small a, an or the unless it begins the text. "
+                        "With {was}, which becomes was or were, the caption becomes a noun phrase: "
+                        '"Dogs are running." gives "were dogs running" (default: '
+                        f'"{OPENING}", with --chat "{REQUEST}")')
     output.add_argument("--num_return_sequences", type=int, default=1,
-                        help="stories a caption (default %(default)s)")
-    output.add_argument("--max_tokens", type=int, default=100, help="tokens after the prompt at "
-                        "most, fewer where the model's positions end; a story that is broken off "
-                        "there is cut back to its last full sentence (default %(default)s)")
+                        help="stories per caption (default %(default)s)")
+    output.add_argument("--max_tokens", type=int, default=100, help="most tokens after the "
+                        "prompt, fewer where the model's positions end; a story that does not end "
+                        "by then is cut back to its last full sentence (default %(default)s)")
     output.add_argument("--savedir", metavar="DIR", help="folder for stories.txt (one a line) and "
                         "stories.jsonl (default: stories are printed as they come)")
 
@@ -64,19 +64,19 @@ def parse():
     model.add_argument("--lm", default="EleutherAI/gpt-neo-1.3B", help="hub id or folder of a "
                        "causal language model, such as EleutherAI/gpt-neo-125m, gpt-neo-1.3B, "
                        "gpt-neo-2.7B, EleutherAI/gpt-j-6b; or a GGUF file, whose weights are "
-                       "unpacked: in float32 4 bytes each, 0.5 GB for 135 million of them, 4 GB "
-                       "for a billion, and twice that while loading (default %(default)s)")
+                       "unpacked: in float32 they take 4 bytes each, 0.5 GB for 135 million, "
+                       "4 GB for a billion, and twice that while loading (default %(default)s)")
     model.add_argument("--chat", action="store_true", help="put the prompt into the chat template "
                        "of an instruct model; a story is then the model's answer, without the "
                        "prompt")
     add_sampling_flags(parser.add_argument_group("sampling"), top_p=0.9)
 
-    how = parser.add_argument_group("computation")
-    how.add_argument("--batch_size", type=int, default=16,
-                     help="stories a batch, per process (default %(default)s)")
-    add_device_flags(how, "float32", "weights and arithmetic of the language model; bfloat16 "
-                     "halves the memory, but rounds so coarsely that a story depends on its batch, "
-                     "too")
+    group = parser.add_argument_group("computation")
+    group.add_argument("--batch_size", type=int, default=16,
+                       help="stories per batch, per process (default %(default)s)")
+    add_device_flags(group, "float32", "weights and arithmetic of the language model; bfloat16 "
+                     "halves the memory, but rounds so coarsely that a story also depends on its "
+                     "batch")
     args = parser.parse_args()
     args.prompt = args.prompt or (REQUEST if args.chat else OPENING)
     return args
@@ -85,16 +85,16 @@ def parse():
 def check(args):
     """Raises InputError for settings that cannot work, before anything is loaded."""
     if (args.captions is None) == (args.caption is None):
-        raise InputError("exactly one of --captions and --caption says what the stories go on from")
+        raise InputError("give the captions with exactly one of --captions and --caption")
     require_at_least(1, args, "num_return_sequences", "max_tokens", "batch_size")
     check_sampling(args)
     if "{caption}" not in args.prompt:
-        raise InputError(f'--prompt "{args.prompt}" has no {{caption}}, so every story would begin '
-                         f'alike')
+        raise InputError(f'--prompt "{args.prompt}" has no {{caption}}, so all stories would begin '
+                         f'the same')
 
 
 def captions_of(args):
-    """(image id or None, caption) of each caption that is not empty. Raises InputError."""
+    """A list of (image id or None, caption), without empty captions. Raises InputError."""
     if args.captions:
         captions = read_captions(args.captions)
     else:
@@ -102,14 +102,15 @@ def captions_of(args):
     captions = [(image_id, " ".join(text.split())) for image_id, text in captions]
     captions = [(image_id, text) for image_id, text in captions if text.strip(" .")]
     if not captions:
-        raise InputError(f"there is no caption in {args.captions or '--caption'}, so there is "
-                         f"nothing to go on from")
+        raise InputError(f"there is no caption in {args.captions or '--caption'} to continue")
     return captions
 
 
 def fill(template, caption):
-    """The prompt: the caption in place of {caption}, fit for the middle of a sentence. Other braces
-    stay as they are."""
+    """The prompt: a template whose {caption} becomes the caption, as the middle of a sentence.
+
+    Other braces stay as they are.
+    """
     if "{was}" in template:
         was, caption = noun_phrase(caption)
         template = template.replace("{was}", was)
@@ -119,23 +120,23 @@ def fill(template, caption):
             article = article.lower()  # another word's capital may be a name's
         caption = " ".join([article, *rest])
     prompt = template.replace("{caption}", caption)
-    return prompt.encode("utf-8", "replace").decode()  # tokenizers refuse half a character
+    return prompt.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates
 
 
 def batches_of(prompts, room, args):
-    """Batches of rows (room, index of the caption, number of the story, seed), almost in the order
-    of the captions. room: tokens that each prompt leaves.
+    """Batches of rows (room, index of the caption, number of the story, seed).
 
-    Rows share a batch only if they share their room: max_tokens, or less with prompts of one
-    length. So a padded batch never needs more positions than there are, and no story is shorter for
-    its neighbours.
+    room: the tokens that each prompt leaves. Rows share a batch only if they share their room:
+    max_tokens, or less with prompts of one length. So a padded batch never needs more positions
+    than the model has, and a story's length does not depend on its neighbours. Batches are almost
+    in the order of the captions.
     """
     rows, repeats = [], Counter()
     for index, prompt in enumerate(prompts):
         for n in range(args.num_return_sequences):
             seed = seed_of(args.seed, repeats[prompt], n, prompt)
             rows.append((min(room[index], args.max_tokens), index, n, seed))
-        repeats[prompt] += 1  # a caption that comes again gets other stories
+        repeats[prompt] += 1  # a repeated caption gets different stories
     batches, size = [], args.batch_size
     for _, group in groupby(sorted(rows, key=itemgetter(0)), itemgetter(0)):
         group = list(group)
@@ -144,25 +145,27 @@ def batches_of(prompts, room, args):
 
 
 def write(model, tokenizer, batch, tokens, prompts, args):
-    """The stories of a batch of rows, see batches_of."""
+    """The stories of a batch of rows (see batches_of), a list of texts."""
     from antarctic.causal_lm import sample, to_text
     (room, *_), indices, _, seeds = zip(*batch)
-    begun = [tokens[index] for index in indices]
-    drawn = sample(model, begun, seeds, room, args.temperature, args.top_p)
+    prefixes = [tokens[index] for index in indices]
+    samples = sample(model, prefixes, seeds, room, args.temperature, args.top_p)
     openings = ["" if args.chat else prompts[index] for index in indices]
-    return [to_text(tokenizer, opening, ids, new, ended)
-            for opening, ids, (new, ended) in zip(openings, begun, drawn)]
+    return [to_text(tokenizer, opening, prefix, new, ended)
+            for opening, prefix, (new, ended) in zip(openings, prefixes, samples)]
 
 
 def print_line(text, must=False):
-    """Prints a text as one line at once, what the terminal cannot show as escapes. Where it cannot
-    be printed, as nobody reads any more, InputError is raised if it must be, else nothing."""
+    """Prints a text as one line at once, and escapes what the terminal cannot show.
+
+    Where standard output is closed, it raises InputError if must is true, else does nothing.
+    """
     line = " ".join(map(escape_control, text.split()))  # word by word: escape_control() cuts
     with tqdm.external_write_mode():
         error = print_safely(line)
     if error and must:
         reason = getattr(error, "strerror", None) or error  # a closed stream raises ValueError
-        raise InputError(f"stories cannot be printed any more ({reason}); --savedir writes them to "
+        raise InputError(f"the stories cannot be printed ({reason}); --savedir writes them to "
                          f"files") from error
 
 
@@ -180,7 +183,8 @@ def write_results(savedir, captions, prompts, stories):
             record = {} if image_id is None else {"image_id": image_id}
             record |= {"caption": caption, "prompt": prompt, "stories": texts}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    # Last, since until here a stopped run can resume. Others are of runs with other settings.
+    # Last, so that a run that is stopped above can resume. This also deletes what runs with other
+    # settings left.
     for part in savedir.glob("stories-*.jsonl.part"):
         part.unlink()
 
@@ -190,7 +194,7 @@ def main():
     check(args)
     captions = captions_of(args)
     savedir, device, dtype = start_run(args)
-    # torch and transformers take seconds to load: --help and wrong arguments do not wait for them.
+    # torch and transformers take seconds to load; --help and wrong arguments do not wait for them.
     from antarctic.causal_lm import encode, end_tokens, load_lm
     from antarctic.pretrained import identity
 
@@ -200,7 +204,7 @@ def main():
     batches = batches_of(prompts, room, args)
     keys = [[row[1:3] for row in batch] for batch in batches]  # (index of the caption, number)
 
-    done, part = [], None  # the stories of the batches that a stopped run has finished
+    done, part = [], None  # stories of the batches that a stopped run has finished
     if savedir:
         settings = [on_rank0(lambda: identity(args.lm)), tokens, batches, ends, args.chat,
                     str(dtype), args.temperature, args.top_p]
@@ -215,7 +219,7 @@ def main():
     to_print = deque(sorted(key for batch in keys for key in batch))
     turns = range(len(done), len(batches), world)  # each process writes every world-th batch
     for start in tqdm(turns, "writing stories", unit="batch", disable=rank > 0):
-        mine = batches[start + rank:start + rank + 1]
+        mine = batches[start + rank:start + rank + 1]  # one batch, or none in the last turn
         new = gather_lists([write(model, tokenizer, batch, tokens, prompts, args)
                             for batch in mine])
         for pair in zip(keys[start:], new):

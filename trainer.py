@@ -28,59 +28,62 @@ from utils import (
     add_cache_flags,
     add_clip_flag,
     add_device_flags,
+    add_lm_flag,
     find_inputs,
     require_at_least,
     start_run,
 )
 
-# torch, transformers and the modules that import them are imported in functions, once the
-# arguments are checked: --help and a refusal do not wait seconds for them.
+# torch and transformers take seconds to load, so the functions that need them import them.
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("files")
-    add = group.add_argument
-    add("--datadir", required=True,
-        help="folder in COCO's layout (annotations/, train2017/, val2017/)")
-    add("--split", default="train2017", help="split to train on (default %(default)s)")
-    add("--val_split", default="val2017", help="split to validate on (default %(default)s)")
-    add_cache_flags(group)
-    add("--savedir", default="checkpoints", help="folder for best.safetensors, last.safetensors, "
-        "image features, loss.csv and loss.png (default %(default)s)")
+    files = parser.add_argument_group("files")
+    files.add_argument("--datadir", required=True, metavar="DIR", help="folder in COCO's layout "
+                       "(annotations/, train2017/, val2017/)")
+    files.add_argument("--split", default="train2017", help="split to train on (default "
+                       "%(default)s)")
+    files.add_argument("--val_split", default="val2017", help="split to validate on (default "
+                       "%(default)s)")
+    add_cache_flags(files)
+    files.add_argument("--savedir", default="checkpoints", metavar="DIR", help="folder for "
+                       "best.safetensors, last.safetensors, image features, loss.csv and loss.png "
+                       "(default %(default)s)")
 
-    group = parser.add_argument_group("models")
-    add = group.add_argument
-    add_clip_flag(group)
-    add("--lm", default="facebook/bart-large",
-        help="hub id or folder of a BART (default %(default)s)")
-    add("--trained", default="layernorms", choices=("layernorms", "all"), help="parameters of the "
-        "language model to train; all is for comparison (default %(default)s)")
+    models = parser.add_argument_group("models")
+    add_clip_flag(models)
+    add_lm_flag(models)
+    models.add_argument("--trained", default="layernorms", choices=("layernorms", "all"),
+                        help="parameters of the language model to train; all is for comparison "
+                        "(default %(default)s)")
 
-    add = parser.add_argument_group("table and caption").add_argument
-    add("--topk", type=int, default=TOPK, help="entries in a table (default %(default)s)")
-    add("--maxlen_enc", type=int, default=MAXLEN_ENC,
-        help="longest table, in tokens (default %(default)s)")
-    add("--maxlen_dec", type=int, default=MAXLEN_DEC,
-        help="longest caption, in tokens (default %(default)s)")
+    sizes = parser.add_argument_group("table and caption")
+    sizes.add_argument("--topk", type=int, default=TOPK, help="entries of a table (default "
+                       "%(default)s)")
+    sizes.add_argument("--maxlen_enc", type=int, default=MAXLEN_ENC, help="tokens of a table at "
+                       "most (default %(default)s)")
+    sizes.add_argument("--maxlen_dec", type=int, default=MAXLEN_DEC, help="tokens of a caption at "
+                       "most (default %(default)s)")
 
-    add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=int, default=16,
-        help="images a step, of all processes together (default %(default)s)")
-    add("--lrate", type=float, default=3e-4, help="peak learning rate (default %(default)s)")
-    add("--warmup", type=int, default=100, help="steps in which the rate rises from 0, at most a "
-        "quarter of all steps (default %(default)s)")
-    add("--epochs", type=int, default=6,
-        help="passes over the images, one caption each time (default %(default)s)")
-    add("--tmax", type=int, default=100000, help="most steps; the rate falls as a cosine to 0 at "
-        "the last step (default %(default)s)")
-    add("--save_seconds", type=float, default=30,
-        help="seconds between saves of the state to resume from (default %(default)s)")
-    add("--seed", type=int, default=0,
-        help="seed of the order of images and captions (default %(default)s)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--batch_size", type=int, default=16, help="images per step, of all "
+                          "processes together (default %(default)s)")
+    training.add_argument("--lrate", type=float, default=3e-4, help="peak learning rate (default "
+                          "%(default)s)")
+    training.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises "
+                          "from 0, at most a quarter of all steps (default %(default)s)")
+    training.add_argument("--epochs", type=int, default=6, help="passes over the images, one "
+                          "caption each time (default %(default)s)")
+    training.add_argument("--tmax", type=int, default=100000, help="steps at most; the rate falls "
+                          "as a cosine to 0 at the last step (default %(default)s)")
+    training.add_argument("--save_seconds", type=float, default=30, help="seconds between saves of "
+                          "the state to resume from (default %(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="seed of the order of images and "
+                          "captions (default %(default)s)")
 
-    add_device_flags(parser.add_argument_group("device"))
+    add_device_flags(parser.add_argument_group("computation"))
     return parser.parse_args()
 
 
@@ -103,9 +106,9 @@ def tokenize(model, features, pictures):
 
 
 def batches(captions, batch_size, seed, epoch):
-    """Yields the steps of an epoch, always the same for one seed and epoch: (rows, chosen).
+    """Yields (rows, chosen) for each step of an epoch, always the same for one seed and epoch.
 
-    captions: of each image its captions. rows: the step's images. chosen: a caption of each.
+    captions: a list of captions for each image. rows: the step's images. chosen: a caption of each.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = rng.sample(range(len(captions)), len(captions))
@@ -115,7 +118,7 @@ def batches(captions, batch_size, seed, epoch):
 
 
 def cosine_rate(step, steps, warmup):
-    """The learning rate at a step of 0 .. steps - 1, as a share of the highest.
+    """The learning rate at a step of 0 .. steps - 1, as a share of the peak rate.
 
     It rises linearly over the warmup steps and falls as a cosine to 0.
     """
@@ -125,10 +128,10 @@ def cosine_rate(step, steps, warmup):
 
 
 def share_step(captioner, tables, captions, parameters):
-    """Computes the gradient of a batch's mean loss a caption token, and returns that loss, a float.
+    """Computes the gradient of a batch's mean loss per caption token. Returns that loss, a float.
 
-    tables, captions: lists of token ids, a pair an image. Each process takes every world-th pair.
-    Its share of the tokens weighs its loss, so that the sum is the loss of the whole batch.
+    tables, captions: lists of token ids, a pair an image. Each process takes every world-th pair,
+    and weighs its loss by its share of the tokens, so the sum is the loss of the whole batch.
     """
     import torch
     rank, world = rank_and_world()
@@ -147,9 +150,9 @@ def share_step(captioner, tables, captions, parameters):
 
 
 def validate(captioner, tables, captions, batch_size):
-    """Mean loss over a fixed set, weighted by images: each image with its first caption.
+    """The mean loss over all images, each with its first caption.
 
-    Each process takes every world-th batch.
+    Batches are weighted by their images. Each process takes every world-th batch.
     """
     import torch
     rank, world = rank_and_world()
@@ -157,15 +160,15 @@ def validate(captioner, tables, captions, batch_size):
     with torch.inference_mode():
         for start in range(rank * batch_size, len(tables), world * batch_size):
             batch = slice(start, start + batch_size)
-            first = [each[0] for each in captions[batch]]
-            total += captioner.loss(tables[batch], first) * len(tables[batch])
+            targets = [texts[0] for texts in captions[batch]]
+            total += captioner.loss(tables[batch], targets) * len(tables[batch])
     all_reduce_sum([total])
     return total.item() / len(tables)
 
 
-def require_finite(what, loss, step, args):
+def require_finite(name, loss, step, args):
     if not math.isfinite(loss):
-        raise InputError(f"the {what} became {loss} at step {step}; the checkpoints in "
+        raise InputError(f"the {name} became {loss} at step {step}; the checkpoints in "
                          f"{args.savedir} are of the last good epoch (try a lower --lrate than "
                          f"{args.lrate})")
 
@@ -173,8 +176,8 @@ def require_finite(what, loss, step, args):
 def train(captioner, trained, data, val_data, settings, savedir, args):
     """Trains; writes checkpoints and losses after each epoch. Returns the best validation loss.
 
-    trained: {name: parameter}. data, val_data: as tokenize() returns them. settings: what a
-    checkpoint notes of the models and lengths.
+    trained: {name: parameter}. data, val_data: as tokenize() returns them. settings: the models and
+    lengths that a checkpoint records.
     """
     import torch
 
@@ -187,7 +190,7 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
     steps = min(args.tmax, args.epochs * epoch_steps)
     warmup = min(args.warmup, steps // 4)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lrate)
-    # Everything that determines the result names the state: a run of other settings starts anew.
+    # The state's name holds all that determines the result: a run of other settings starts anew.
     key = fingerprint([settings, args.lrate, warmup, steps, args.batch_size, str(captioner.dtype),
                        *data, *val_data])
     state, saved = savedir / f"state-{key}.pt", time.monotonic()
@@ -261,8 +264,7 @@ def main():
     if rank == 0:
         count = sum(parameter.numel() for parameter in trained.values())
         total = sum(parameter.numel() for parameter in captioner.model.parameters())
-        print(f"{model}: "
-              f"training {count:,} of {total:,} parameters")
+        print(f"{model}: training {count:,} of {total:,} parameters")
 
     # CLIP encodes each image once; later runs read the vectors from --savedir.
     features, pictures, bad = image_features(model.clip, pictures, savedir)
@@ -281,7 +283,7 @@ def main():
 
     best = train(captioner, trained, data, val_data, settings, savedir, args)
     if rank == 0:
-        for path in savedir.glob("state-*.pt"):  # this run's, and those that other settings left
+        for path in savedir.glob("state-*.pt"):  # of this run, and of runs with other settings
             path.unlink()
         print(f"wrote {savedir / 'best.safetensors'} (validation loss {best:.4f}), "
               f"last.safetensors, loss.csv and loss.png")

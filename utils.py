@@ -1,5 +1,4 @@
-"""What the scripts share: the files that they find by default, common flags, the start of a run,
-device, dtype, seeds."""
+"""What the scripts share: flags, the files that they find by default, the start of a run."""
 
 import argparse
 import hashlib
@@ -15,7 +14,7 @@ from antarctic.files import existing_caches, existing_file, finish_cache, locked
 from antarctic.runtime import cleanup
 
 SEPARATOR = " | "
-# the original's: entries of a table, tokens of a table and of a caption
+# The original's defaults: entries of a table, tokens of a table, tokens of a caption.
 TOPK, MAXLEN_ENC, MAXLEN_DEC = 10, 128, 32
 OWN_CACHE = "cache.txt", "cache.npy"
 ORIGINAL_CACHE = "original/cache.txt", "original/cache.npy"
@@ -23,17 +22,17 @@ CHECKPOINTS = "checkpoints/best.safetensors", "original/checkpoint.ckpt"
 DTYPES = "auto", "float32", "bfloat16"
 
 
-# ------------------------------------------------------------------------------------ flags
+# -------------------------------------------------------------------------------------------- flags
 
 def warn_renamed(old, new):
-    """Prints that a spelling of a flag is an old one. Rank 0 alone does."""
+    """Warns, on rank 0, that a flag has a new spelling."""
     if rank_and_world()[0] == 0:
-        print(f"warning: {old} is an old spelling and will go; use {new}", file=sys.stderr)
+        print(f"warning: {old} is now {new}; the next release drops the old spelling",
+              file=sys.stderr)
 
 
 class Renamed(argparse.Action):
-    """An old spelling of a flag, which works for one more release and prints a warning. new: how it
-    is written now."""
+    """An old spelling of a flag, which works for one more release. new: the new spelling."""
 
     def __init__(self, *how, new, **named):
         self.new = new
@@ -46,19 +45,17 @@ class Renamed(argparse.Action):
 
 def add_cache_flags(parser):
     """--textfile, --embfile and --index of a script that reads caches, see find_inputs."""
-    parser.add_argument("--textfile", nargs="+", help="entries of the cache, or of several caches "
-                        "(.txt; default: cache.txt, else the original's)")
+    parser.add_argument("--textfile", nargs="+", help="entries of one cache or more (.txt; "
+                        "default: cache.txt, else the original's)")
     parser.add_argument("--embfile", nargs="+", help="their embeddings (.npy), in the same order "
                         "(default: the .npy beside --textfile)")
-    parser.add_argument(
-        "--index", metavar="FILE", help="index of compute_cache.py through which its "
-        "cache is searched, approximately (default: every cache exactly)")
+    parser.add_argument("--index", metavar="FILE", help="search a cache by this index of "
+                        "compute_cache.py, approximately (default: exact search)")
 
 
 def add_clip_flag(parser, default="ViT-B/16", remark=""):
-    parser.add_argument(
-        "--clip_model", default=default, help="OpenAI's name or .pt file, hub id or "
-        f"folder of a CLIP or SigLIP{remark} (default %(default)s)")
+    parser.add_argument("--clip_model", default=default, help="OpenAI's name or .pt file, hub id "
+                        f"or folder of a CLIP or SigLIP{remark} (default %(default)s)")
 
 
 def add_lm_flag(parser):
@@ -72,12 +69,13 @@ def add_device_flag(parser):
 
 
 def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=()):
-    """--device and --dtype. dtype: the default. what: what is computed in it. old: values that the
-    script still takes, but does not show."""
+    """--device and --dtype. dtype: its default. what: what it is the type of. old: values that the
+    script accepts but does not list."""
     add_device_flag(parser)
-    parser.add_argument("--dtype", default=dtype, choices=(*DTYPES, *old),
-                        metavar=f"{{{','.join(DTYPES)}}}", help=f"{what}; auto: bfloat16 on "
-                        "a GPU that has it, else float32 (default %(default)s)")
+    names = f"{{{','.join(DTYPES)}}}"
+    parser.add_argument("--dtype", default=dtype, choices=(*DTYPES, *old), metavar=names,
+                        help=f"{what}; auto: bfloat16 on a GPU that supports it, else float32 "
+                        "(default %(default)s)")
 
 
 def add_sampling_flags(parser, top_p=1.0):
@@ -90,8 +88,7 @@ def add_sampling_flags(parser, top_p=1.0):
 
 
 def require_at_least(least, args, *names):
-    """Raises InputError where one of these flags is below least. None, a flag that was not given,
-    passes."""
+    """Raises InputError where one of these flags is below least. None passes: it was not given."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not value >= least:  # nan is not
@@ -99,7 +96,7 @@ def require_at_least(least, args, *names):
 
 
 def check_sampling(args):
-    """Raises InputError where --temperature and --top_p cannot be sampled with."""
+    """Raises InputError where --temperature or --top_p is out of its range."""
     if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise InputError(f"--temperature must be above 0 and --top_p in (0, 1], "
                          f"not {args.temperature} and {args.top_p}")
@@ -128,14 +125,15 @@ class Decoding:
             raise InputError(f"--lm_weight must be a number, not {self.lm_weight}")
 
 
-# ----------------------------------------------------------------------------- files that are there
+# -------------------------------------------------------------------------------- files by default
 
 def choose_cache(textfile, embfile, exists):
-    """The caches to read, as two lists: those that --textfile and --embfile name, else the cache in
-    this folder, else the original's. Where one of the two flags is missing, the other files lie
-    beside those that are named, with the same name but for the suffix.
+    """The caches to read: (text files, embedding files), two lists.
 
-    textfile, embfile: lists of paths, or None. exists: a function of a path. Raises InputError.
+    --textfile and --embfile name them; where one of the two is missing, its files lie beside those
+    of the other and differ in the suffix. Without both it is the cache in this folder, else the
+    original's. textfile, embfile: lists of paths, or None. exists: a function of a path. Raises
+    InputError where there is none.
     """
     if textfile is None and embfile is None:
         textfile, embfile = default_cache(exists)
@@ -147,7 +145,7 @@ def choose_cache(textfile, embfile, exists):
 
 
 def beside(paths, suffix, flag, exists):
-    """The other halves of caches, see choose_cache. flag: what would name them."""
+    """The other files of caches, see choose_cache. flag: the one that can name them."""
     others = [str(Path(path).with_suffix(suffix)) for path in paths]
     missing = [path for path in others if not exists(path)]
     if missing:
@@ -177,17 +175,19 @@ def choose_checkpoint(ckpt, exists):
     """
     if ckpt is not None:
         return None if ckpt == "none" else ckpt
-    there = [path for path in CHECKPOINTS if exists(path)]
-    if not there:
+    existing = [path for path in CHECKPOINTS if exists(path)]
+    if not existing:
         raise InputError(f"there is no checkpoint here, neither {' nor '.join(CHECKPOINTS)}: "
                          f"./download.sh --original gets the original's, trainer.py --datadir coco "
                          f"makes one, and --ckpt none does without")
-    return there[0]
+    return existing[0]
 
 
 def find_inputs(args):
-    """Fills in --textfile, --embfile and, where a script has it, --ckpt with what is there, and
-    says what was taken. Raises InputError where a file is missing, before anything is loaded."""
+    """Fills in --textfile, --embfile and, if the script has it, --ckpt, and prints which it took.
+
+    Raises InputError where a file is missing, before anything is loaded.
+    """
     finish_cache(*OWN_CACHE)
     given, taken = dict(vars(args)), []
     args.textfile, args.embfile = choose_cache(args.textfile, args.embfile, os.path.isfile)
@@ -199,7 +199,7 @@ def find_inputs(args):
         if given["ckpt"] is None:
             taken.append(f"the checkpoint {args.ckpt}")
     if taken and rank_and_world()[0] == 0:
-        print_safely(escape_control(f"taken, since no other is named: {', '.join(taken)}"))
+        print_safely(escape_control(f"by default: {', '.join(taken)}"))
     existing_caches(args.textfile, args.embfile)
     if getattr(args, "ckpt", None):
         existing_file(args.ckpt, "checkpoint")
@@ -209,10 +209,10 @@ def find_inputs(args):
 
 
 def find_outputs(args, new):
-    """Fills in --textfile and --embfile of a cache to write. A new one replaces no file that was
-    not named, and the original's is not changed unless it is named. Raises InputError.
+    """Fills in --textfile and --embfile of a cache to write. new: it is made, not changed.
 
-    new: whether the cache is made, and not changed.
+    Raises InputError where a new cache would replace a file that no flag names, and where the
+    original's cache would be changed without being named.
     """
     named = args.textfile, args.embfile
     if named == (None, None):
@@ -224,7 +224,7 @@ def find_outputs(args, new):
     existing = [path for path in unnamed if Path(path).exists()]
     if new:
         if existing:
-            raise InputError(f"{existing[0]} is there, and is replaced only where --textfile and "
+            raise InputError(f"{existing[0]} exists and is replaced only where --textfile and "
                              f"--embfile name it; other names make another cache, and --add and "
                              f"--remove change this one")
     elif named == (None, None) and not existing and Path(ORIGINAL_CACHE[0]).exists():
@@ -236,11 +236,10 @@ def find_outputs(args, new):
 # ------------------------------------------------------------------------------- the start of a run
 
 def start_run(args):
-    """Makes the output folder and locks it until run() ends: (Path, or None without --savedir;
-    torch.device; torch.dtype).
+    """Makes --savedir and locks it until run() ends, and chooses what to compute on.
 
-    Raises InputError where the folder cannot be written to, another run is writing to it, or the
-    device is not there.
+    Returns (Path, or None without --savedir; torch.device; torch.dtype). Raises InputError where
+    the folder cannot be written, another run is writing to it, or there is no such device.
     """
     savedir = output_folder(args.savedir) if args.savedir else None
     if savedir:
@@ -250,15 +249,14 @@ def start_run(args):
 
 
 def choose_device(name):
-    """torch.device for "auto", "cpu", "cuda", "cuda:1", "mps"; "auto" takes a GPU where there is
-    one."""
+    """torch.device of "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" takes a GPU if there is
+    one. Raises InputError where it cannot be used."""
     import torch
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available(
-        ) else "cpu"
+        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((gpu for gpu, available in gpus.items() if available), "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        # each of torchrun's processes has a GPU of its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's processes have a GPU each
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -266,8 +264,8 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """torch.float32 or torch.bfloat16; "auto" takes bfloat16 on a GPU that computes in it, float32
-    elsewhere. name: also a torch.dtype, which is returned."""
+    """torch.dtype of "auto", "float32" or "bfloat16"; "auto" takes bfloat16 on a GPU that supports
+    it, else float32. A torch.dtype is returned as it is."""
     import torch
     if isinstance(name, torch.dtype):
         return name
@@ -277,13 +275,12 @@ def choose_dtype(name, device):
 
 
 def seed_of(*parts):
-    """A seed that depends on these things alone, such as --seed and an image's id, so that
-    neighbours in a batch change nothing."""
-    return int.from_bytes(
-        hashlib.sha256("/".join(map(str, parts)).encode(errors="surrogateescape")).digest()[:7],
-        "big")
+    """A seed of these parts only, such as --seed and an image's id: neighbours in a batch change
+    nothing."""
+    text = "/".join(map(str, parts)).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
 
 def linearize(entries):
-    """The table as the language model reads it: each entry followed by a bar, the last one too."""
+    """The table as BART reads it: a separator follows each entry, the last one too."""
     return "".join(entry + SEPARATOR for entry in entries)

@@ -1,4 +1,4 @@
-"""Checkpoints: the trained tensors alone, as safetensors, and the state that a stopped training
+"""Checkpoints: the trained tensors alone, as safetensors, and the state that a stopped training run
 resumes from."""
 
 import hashlib
@@ -14,33 +14,35 @@ from antarctic.errors import InputError
 from antarctic.files import atomic
 from antarctic.pickles import is_torch_zip, lightning_settings, lightning_tensors
 
+# ------------------------------------------------------------------------------------ checkpoints
 
 def is_layernorm(name):
-    """Whether a parameter is trained: the layernorms of BART's encoder, and the decoder's that
-    follow its attention to the encoder (`encoder_attn_layer_norm`). 73,728 numbers of
-    bart-large."""
+    """Whether a parameter is one of the trained layernorms.
+
+    These are the layernorms of BART's encoder, and those of the decoder that follow its attention
+    to the encoder (`encoder_attn_layer_norm`): 73,728 numbers of bart-large.
+    """
     return "layer_norm" in name and "encoder" in name
 
 
 def save_checkpoint(path, trained, settings):
-    """Writes the trained tensors alone. trained: {name: parameter}. settings: a JSON-able dict,
-    kept as metadata."""
+    """Writes the trained tensors alone. trained: {name: parameter}. settings: a dict of JSON
+    values, stored as metadata."""
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
     with atomic(path, "wb") as file:
         file.write(save(tensors, {"antarctic_captions": json.dumps(settings)}))
 
 
 def checkpoint_settings(path):
-    """The settings that a checkpoint of ours, or of the original's, was trained with. Raises
-    InputError where it is neither."""
+    """The settings that a checkpoint was trained with, ours or the original's. Raises InputError
+    where the file is neither."""
     try:
         if is_torch_zip(path):
             return lightning_settings(path)
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["antarctic_captions"])
-        if not all(
-                type(settings[name]) is int and 0 < settings[name] < 1 << 16
-                for name in ("topk", "maxlen_enc", "maxlen_dec")):
+        sizes = [settings[name] for name in ("topk", "maxlen_enc", "maxlen_dec")]
+        if not all(type(size) is int and 0 < size < 1 << 16 for size in sizes):
             raise ValueError("the settings are no sizes of tables and texts")
         return settings | {"lm": settings["lm"] + ""}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
@@ -48,8 +50,11 @@ def checkpoint_settings(path):
 
 
 def trained_sha256(path, captioner):
-    """A digest of what load_checkpoint has put into the captioner from this file. Files with equal
-    tensors have the same, ours and the original's, which is too large to read it all."""
+    """A digest of the tensors that load_checkpoint has copied from this file into the captioner.
+
+    Files with equal tensors have the same digest, ours and the original's. It is computed of the
+    captioner's parameters, since the original's file is too large to be read once more.
+    """
     parameters, digest = dict(captioner.model.named_parameters()), hashlib.sha256()
     if is_torch_zip(path):
         names = filter(is_layernorm, parameters)
@@ -63,26 +68,24 @@ def trained_sha256(path, captioner):
 
 
 def load_checkpoint(path, captioner):
-    """Puts a checkpoint's tensors into the captioner. Returns its settings. Raises InputError where
-    it is of another language model."""
+    """Copies a checkpoint's tensors into the captioner. Returns its settings. Raises InputError
+    where it is of another language model or holds values that are not finite."""
     settings = checkpoint_settings(path)
     if settings["lm"] not in (captioner.identity, None):
-        raise InputError(
-            f"the checkpoint {path} belongs to the language model {settings['lm']}, not to "
-            f"{captioner.identity}"
-        )
+        raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, "
+                         f"not to {captioner.identity}")
     parameters = dict(captioner.model.named_parameters())
+    expected = list(filter(is_layernorm, parameters))
     if settings["lm"] is None:  # the original's, which holds all weights
-        tensors = lightning_tensors(path, [name for name in parameters if is_layernorm(name)])
+        tensors = lightning_tensors(path, expected)
     else:
         tensors = load_file(path)
-    for name in sorted(tensors.keys() | filter(is_layernorm, parameters)):
-        if name not in tensors or name not in parameters or parameters[name].shape != tensors[
-                name].shape:
-            raise InputError(
-                f"the checkpoint {path} does not fit the language model {captioner.identity} (at "
-                f"{name})"
-            )
+    for name in sorted(tensors.keys() | expected):
+        fits = (name in tensors and name in parameters
+                and parameters[name].shape == tensors[name].shape)
+        if not fits:
+            raise InputError(f"the checkpoint {path} does not fit the language model "
+                             f"{captioner.identity} (at {name})")
         if not tensors[name].float().isfinite().all():
             raise InputError(f"the checkpoint {path} holds values that are not finite (in {name})")
     with torch.no_grad():
@@ -91,24 +94,28 @@ def load_checkpoint(path, captioner):
     return settings
 
 
+# ------------------------------------------------------------------------- the state to resume from
+
 def save_state(path, trained, optimizer, progress):
-    """Saves what a stopped run needs to go on. trained: {name: parameter}. progress: plain numbers,
-    lists and tuples."""
+    """Saves what a stopped run needs to resume. trained: {name: parameter}. progress: plain
+    numbers, lists and tuples."""
     if not all(parameter.isfinite().all() for parameter in trained.values()):
-        return  # a run that went on from there could not recover; the next loss tells
-    buffer = io.BytesIO()  # torch.save hides the error of a full disk
-    torch.save({"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress},
-               buffer)
+        return  # no run could recover from it, and the next loss reports it
+    state = {"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress}
+    buffer = io.BytesIO()  # torch.save to a file hides the error of a full disk
+    torch.save(state, buffer)
     with atomic(path, "wb") as file:
         file.write(buffer.getbuffer())
 
 
 def load_state(path, trained, optimizer):
-    """Puts the saved numbers into the trained parameters and the optimizer. Returns the progress,
-    or None where nothing was saved. Raises InputError."""
+    """Copies a saved state into the trained parameters and the optimizer. Returns the progress, or
+    None where no state was saved. Raises InputError where it cannot be read."""
+    def read():
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+
     try:
-        state = on_rank0(lambda: torch.load(path, map_location="cpu", weights_only=True)
-                         if path.is_file() else None)
+        state = on_rank0(read)
         if state is None:
             return None
         with torch.no_grad():
@@ -116,6 +123,6 @@ def load_state(path, trained, optimizer):
                 parameter.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
         return state["progress"]
-    except Exception as error:  # a damaged pickle can fail in every way there is
-        raise InputError(
-            f"the state {path} of a stopped run cannot be read; delete it to start anew") from error
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise InputError(f"the state {path} of a stopped run cannot be read; delete it to start "
+                         "from the beginning") from error

@@ -1,8 +1,7 @@
-"""The processes that torchrun starts: their ranks, what they exchange, and how each notices that
-another has died.
+"""The processes that torchrun starts: ranks, collectives, and noticing that a process has died.
 
-One process is not a special case: rank 0 of a world of 1. torch is imported only where several
-processes run, so that `--help` and everything else that is light does not wait for it.
+One process is not a special case: it is rank 0 of a world of 1. torch is imported only where
+several processes run, so that --help does not wait for it.
 """
 
 import os
@@ -15,24 +14,21 @@ from datetime import timedelta
 
 from antarctic.errors import InputError
 
-JOIN_TIMEOUT = timedelta(
-    minutes=5)  # torchrun starts all together, but some hosts load libraries slowly
-NO_TIMEOUT = timedelta(
-    days=7)  # rank 0 may work for hours while the others wait; peer_sockets tell who is gone
+JOIN_TIMEOUT = timedelta(minutes=5)  # some hosts load libraries slowly
+NO_TIMEOUT = timedelta(days=7)  # others wait while rank 0 works; peer_sockets notice who is gone
 
 peer_sockets = []  # connections to rank 0; on rank 0, to all others
 main_done = threading.Event()  # a peer that leaves now has not died
 
 
 def is_joined():
-    """Whether this process has joined others. Only then torch.distributed is loaded."""
+    """Whether this process has joined others. If it has not, torch need not be loaded."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
 
 
 def rank_and_world():
-    """(rank, number of processes). It is (0, 1) unless torchrun started several; then this one
-    joins the others."""
+    """(rank, number of processes). The first call joins the other processes, if there are any."""
     if not is_joined():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 0, 1
@@ -42,8 +38,7 @@ def rank_and_world():
 
 
 def join():
-    """Joins the processes that torchrun started. Raises InputError where one of them does not
-    come."""
+    """Joins the processes that torchrun started. Raises InputError where one does not come."""
     import torch
     from torch import distributed
     with collective_errors():
@@ -55,21 +50,22 @@ def join():
 
 
 def watch_peers(store, rank, world):
-    """Ties every process to rank 0 by a connection that stays silent until both are done.
+    """Connects every process with rank 0 by a socket that stays silent until both are done.
 
-    Where a connection breaks, its other end was killed or its host is gone. This process then
-    stops as by Ctrl-C, whatever it is doing; so all processes end within a minute.
+    Where a connection breaks, the process at its other end was killed or its host is gone. Then
+    this process stops as by Ctrl-C, whatever it is doing; so all processes end within a minute.
     """
     if rank == 0:
-        both = {"family": socket.AF_INET6, "dualstack_ipv6": True
-                } if socket.has_dualstack_ipv6() else {}
-        with socket.create_server(("", 0), **both) as server:
+        family = {}
+        if socket.has_dualstack_ipv6():
+            family = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+        with socket.create_server(("", 0), **family) as server:
             store.set("peer_port", str(server.getsockname()[1]))
             server.settimeout(JOIN_TIMEOUT.total_seconds())
             peer_sockets.extend(server.accept()[0] for _ in range(world - 1))
     else:
-        peer_sockets.append(
-            socket.create_connection((os.environ["MASTER_ADDR"], int(store.get("peer_port")))))
+        address = os.environ["MASTER_ADDR"], int(store.get("peer_port"))
+        peer_sockets.append(socket.create_connection(address))
 
     def listen(peer):
         try:
@@ -84,10 +80,9 @@ def watch_peers(store, rank, world):
 
     for peer in peer_sockets:
         peer.settimeout(None)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE,
-                        1)  # the system asks, however busy the processes are
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5),
-                            ("TCP_KEEPCNT", 5)):  # no answer for 40 s: gone
+        # The system probes the connection, however busy the process is: 40 s without answer end it.
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 5)):
             if hasattr(socket, name):
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         threading.Thread(target=listen, args=(peer,), daemon=True).start()
@@ -102,8 +97,7 @@ def leave():
 
 
 def leave_together():
-    """Waits for all processes, so that none ends before rank 0 has written everything; then
-    leaves."""
+    """A barrier, so that no process ends before rank 0 has written everything; then leaves."""
     if gather_lists([0])[1:]:
         leave()
         from torch import distributed
@@ -112,8 +106,7 @@ def leave_together():
 
 @contextmanager
 def collective_errors():
-    """Around what all processes do at once. Raises InputError where one of them is not there any
-    more."""
+    """Around a collective. Raises InputError where another process has ended meanwhile."""
     try:
         yield
     except (RuntimeError, OSError) as error:  # RuntimeError: gloo's and NCCL's
@@ -123,7 +116,7 @@ def collective_errors():
 
 
 def gather_lists(items):
-    """The lists of all processes one behind the other, by rank; on all of them."""
+    """The lists of all processes, concatenated in the order of ranks, on every process."""
     rank, world = rank_and_world()
     if world == 1:
         return list(items)
@@ -135,8 +128,10 @@ def gather_lists(items):
 
 
 def all_reduce_sum(tensors):
-    """Replaces each tensor by its sum over all processes, in one collective. All have one device
-    and are float32."""
+    """Replaces each tensor by its sum over all processes, in one collective.
+
+    tensors: float32, all on one device.
+    """
     if rank_and_world()[1] == 1:
         return
     import torch
@@ -149,10 +144,10 @@ def all_reduce_sum(tensors):
 
 
 def on_rank0(make):
-    """The result of make(), which rank 0 alone calls, on all processes. What looks at files or
-    writes them goes through here.
+    """The result of make(), called on rank 0 only, on every process. Looking at files, and writing
+    them, goes through here.
 
-    An InputError of make() is raised on rank 0 and ends the others with exit code 2.
+    An InputError of make() is raised on rank 0 and ends the other processes with exit code 2.
     """
     rank, world = rank_and_world()
     result = error = None

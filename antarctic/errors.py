@@ -1,4 +1,4 @@
-"""Errors that a user causes, and text that a terminal may get."""
+"""Errors that a user causes, and text that is safe to print."""
 
 import os
 import sys
@@ -6,16 +6,18 @@ from contextlib import suppress
 
 
 class InputError(Exception):
-    """What a user gave cannot be used. The message is one sentence that says what was tried and
-    what to do."""
+    """A user's input cannot be used. The message is one sentence: what was tried, what to do."""
 
     def __init__(self, message):
         super().__init__(escape_control(message))
 
 
 def escape_control(text):
-    """A text of a user's as a terminal may get it: control characters, and marks that turn the
-    reading direction, as escapes; the beginning of a very long one."""
+    """A user's text, made safe for a terminal.
+
+    Control characters, and marks that change the reading direction, become escapes. A text of more
+    than 2,000 characters is cut.
+    """
     text = str(text)
     if len(text) > 2000:
         text = text[:2000] + "..."
@@ -23,14 +25,17 @@ def escape_control(text):
 
 
 def print_safely(text):
-    """Prints a line, whatever standard output is, since no print may cost a result: an encoding
-    that lacks a character gets its escape, and a pipe that nobody reads any more, or a full disk,
-    nothing from then on. Returns the error that kept it from being printed, else None."""
+    """Prints a line whatever standard output is, since no print may cost a result.
+
+    Characters that the encoding lacks become escapes. Where the pipe has no reader any more, or the
+    disk is full, this and all later output is dropped. Returns that error, or None.
+    """
     try:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python would try again as it ends
+        with suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as devnull:
+            # Otherwise Python flushes the same output again at exit, and fails.
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
         return error
     return None

@@ -1,4 +1,4 @@
-"""Images and texts as CLIP's vectors: encoded once, kept in a file, found again by later runs."""
+"""CLIP's vectors of images and texts: encoded once, stored in a file, and reused by later runs."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,20 @@ from antarctic.files import append, atomic, fingerprint, locked, writing
 from antarctic.images import read_image
 
 CHUNK = 2048  # texts that a process encodes between two writes
-# read_image's copies of a batch and CLIP's preprocessing of it need 14 bytes for each
+# Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
 BATCH_PIXELS = 1 << 25
 
 
+# ----------------------------------------------------------------------------------------- images
+
 def image_features(clip, pictures, folder, batch_size=64, shard=512):
-    """CLIP vectors of all images that can be read, from a file in folder where an earlier run left
+    """CLIP's vectors of all images that can be read, from a file in folder if an earlier run wrote
     one.
 
     The file is keyed by the CLIP model and by each image's path, size and time of change. Until it
-    is whole, each shard of so many images is a file of its own, so that a run that is killed loses
-    no more than one. Returns (features, float32 (n, dim); the n Pictures that they belong to; bad,
-    a list of (path, reason)).
+    is complete, each shard of `shard` images is a file of its own, so that a killed run loses at
+    most one shard. Returns (features, float32 (n, dim); their n Pictures; bad, a list of (path,
+    reason)).
     """
     stats = []
     for picture in pictures:
@@ -34,68 +36,72 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
             stats.append((str(picture.path.resolve()), stat.st_size, stat.st_mtime_ns))
         except OSError:
             stats.append((str(picture.path), 0, 0))
-    key = fingerprint([clip.identity, stats])
-    path = Path(
-        folder
-    # of another host's files the times may differ
-    ) / f"features-{on_rank0(lambda: key)}.safetensors"
-    if (found := on_rank0(lambda: read_features(path, len(pictures), clip.dim))) is None:
+    # Rank 0's key, since another host's files may have other times.
+    key = on_rank0(lambda: fingerprint([clip.identity, stats]))
+    path = Path(folder) / f"features-{key}.safetensors"
+    stored = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
+    if stored is None:
         with locked(path.with_name(f".{path.name}.lock")):
             encode_shards(clip, pictures, path, batch_size, shard)
-        found = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
+        stored = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
     if rank_and_world()[0] == 0:
-        for part in path.parent.glob(
-                f"{path.stem}.*.part"):  # also of a run that was killed between the file and this
-            part.unlink(missing_ok=True)  # another run may be about it, too
-    features, bad = found
+        # A run that was killed after it wrote the file leaves shards, too.
+        for part in path.parent.glob(f"{path.stem}.*.part"):
+            part.unlink(missing_ok=True)  # another run may delete them at the same time
+    features, bad = stored
     good = [picture for row, picture in enumerate(pictures) if row not in bad]
     return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
 
 
 def encode_shards(clip, pictures, path, batch_size, shard):
-    """Writes the features file of image_features by way of its shards, of which each process
-    encodes every world-th."""
+    """Writes the features file of image_features from its shards. Each process encodes every
+    world-th shard."""
     rank, world = rank_and_world()
-    shards = {
-        path.with_suffix(f".{start}.part"): pictures[start:start + shard]
-        for start in range(0, len(pictures), shard)
-    }
-    missing = on_rank0(lambda: [
-        part for part in shards if read_features(part, len(shards[part]), clip.dim) is None
-    ])
+    shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard]
+              for start in range(0, len(pictures), shard)}
+
+    def missing_shards():
+        return [part for part, images in shards.items()
+                if read_features(part, len(images), clip.dim) is None]
+
+    missing = on_rank0(missing_shards)
     done = len(pictures) - sum(len(shards[part]) for part in missing)
-    with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image", disable=rank
-              > 0) as bar:
+    with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image",
+              disable=rank > 0) as bar:
         for start in range(0, len(missing), world):
-            some = missing[start:start + world]
-            mine = [(part, *encode_files(clip, [p.path for p in shards[part]], batch_size, bar))
-                    for part in some[rank:rank + 1]]
-            for part, features, bad in gather_lists(mine):
+            batch = missing[start:start + world]  # a shard for each process
+            encoded = []
+            for part in batch[rank:rank + 1]:
+                paths = [picture.path for picture in shards[part]]
+                encoded.append((part, *encode_files(clip, paths, batch_size, bar)))
+            for part, features, bad in gather_lists(encoded):
                 if rank == 0:
                     write_features(part, features, bad)
-            bar.update(sum(len(shards[part]) for part in some[1:]))
+            bar.update(sum(len(shards[part]) for part in batch[1:]))
     if rank == 0:
-        parts, bads = zip(*(read_features(part, len(some), clip.dim)
-                            for part, some in shards.items()))
-        write_features(
-            path, torch.cat(parts),
-            {i * shard + row: reason for i, bad in enumerate(bads) for row, reason in bad.items()})
+        vectors, reasons = [], {}
+        for i, (part, images) in enumerate(shards.items()):
+            features, bad = read_features(part, len(images), clip.dim)
+            vectors.append(features)
+            reasons |= {i * shard + row: reason for row, reason in bad.items()}
+        write_features(path, torch.cat(vectors), reasons)
 
 
 def read_features(path, n, dim):
-    """What write_features wrote of n images and a CLIP of dim, or None where there is nothing, or
-    nothing like it."""
+    """What write_features wrote of n images and a CLIP of dim dimensions: (features, bad). None
+    where there is no such file, or it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             features = file.get_tensor("features")
-            bad = {
-                int(row): reason + "" for row, reason in json.loads(file.metadata()["bad"]).items()
-            }
-        whole = set(bad) <= set(
-            range(n)) and features.shape == (n - len(bad), dim) and features.dtype == torch.float32
-        return (features, bad) if whole and features.isfinite().all() else None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
+            reasons = json.loads(file.metadata()["bad"])
+        bad = {int(row): reason + "" for row, reason in reasons.items()}
+        fits = set(bad) <= set(range(n)) and features.shape == (n - len(bad), dim)
+        if fits and features.dtype == torch.float32 and features.isfinite().all():
+            return features, bad
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
+            RecursionError):
+        pass
+    return None
 
 
 def write_features(path, features, bad):
@@ -105,8 +111,10 @@ def write_features(path, features, bad):
 
 
 def encode_files(clip, paths, batch_size, bar):
-    """(vectors of the images that can be read, {row of a bad one: reason}). bar: a tqdm that counts
-    images."""
+    """CLIP's vectors of image files. bar: a tqdm that counts images.
+
+    Returns (vectors of the images that can be read, float32 (n, dim); {row of a bad one: reason}).
+    """
     vectors, bad, batch = [torch.empty(0, clip.dim)], {}, []
     for row, path in enumerate(paths):
         try:
@@ -121,12 +129,14 @@ def encode_files(clip, paths, batch_size, bar):
     return torch.cat(vectors), bad
 
 
-def text_features(clip, texts, part, batch_size):
-    """CLIP's vectors of texts, on rank 0 an array (len(texts), dim) mapped from the file part; all
-    processes call this and share the work.
+# ------------------------------------------------------------------------------------------ texts
 
-    The file grows by float32 rows. A run that was killed resumes at its end, so part must be named
-    by all that decides the vectors. batch_size: texts at a time, per process.
+def text_features(clip, texts, part, batch_size):
+    """CLIP's vectors of texts. All processes call this and share the work.
+
+    On rank 0 it returns an array (len(texts), dim), mapped from the file part, which grows by
+    float32 rows. A killed run resumes at its end, so the name of part must depend on everything
+    that determines the vectors. batch_size: texts at a time, per process.
     """
     rank, world = rank_and_world()
     row_bytes = clip.dim * np.dtype(np.float32).itemsize

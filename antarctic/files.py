@@ -15,27 +15,27 @@ except ImportError:  # Windows, where nothing is locked
 from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 
-# characters of an entry or a caption, of which the models read 128 tokens at most
-LONGEST_TEXT = 10_000
+LONGEST_TEXT = 10_000  # characters of an entry or a caption; the models read at most 128 tokens
+# backslashreplace is for file names that are not UTF-8.
+TEXT = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
 
-TEXT = {"encoding": "utf-8", "newline": "\n",
-        "errors": "backslashreplace"}  # errors: file names that are no UTF-8
 
+# ---------------------------------------------------------------------------------------- writing
 
 @contextmanager
 def writing(path):
-    """Around what writes the file path. Raises InputError, which names it: the disk is full, the
-    folder may only be read."""
+    """Wraps code that writes the file path. Raises InputError, with the path, where it cannot be
+    written: the disk is full, the folder is read-only."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename and Path(path).name not in str(
-                error.filename):  # of a file read meanwhile
+        if error.errno is None:
             raise
-        raise InputError(
-            f"cannot write {path} ({error.strerror}); finished files are whole, so once that is "
-            "mended the same "
-            f"command goes on") from error
+        # The error may be of another file, which the code reads meanwhile.
+        if error.filename and Path(path).name not in str(error.filename):
+            raise
+        raise InputError(f"cannot write {path} ({error.strerror}); finished files are whole, so "
+                         "rerun the same command to resume once this is fixed") from error
 
 
 @contextmanager
@@ -48,9 +48,10 @@ def atomic(path, mode="w"):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    options = {} if "b" in mode else TEXT
     with writing(path):
         try:
-            with open(temporary, mode, **({} if "b" in mode else TEXT)) as file:
+            with open(temporary, mode, **options) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -60,99 +61,16 @@ def atomic(path, mode="w"):
 
 
 def append(path, data):
-    """Adds bytes to a file that grows as a run goes on; they are on the disk when this returns.
-    Raises InputError."""
+    """Appends bytes to a file; they are on the disk when this returns. Raises InputError where they
+    cannot be written."""
     with writing(path), open(path, "ab") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-@contextmanager
-def locked(path):
-    """Holds a file as the mark that this run alone writes what it stands for, until the body ends;
-    all processes call this.
-
-    The lock is the system's (flock), which frees it when its process dies, by SIGKILL too; the file
-    says who that is. What a dead one left half-written beside it is removed. Raises InputError
-    where another run holds it.
-    """
-    path, files = Path(path), []
-
-    def take():
-        while True:
-            file = open(path, "a+")
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise InputError(
-                    f"another run is writing to {path.parent}: "
-                    f"{file.read() or 'it has just begun'}; wait until it "
-                    f"ends, or give another folder or file") from error
-            except OSError:  # a file system that knows no locks
-                pass
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()),
-                                    path.stat()):  # else its holder has just removed it
-                    break
-        files.append(file)
-        file.seek(0)
-        for dead in file.read().split()[1:2]:
-            for left in path.parent.glob(f".*.{dead}.tmp"):
-                left.unlink(missing_ok=True)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-
-    def take_named():
-        with writing(path):
-            take()
-
-    on_rank0(take_named)
-    try:
-        yield
-    finally:
-        for file in files:
-            path.unlink(missing_ok=True)
-            file.close()
-
-
-def staging_path(path):
-    """Where a cache's file waits until all of them are written."""
-    return Path(path).with_name(f".{Path(path).name}.new")
-
-
-def finish_cache(textfile, embfile):
-    """Moves the files that write_cache staged into place, also those of a run that was killed
-    there.
-
-    The description is staged last: where it is, all are whole. So text and embeddings are never out
-    of step.
-    """
-    files = textfile, embfile, f"{embfile}.json"
-    if staging_path(files[-1]).is_file():
-        for path in files:
-            with writing(path), suppress(FileNotFoundError):  # moved before
-                os.replace(staging_path(path), path)
-
-
-def existing_caches(textfiles, embfiles):
-    """Pairs of paths (text, embeddings), after a look whether they are there. Raises InputError."""
-    if len(textfiles) != len(embfiles):
-        raise InputError(
-            f"got {len(textfiles)} --textfile but {len(embfiles)} --embfile; they go in pairs")
-    pairs = []
-    for textfile, embfile in zip(textfiles, embfiles):
-        finish_cache(textfile, embfile)
-        pairs.append((existing_file(textfile,
-                                    "cache text"), existing_file(embfile, "cache embeddings")))
-    return pairs
-
-
 def write_lines(path, lines):
-    """One text a line; line breaks inside a text become spaces, so that line i stays text i."""
+    """Writes one text a line. Line breaks in a text become spaces, so that line i is text i."""
     with atomic(path) as file:
         file.writelines(" ".join(line.split()) + "\n" for line in lines)
 
@@ -164,8 +82,10 @@ def write_json(path, data, indent=None):
 
 
 def output_folder(path):
-    """Makes a folder and proves that it can be written to, before hours of work go into it. Raises
-    InputError."""
+    """Creates a folder and checks that it can be written to, before hours of work go into it.
+
+    Returns its Path. Raises InputError where it cannot be written to.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -177,10 +97,102 @@ def output_folder(path):
     return path
 
 
-def existing_file(path, what):
+# ------------------------------------------------------------------------------------------ locks
+
+@contextmanager
+def locked(path):
+    """Locks a file until the body ends, so that only this run writes what the file stands for. All
+    processes of the run call this.
+
+    The lock is the system's (flock), which frees it when its process dies, by SIGKILL too. The file
+    names the process. Temporary files that a dead process left beside it are removed. Raises
+    InputError where another run has the lock.
+    """
+    path, files = Path(path), []
+
+    def lock():
+        with writing(path):
+            file = open_locked(path)
+            files.append(file)
+            file.seek(0)
+            for pid in file.read().split()[1:2]:  # of a process that died with the lock
+                for temporary in path.parent.glob(f".*.{pid}.tmp"):
+                    temporary.unlink(missing_ok=True)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+
+    on_rank0(lock)
+    try:
+        yield
+    finally:
+        for file in files:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def open_locked(path):
+    """Opens the file path and locks it. Raises InputError where another run has the lock."""
+    while True:
+        file = open(path, "a+")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read() or "it has just begun"
+            raise InputError(f"another run is writing to {path.parent}: {owner}; wait until it "
+                             "ends, or give another folder or file") from error
+        except OSError:  # the file system has no locks
+            pass
+        # Unless this is still the file at path, its owner has just removed it: try again.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+
+
+# ----------------------------------------------------------------------------------- cache files
+
+def staging_path(path):
+    """Where a file of a cache is kept until all of them are written."""
+    return Path(path).with_name(f".{Path(path).name}.new")
+
+
+def finish_cache(textfile, embfile):
+    """Moves the files that write_cache staged into place, also those of a run that was killed while
+    it moved them.
+
+    The description is staged last: where it exists, all files are whole. So text and embeddings
+    always belong together.
+    """
+    files = textfile, embfile, f"{embfile}.json"
+    if staging_path(files[-1]).is_file():
+        for path in files:
+            with writing(path), suppress(FileNotFoundError):  # a killed run has moved it
+                os.replace(staging_path(path), path)
+
+
+def existing_caches(textfiles, embfiles):
+    """Pairs of paths (text, embeddings). Raises InputError where a file is missing or the numbers
+    of files differ."""
+    if len(textfiles) != len(embfiles):
+        raise InputError(f"got {len(textfiles)} --textfile but {len(embfiles)} --embfile; they go "
+                         "in pairs")
+    pairs = []
+    for textfile, embfile in zip(textfiles, embfiles):
+        finish_cache(textfile, embfile)
+        pairs.append((existing_file(textfile, "cache text"),
+                      existing_file(embfile, "cache embeddings")))
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+def existing_file(path, kind):
+    """The Path of a file. Raises InputError where there is none. kind: what the file is."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"there is no {what} at {path}")
+        raise InputError(f"there is no {kind} at {path}")
     return path
 
 
@@ -190,36 +202,41 @@ def file_sha256(path):
 
 
 def fingerprint(settings):
-    """16 hexadecimal digits that name a run by everything that decides its results: two runs share
-    their unfinished work only if these are equal. settings: whatever JSON can hold."""
+    """16 hexadecimal digits that stand for everything that determines a run's results.
+
+    Runs share unfinished work only if these are equal. settings: any JSON value.
+    """
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def read_text(path, what):
-    """A UTF-8 text file as it is, but for the mark that editors on Windows set first. Raises
-    InputError."""
+def read_text(path, kind):
+    """A UTF-8 text file, without the byte order mark that editors on Windows write.
+
+    kind: what the file is, for messages. Raises InputError where it is missing or not UTF-8.
+    """
     try:
-        return existing_file(path, what).read_bytes().decode("utf-8-sig")
+        return existing_file(path, kind).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"the {what} {path} is not UTF-8 text") from error
+        raise InputError(f"the {kind} {path} is not UTF-8 text") from error
 
 
 def one_line(text, path, most=LONGEST_TEXT):
-    """A text of a file with its white space made single, fit for a tokenizer. Raises InputError
-    where it is longer than any entry or caption, which tokenizers would take minutes and gigabytes
-    for; AttributeError where it is no text."""
+    """A text of the file path with each run of white space as one space, fit for a tokenizer.
+
+    Raises InputError where it has more than `most` characters, for which tokenizers would take
+    minutes and gigabytes, and AttributeError where it is not a string.
+    """
     text = " ".join(text.split())
     if len(text) > most:
-        raise InputError(
-            f"{path} holds a text of {len(text):,} characters ({text[:40]!r}...); {most:,} are "
-            "read at most"
-        )
-    return text.encode(errors="replace").decode()  # JSON can hold half a character
+        raise InputError(f"{path} holds a text of {len(text):,} characters ({text[:40]!r}...); "
+                         f"{most:,} are read at most")
+    return text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair
 
 
-def read_lines(path, what, most=LONGEST_TEXT):
-    """Lines of a text file, white space made single, without blank ones. Raises InputError, also
-    for one of more than most characters."""
-    return [
-        one_line(line, path, most) for line in read_text(path, what).split("\n") if line.strip()
-    ]
+def read_lines(path, kind, most=LONGEST_TEXT):
+    """The lines of a text file that are not blank, as one_line returns them.
+
+    kind: what the file is, for messages. Raises InputError as read_text and one_line do.
+    """
+    lines = read_text(path, kind).split("\n")
+    return [one_line(line, path, most) for line in lines if line.strip()]

@@ -1,9 +1,9 @@
-"""CLIP's preprocessing as OpenAI does it, equal to the bit, without torchvision.
+"""CLIP's preprocessing, equal to OpenAI's to the bit, without torchvision.
 
 OpenAI's is torchvision's Resize(bicubic), CenterCrop, ToTensor and Normalize on a Pillow image:
-https://github.com/openai/CLIP/blob/main/clip/clip.py (_transform)
-transformers' CLIPImageProcessor places the crop differently: it rounds the margin down, torchvision
-rounds half to even, which is one pixel for an image of 640 x 427.
+https://github.com/openai/CLIP/blob/main/clip/clip.py (_transform).
+transformers' CLIPImageProcessor places the crop differently: it rounds the margin down, whereas
+torchvision rounds it half to even. The crop of a 640 x 427 image differs by one pixel.
 """
 
 import math
@@ -14,19 +14,18 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
-OPENAI_STEPS = {  # of a preprocessor_config.json
+OPENAI_STEPS = {  # as in a preprocessor_config.json
     "image_processor_type": "CLIPImageProcessor", "resample": Image.Resampling.BICUBIC,
     "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
 }
 
 
 class OpenAIPreprocessor(NamedTuple):
-    """Called as transformers' image processors are, and put in the place of one.
+    """Replaces an image processor of transformers, and is called like one.
 
-    size: of the short side after resizing. crop_size: (height, width) of the crop, at most size.
-    mean, std: of each channel, for values from 0 to 1.
+    size: the short side after resizing. crop_size: (height, width) of the crop, at most size. mean,
+    std: of each channel, of values from 0 to 1.
     """
-
     size: int
     crop_size: tuple
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)
@@ -36,27 +35,27 @@ class OpenAIPreprocessor(NamedTuple):
         """images: PIL images. Returns {pixel_values}, float32 (B, 3, height, width)."""
         pixels = torch.empty(len(images), 3, *self.crop_size)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        for image, row in zip(images, pixels):  # one by one: an image fits the processor's cache
+        for image, row in zip(images, pixels):  # one by one, since an image fits the CPU's cache
             row.copy_(torch.from_numpy(self.crop(image)).permute(2, 0, 1))
             row.div_(255).sub_(mean).div_(std)  # as ToTensor and Normalize, in their order
         return BatchFeature({"pixel_values": pixels})
 
     def crop(self, image):
-        """A PIL image, resized, cropped, and only then made RGB: uint8 (height, width, 3).
+        """A PIL image, resized, cropped, and only then converted to RGB: uint8 (height, width, 3).
 
-        A pure function: threads can call it at once, and Pillow releases the GIL while it resizes.
+        It is a pure function, so threads can share it. Pillow releases the GIL while it resizes.
         """
         image = image.resize(resized_size(image.size, self.size), Image.Resampling.BICUBIC)
         return np.array(image.crop(center_box(image.size, self.crop_size)).convert("RGB"))
 
 
 def openai_preprocessor(processor):
-    """The OpenAIPreprocessor that an image processor of transformers stands for.
+    """The OpenAIPreprocessor with the settings of an image processor of transformers.
 
-    Returns processor itself where it is of another kind than OpenAI's: SigLIP's, one that squashes
-    images, leaves a step out, resamples otherwise, or crops more than the resized image has.
+    Returns the processor itself where it does not preprocess as OpenAI does: it is SigLIP's,
+    squashes images, omits a step, resamples otherwise, or crops more than the resized image has.
     """
-    config = processor.to_dict()  # in transformers' present spelling, however old the file is
+    config = processor.to_dict()  # in transformers' current spelling, however old the file is
     if any(config.get(key) != value for key, value in OPENAI_STEPS.items()) or config.get("do_pad"):
         return processor
     size, crop_size = config["size"] or {}, config["crop_size"] or {}
@@ -74,17 +73,19 @@ def openai_preprocessor(processor):
 
 
 def resized_size(size, short):
-    """(width, height) after resizing so that the short side is short; size: (width, height).
+    """(width, height) of an image whose short side is resized to `short`. size: (width, height).
 
-    torchvision cuts the fraction of the long side off.
+    Like torchvision it truncates the long side to whole pixels.
     """
     least = min(size)
     return tuple(short if side == least else int(short * side / least) for side in size)
 
 
 def center_box(size, crop_size):
-    """(left, top, right, bottom) of the central crop; size: (width, height), crop_size: (height,
-    width), no larger. torchvision rounds the margin, and half to even, as Python's round does.
+    """(left, top, right, bottom) of the central crop.
+
+    size: (width, height). crop_size: (height, width), no larger. The margin is rounded half to
+    even, by torchvision and by Python's round.
     """
     (width, height), (crop_height, crop_width) = size, crop_size
     left, top = round((width - crop_width) / 2), round((height - crop_height) / 2)

@@ -1,5 +1,4 @@
-"""What the sampler leaves in --savedir and beside the images: captions in the formats of the field,
-and the gallery."""
+"""The sampler's results: captions in the formats of the field, their evidence, the gallery."""
 
 import csv
 import json
@@ -16,32 +15,36 @@ COLUMNS = "image_id", "file", "caption", "score"
 
 
 def check_sidecars(pictures, overwrite):
-    """Raises InputError where two pictures would share a .txt file, or where one is there and must
-    stay."""
+    """Raises InputError where two pictures would share a .txt file, or a file would be replaced."""
     paths = [picture.path.with_suffix(".txt") for picture in pictures]
     if len(set(paths)) < len(paths):
         [(twice, _)] = Counter(paths).most_common(1)
         raise InputError(f"two images would have the same --sidecar {twice}; rename one of them")
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
-        raise InputError(f"{len(existing)} files that --sidecar would write are there, such as "
+        raise InputError(f"{len(existing)} files that --sidecar would write exist, such as "
                          f"{existing[0]}; --overwrite replaces them")
 
 
 def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=False):
-    """Writes preds.txt, ref*.txt, captions.json (COCO results), gallery.html, details.jsonl and
-    what else is asked for, from the sealed records in part, which is removed at the end.
+    """Writes all results from the sealed records in part, which is removed at the end.
 
-    pictures: a Picture for each record. gallery: images on the page at most. Returns (a dict of
-    COLUMNS for each image; how many have no candidate).
+    They are preds.txt, ref*.txt, captions.json, details.jsonl and gallery.html. as_csv: also
+    captions.csv. sidecar: also a .txt file beside each image. pictures: a Picture for each record.
+    gallery: images on the page at most. Returns (a dict of COLUMNS for each image; the number of
+    images without a candidate).
     """
-    records, shown, empty = [], [], 0
+    records, shown, empty = [], [], 0  # shown: on the gallery
     with atomic(savedir / "details.jsonl") as details:
         for record in read_sealed(part):
             details.write(json.dumps(record, ensure_ascii=False) + "\n")
-            shown += [record] * (len(shown) < gallery)
+            if len(shown) < gallery:
+                shown.append(record)
             empty += not record["candidates"]
             records.append({name: record[name] for name in COLUMNS})
+        if len(records) != len(pictures):
+            raise InputError(f"{part} was changed by another program: {len(records)} of its "
+                             f"{len(pictures)} records are whole; rerun the same command to resume")
         write_captions(savedir, records, as_csv)
         references = [picture.captions for picture in pictures]
         write_references(savedir, references)
@@ -51,23 +54,21 @@ def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=Fa
         remark = f"{len(records)} images"
         if len(shown) < len(records):
             remark += f", the first {len(shown)} of them"
-        write_gallery(savedir / "gallery.html", "Captions",
-                      [("Captions", remark, shown, references)])
-    for finished in savedir.glob(
-            "details-*.jsonl.part"):  # last: until here a stopped run resumes from it
-        finished.unlink()  # others were abandoned by runs with other settings
+        section = "Captions", remark, shown, references
+        write_gallery(savedir / "gallery.html", "Captions", [section])
+    # Last, since a stopped run resumes from part. Others were left by runs with other settings.
+    for finished in savedir.glob("details-*.jsonl.part"):
+        finished.unlink()
     return records, empty
 
 
 def write_captions(savedir, records, as_csv):
-    """preds.txt, captions.json and, if asked for, captions.csv; one of an earlier run would be
-    taken for this run's."""
+    """Writes preds.txt, captions.json (COCO's results format) and, if asked for, captions.csv."""
     write_lines(savedir / "preds.txt", [record["caption"] for record in records])
-    write_json(
-        savedir / "captions.json",
-        [{"image_id": record["image_id"], "caption": record["caption"]} for record in records])
+    results = [{name: record[name] for name in ("image_id", "caption")} for record in records]
+    write_json(savedir / "captions.json", results)
     if not as_csv:
-        (savedir / "captions.csv").unlink(missing_ok=True)
+        (savedir / "captions.csv").unlink(missing_ok=True)  # an earlier run's
         return
     with atomic(savedir / "captions.csv") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -76,11 +77,10 @@ def write_captions(savedir, records, as_csv):
 
 
 def write_references(savedir, references):
-    """ref0.txt ..., as many as every image has captions; those of an earlier run that go beyond are
-    removed."""
+    """Writes ref0.txt, ref1.txt ..., as many as every image has captions."""
     number = min(map(len, references))
     for i in range(number):
         write_lines(savedir / f"ref{i}.txt", [captions[i] for captions in references])
-    paths = (savedir / f"ref{i}.txt" for i in count(number))
-    for stale in takewhile(Path.exists, paths):
-        stale.unlink()
+    others = (savedir / f"ref{i}.txt" for i in count(number))
+    for earlier in takewhile(Path.exists, others):  # an earlier run's
+        earlier.unlink()

@@ -1,5 +1,4 @@
-"""How a script starts and stops: errors of the user in one sentence, Ctrl-C and SIGTERM within
-seconds."""
+"""How a script starts and stops: a user's error is one sentence, Ctrl-C takes seconds at most."""
 
 import gc
 import os
@@ -15,21 +14,20 @@ from antarctic.errors import InputError
 STOPPED = "\nstopped; finished files are whole, rerun the same command to resume"
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
-cleanup = ExitStack(
-)  # what run() closes when main() has ended: locks that are held for the whole run
+cleanup = ExitStack()  # run() closes it when main() has ended: locks for the whole run
 
 
 def run(main, alone=False):
     """Runs a script's main().
 
-    InputError becomes one sentence and exit code 2; Ctrl-C one sentence and 130, and SIGTERM, which
-    batch systems send before they kill, the same. alone: rank 0 of torchrun's processes does it
-    all.
+    An InputError ends it with one sentence and exit code 2. Ctrl-C, and SIGTERM, which batch
+    systems send before they kill, end it with one sentence and 130. alone: of torchrun's processes
+    rank 0 does all the work.
     """
-    # Threads that spin while they wait for one another take 3 to 60 times as long where other work
-    # keeps the cores busy. OpenMP reads this when torch is loaded.
+    # On busy cores, threads that spin while they wait take 3 to 60 times as long. OpenMP reads this
+    # when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # While libraries load, a fifth of the time goes into looking for garbage that is not there.
+    # Loading libraries makes many objects and hardly any garbage: collecting takes a fifth of it.
     gc.set_threshold(100_000, 50, 100)
     main_done.clear()
     if alone and "RANK" in os.environ:
@@ -40,7 +38,7 @@ def run(main, alone=False):
         os.environ["WORLD_SIZE"] = "1"
     try:
         try:
-            if threading.current_thread() is threading.main_thread():  # the only one that may
+            if threading.current_thread() is threading.main_thread():  # others get no signals
                 stop_within_seconds()
             rank_and_world()
             main()
@@ -57,31 +55,31 @@ def run(main, alone=False):
 
 
 def stop_at_once():
+    """Ends the process without any cleanup."""
     print(STOPPED, file=sys.stderr, flush=True)
     os._exit(130)
 
 
 def stop_within_seconds():
-    """Has Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process where it still runs four
-    seconds later: Python hears of no signal in the middle of a library's long call."""
+    """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process if it still runs four
+    seconds later: Python handles no signal in the middle of a library's long call."""
     def stop(*_):
         for number in SIGNALS:
-            signal.signal(number,
-                          signal.SIG_IGN)  # one is enough: a second would only disturb the cleanup
+            signal.signal(number, signal.SIG_IGN)  # a second one would only disturb the cleanup
         raise KeyboardInterrupt
 
     def unraisable(unraised):
         if unraised.exc_type is not KeyboardInterrupt:
             return sys.__unraisablehook__(unraised)
-        signal.signal(
-            signal.SIGINT,
-            stop)  # lost while an object was deleted, where nothing can be raised: so once more
-        threading.Timer(0.1, signal.pthread_kill,
-                        (threading.main_thread().ident, signal.SIGINT)).start()
+        # Nothing can be raised while an object is deleted, so the signal is sent again.
+        signal.signal(signal.SIGINT, stop)
+        main_thread = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
 
     def stop_if_late():
         with reader:
-            if reader.recv(1) and not main_done.wait(4):  # b"": run() has closed the other end
+            # b"" means that run() has closed the other end.
+            if reader.recv(1) and not main_done.wait(4):
                 stop_at_once()
 
     sys.unraisablehook = unraisable
@@ -89,6 +87,6 @@ def stop_within_seconds():
     cleanup.enter_context(writer).setblocking(False)
     for number in SIGNALS:
         signal.signal(number, stop)
-    cleanup.callback(signal.set_wakeup_fd,
-                     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    cleanup.callback(signal.set_wakeup_fd, previous)
     threading.Thread(target=stop_if_late, daemon=True).start()

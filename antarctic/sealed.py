@@ -1,8 +1,8 @@
-"""Results that a run keeps as it goes on: a file of lines, each sealed by a checksum that tells
-whether it is whole.
+"""Sealed lines: the results of an unfinished run, each with a checksum that shows whether it is
+whole.
 
-A line is 16 hexadecimal digits of the SHA-256 of its text, a space, and the text: one JSON value.
-What a kill, a full disk or another program left of a line is never taken for a result.
+A line is 16 hexadecimal digits of the SHA-256 of its text, a space, and the text, one JSON value.
+What a kill, a full disk or another program left of a line never counts as a result.
 """
 
 import hashlib
@@ -20,29 +20,27 @@ def checksum(text):
 
 def seal(record):
     """A record as a sealed line, bytes. record: whatever JSON can hold, but not None."""
-    # TEXT["errors"]: half a character, as a file name of no encoding has it, becomes a JSON escape.
+    # TEXT["errors"] writes a file name's bytes that are no UTF-8 as JSON escapes.
     text = json.dumps(record, ensure_ascii=False).encode(errors=TEXT["errors"])
     return b"%s %s\n" % (checksum(text), text)
 
 
 def unseal(line):
-    """The record of a sealed line, or None where the line is not whole or was changed. line:
-    bytes."""
+    """The record of a line, bytes; None where the line is not whole or was changed."""
     digits, _, text = line.partition(b" ")
     if not text.endswith(b"\n") or digits != checksum(text[:-1]):
         return None
     try:
         return json.loads(text.decode())
-    except (ValueError, RecursionError):  # sealed by somebody else
+    except (ValueError, RecursionError):  # seal() did not write it
         return None
 
 
 def resume(path, multiple=1, total=None):
-    """Cuts a file down to the whole lines that it begins with. Returns how many are left.
+    """Cuts a file off behind its leading whole lines, and returns their number.
 
-    multiple: so many lines belong together, as a batch; only whole batches stay, unless all of
-    total lines are there. A file that is missing has none. Raises InputError where it cannot be
-    written.
+    multiple: lines per batch; only whole batches stay, except when all of total lines are there. A
+    missing file has no lines. Raises InputError where the file cannot be written.
     """
     ends = [0]  # of lines, in bytes
     if not Path(path).exists():
@@ -60,7 +58,7 @@ def resume(path, multiple=1, total=None):
 
 
 def read_sealed(path):
-    """The records of a file, one after the other, as far as they are whole."""
+    """Yields the records of a file up to the first line that is not whole."""
     with open(path, "rb") as file:
         for line in file:
             if (record := unseal(line)) is None:

@@ -1,16 +1,16 @@
-"""What the tests share: the scripts, run in this process, and one small world, cache and checkpoint
-for all."""
+"""What tests share: scripts run in this process, their arguments, and one small world with its
+cache and checkpoint."""
 
 import os
 
-os.environ[
-    # before transformers is imported, here or in a process that a test starts
-    "HF_HUB_OFFLINE"] = "1"
+# Set before transformers is imported, here or in a process that a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import importlib
 import io
 import sys
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +19,14 @@ from unittest import mock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CLIP, BART = (str(ROOT / "snowglobe" / "weights" / name) for name in ("clip", "bart"))
-TRAIN, VAL = 48, 8  # images of the world: of train2017, and of each other split
+CLIP, BART, GPT = (str(ROOT / "snowglobe" / "weights" / name) for name in ("clip", "bart", "gpt"))
+TRAIN, VAL = 48, 8  # images of the world: in train2017, and in each other split
 sys.path.insert(0, str(ROOT))
 
 
 def run_script(name, *arguments):
-    """Runs a script's main() as its command line does. Returns its exit code, and what it wrote to
-    out and err."""
+    """Runs a script's main() as its command line does. Returns its exit code (code) and what it
+    wrote to standard output (out) and standard error (err)."""
     from antarctic import runtime
     script, out, err, code = importlib.import_module(name), io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]):
@@ -43,13 +43,62 @@ def succeed(name, *arguments):
     assert result.code == 0, result.err
 
 
+def flags(options):
+    """A dictionary of options as arguments of a command line.
+
+    True gives the flag alone, a list or tuple several values, and None leaves the option out.
+    """
+    arguments = []
+    for option, value in options.items():
+        if value is None:
+            continue
+        arguments.append(f"--{option}")
+        if isinstance(value, (list, tuple)):
+            arguments += value
+        elif value is not True:
+            arguments.append(value)
+    return arguments
+
+
+def commands(world, cache, checkpoint, **changes):
+    """{script: arguments}: the command lines of the scripts in the small world.
+
+    arguments(out, option=value, ...) gives the arguments of a run that writes to the folder out.
+    Options replace the defaults or are added to them, see flags(). changes: {script: {option:
+    value}}, options of all runs. cache and checkpoint may be None where no run reads them.
+    """
+    models = {"clip_model": CLIP, "lm": BART}
+
+    def read():
+        return {"datadir": world, "textfile": cache.textfile, "embfile": cache.embfile, **models}
+
+    defaults = {
+        "compute_cache": lambda out: {"datadir": world, "textfile": out / "c.txt",
+                                      "embfile": out / "c.npy", "clip_model": CLIP},
+        "trainer": lambda out: {**read(), "savedir": out, "topk": 8, "lrate": "1e-2", "epochs": 2},
+        "sampler": lambda out: {**read(), "savedir": out, "ckpt": checkpoint},
+        "stories": lambda out: {"caption": ["a red dog"], "lm": GPT, "savedir": out},
+    }
+
+    def arguments(name, out, **options):
+        return flags(defaults[name](out) | changes.get(name, {}) | options)
+
+    return {name: partial(arguments, name) for name in defaults}
+
+
+def pytest_collection_modifyitems(items):
+    """All tests of tests/robustness are slow."""
+    for item in items:
+        if item.path.parent.name == "robustness":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def script():
     """script(name, *arguments) is run_script."""
     import torch
-    torch.set_num_threads(
-        1
-    )  # the models are small: more threads gain nothing, and lose much where the cores are busy
+    # The models are small: more threads gain nothing, and lose much where the cores are busy.
+    torch.set_num_threads(1)
     return run_script
 
 
@@ -66,19 +115,17 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache(script, world, tmp_path_factory):
-    """The cache of the world's captions: textfile and embfile."""
+    """The paths of the cache of the world's captions: textfile and embfile."""
     folder = tmp_path_factory.mktemp("cache")
-    made = SimpleNamespace(textfile=folder / "cache.txt", embfile=folder / "cache.npy")
-    succeed("compute_cache", "--datadir", world, "--textfile", made.textfile, "--embfile",
-            made.embfile, "--clip_model", CLIP)
-    return made
+    paths = SimpleNamespace(textfile=folder / "cache.txt", embfile=folder / "cache.npy")
+    succeed("compute_cache", *commands(world, None, None)["compute_cache"](folder, **vars(paths)))
+    return paths
 
 
 @pytest.fixture(scope="session")
 def checkpoint(script, world, cache, tmp_path_factory):
     """best.safetensors of one epoch on the world."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    succeed("trainer", "--datadir", world, "--textfile", cache.textfile, "--embfile", cache.embfile,
-            "--savedir", folder, "--clip_model", CLIP, "--lm", BART, "--topk", 24, "--batch_size",
-            16, "--lrate", "2e-2", "--epochs", 1)
+    train = commands(world, cache, None)["trainer"]
+    succeed("trainer", *train(folder, topk=24, batch_size=16, lrate="2e-2", epochs=1))
     return folder / "best.safetensors"

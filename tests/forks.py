@@ -1,6 +1,8 @@
-"""Runs of the scripts in processes of their own, which can be killed. They are forked from one that
-has loaded the libraries, so that a test does not wait seconds for each, and a moment chosen at
-random falls into the work and not into the loading."""
+"""Runs of the scripts in separate processes, which a test can kill.
+
+They are forked from a process that has loaded the libraries. So a test does not wait seconds for
+each, and a kill at a random moment falls into the work and not into the loading.
+"""
 
 import importlib
 import multiprocessing
@@ -18,11 +20,12 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([
     *SCRIPTS, "antarctic.cache", "antarctic.causal_lm", "antarctic.features", "antarctic.gallery",
     "model", "nltk", "matplotlib.pyplot", "torch._dynamo"])
-os.environ["OMP_NUM_THREADS"] = "1"  # of the one they are forked from, and of what torchrun starts
+os.environ["OMP_NUM_THREADS"] = "1"  # in the server they are forked from, and under torchrun
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 
 def child(name, arguments, log, patches, environment):
+    """The body of a process: the script's main(), with a log in place of its output."""
     os.environ.update(environment)
     for target, value in patches.items():
         mock.patch(target, value).start()
@@ -33,43 +36,44 @@ def child(name, arguments, log, patches, environment):
     sys.argv = [f"{name}.py", *arguments]
     Path(f"{log}.begun").touch()
     from antarctic import runtime
-    runtime.run(importlib.import_module(name).main, **({"alone": True} if name == "scorer" else {}))
+    runtime.run(importlib.import_module(name).main, alone=name == "scorer")
 
 
 def start(log, name, *arguments, patches=None, **environment):
-    """Begins a run of a script whose out and err go to the file log. patches: {"script.NAME":
-    value}. Returns a Process."""
-    process = context.Process(
-        target=child, args=(name, [str(a) for a in arguments], str(log), patches
-                            or {}, environment))
+    """Starts a script whose output and errors go to the file log. Returns a Process.
+
+    patches: {"script.NAME": value}. The file log.begun exists once main() is about to run.
+    """
+    arguments = [str(argument) for argument in arguments]
+    process = context.Process(target=child,
+                              args=(name, arguments, str(log), patches or {}, environment))
     process.start()
     return process
 
 
 def start_two(folder, name, *arguments, patches=None):
-    """As torchrun starts two processes; their logs are folder/0 and folder/1."""
+    """Starts a script as torchrun starts two processes. Their logs are folder/0 and folder/1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    return [
-        start(folder / str(rank), name, *arguments, patches=patches, RANK=str(rank),
-              LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        for rank in range(2)
-    ]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [start(folder / rank, name, *arguments, patches=patches, RANK=rank, LOCAL_RANK=rank,
+                  **shared) for rank in ("0", "1")]
 
 
-def finish(log, name, *arguments, **how):
-    """Runs a script to its end, which must be a good one. Returns the seconds."""
-    loading = context.Process(target=int)  # only the first time it takes long
+def finish(log, name, *arguments, patches=None, **environment):
+    """Runs a script, which must succeed. Returns the seconds it takes."""
+    loading = context.Process(target=int)  # the first process waits until the server has loaded
     loading.start()
     loading.join()
-    began, process = time.monotonic(), start(log, name, *arguments, **how)
+    began = time.monotonic()
+    process = start(log, name, *arguments, patches=patches, **environment)
     process.join()
     assert process.exitcode == 0, Path(log).read_text()
     return time.monotonic() - began
 
 
 def files(folder):
-    """{name: bytes} of what a run leaves."""
+    """{name: bytes} of the files in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

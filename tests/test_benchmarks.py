@@ -49,6 +49,7 @@ def test_what_differs_is_not_timed(monkeypatch):
     ("sample_base", captions.Captioner, "sample",
      lambda true: [sample for sample in true if len(sample[0].split()) > 10]),
 ])
+@pytest.mark.slow
 def test_a_wrong_result_is_found_out(name, module, function, wrong, monkeypatch):
     true = getattr(module, function)
     monkeypatch.setattr(module, function,

@@ -1,4 +1,4 @@
-"""Mining against nltk's counts and definitions; the cache is the same to the byte each time."""
+"""Mining, compared with nltk's counts and definitions, and caches, equal to the byte each time."""
 
 import json
 import math
@@ -15,33 +15,36 @@ from model import Clip
 
 CAPTIONS = [
     "A dog on the grass.", "the dog, the cat", "A DOG on a mat", "hot dog on the grill",
-    "a hot dog on bread", "hot dog"
-]
+    "a hot dog on bread", "hot dog"]
 
 
 def compute(script, folder, *source):
-    return script("compute_cache", *source, "--textfile", folder / "c.txt", "--embfile",
-                  folder / "c.npy", "--clip_model", CLIP)
+    return script("compute_cache", *source, "--textfile", folder / "c.txt",
+                  "--embfile", folder / "c.npy", "--clip_model", CLIP)
+
+
+def tokenize(caption):
+    """The words of a caption, as nltk splits it."""
+    return [token for token in nltk.wordpunct_tokenize(caption.lower()) if token.isalnum()]
 
 
 def test_unigrams_come_by_count_and_ties_by_text():
     unigrams = [e for e in mine(CAPTIONS, 100, 3) if " " not in e]
-    counts = Counter(t for c in CAPTIONS for t in nltk.wordpunct_tokenize(c.lower()) if t.isalnum())
-    assert unigrams == sorted(counts, key=lambda w: (-counts[w], w))
+    counts = Counter(word for caption in CAPTIONS for word in tokenize(caption))
+    assert unigrams == sorted(counts, key=lambda word: (-counts[word], word))
     assert unigrams[:4] == ["dog", "a", "on", "the"]
 
 
 def test_bigrams_equal_nltks_pmi_within_captions():
     bigrams = [e for e in mine(CAPTIONS * 3, 100, 3) if " " in e]
-    documents = [[t for t in nltk.wordpunct_tokenize(c.lower()) if t.isalnum()]
-                 for c in CAPTIONS * 3]
-    unigram, pairs = Counter(t for d in documents for t in d), Counter(
-        p for d in documents for p in zip(d, d[1:]))
-    finder = nltk.BigramCollocationFinder(nltk.FreqDist(unigram), nltk.FreqDist(pairs))
+    documents = [tokenize(caption) for caption in CAPTIONS * 3]
+    words = nltk.FreqDist(word for document in documents for word in document)
+    pairs = nltk.FreqDist(pair for document in documents for pair in zip(document, document[1:]))
+    finder = nltk.BigramCollocationFinder(words, pairs)
     finder.apply_freq_filter(3)
-    measured = dict(finder.score_ngrams(nltk.BigramAssocMeasures.pmi))
-    assert set(bigrams) == {" ".join(p) for p in measured}
-    scores = [measured[tuple(b.split())] for b in bigrams]
+    pmi = dict(finder.score_ngrams(nltk.BigramAssocMeasures.pmi))
+    assert set(bigrams) == {" ".join(pair) for pair in pmi}
+    scores = [pmi[tuple(bigram.split())] for bigram in bigrams]
     assert all(a > b or math.isclose(a, b) for a, b in zip(scores, scores[1:]))
 
 
@@ -59,24 +62,25 @@ def test_rare_bigrams_are_left_out_and_topk_bounds_each_kind():
 def test_two_runs_give_the_same_bytes(script, world, cache, tmp_path):
     run = compute(script, tmp_path, "--datadir", world)
     assert run.code == 0, run.err
-    assert (tmp_path / "c.txt").read_bytes() == open(cache.textfile, "rb").read()
-    assert (tmp_path / "c.npy").read_bytes() == open(cache.embfile, "rb").read()
+    assert (tmp_path / "c.txt").read_bytes() == cache.textfile.read_bytes()
+    assert (tmp_path / "c.npy").read_bytes() == cache.embfile.read_bytes()
 
 
 def test_row_i_is_the_embedding_of_line_i(cache):
-    lines, rows = open(cache.textfile, encoding="utf-8").read().splitlines(), np.load(cache.embfile)
+    lines = cache.textfile.read_text(encoding="utf-8").splitlines()
+    rows = np.load(cache.embfile)
     picked = [0, 7, len(lines) // 2, len(lines) - 1]
     alone = torch.cat([Clip(CLIP).encode_texts([lines[i]]) for i in picked])
     np.testing.assert_allclose(rows[picked], alone.numpy(), atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags, "
-                         "entries", [(["--entries"], ["penguin", "Geoff "
-                                                                 "Hinton"]), (["--topk", "2", "--corpus"], ["geoff", "hinton"])])
-def test_other_sources_of_entries(script, tmp_path, flags, entries):
-    (tmp_path / "in.txt").write_text("penguin\n\nGeoff  Hinton\npenguin\n" if flags ==
-                                     ["--entries"] else "hinton geoff\ngeoff hinton\n")
+@pytest.mark.parametrize("flags, text, entries", [
+    (["--entries"], "penguin\n\nGeoff  Hinton\npenguin\n", ["penguin", "Geoff Hinton"]),
+    (["--topk", "2", "--corpus"], "hinton geoff\ngeoff hinton\n", ["geoff", "hinton"]),
+])
+def test_other_sources_of_entries(script, tmp_path, flags, text, entries):
+    (tmp_path / "in.txt").write_text(text)
     run = compute(script, tmp_path, *flags, tmp_path / "in.txt")
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_text().splitlines() == entries
@@ -88,8 +92,8 @@ def test_the_prefix_is_encoded_but_not_written(script, tmp_path):
     run = compute(script, tmp_path, "--entries", tmp_path / "in.txt", "--prefix", "a photo of a ")
     assert run.code == 0, run.err
     assert (tmp_path / "c.txt").read_text() == "dog\n"
-    np.testing.assert_allclose(np.load(tmp_path / "c.npy"),
-                               Clip(CLIP).encode_texts(["a photo of a dog"]).numpy(), atol=2e-6)
+    expected = Clip(CLIP).encode_texts(["a photo of a dog"]).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "c.npy"), expected, atol=2e-6)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_entry(script, tmp_path):
@@ -119,14 +123,17 @@ def test_added_and_removed_entries_give_the_cache_of_the_changed_list(script, tm
     entries_cache(script, changed, "a dog", "a cat", "red")
     (tmp_path / "more.txt").write_text("penguin\n\n  red \n")
     encoded, encode = [], Clip.encode_texts
-    monkeypatch.setattr(
-        Clip, "encode_texts",
-        lambda self, texts, *how: encoded.extend(texts) or encode(self, texts, *how))
+
+    def record_texts(self, texts, *options):
+        encoded.extend(texts)
+        return encode(self, texts, *options)
+
+    monkeypatch.setattr(Clip, "encode_texts", record_texts)
     run = compute(script, changed, "--add", "Geoff Hinton", "a dog", "a golden  retriever puppy",
                   "--add_from", tmp_path / "more.txt", "--remove", "a cat", "unicorn")
     assert run.code == 0, run.err
     assert encoded == ["Geoff Hinton", "a golden retriever puppy", "penguin"]
-    assert "added 3 entries" in run.out and "(2 were there before)" in run.out
+    assert "added 3 entries" in run.out and "(2 were already in it)" in run.out
     assert "removed 1" in run.out and "unicorn" in run.out
     assert contents(whole)[::2] == contents(changed)[::2]  # the text and the description
     assert np.abs(np.load(whole / "c.npy") - np.load(changed / "c.npy")).max() < 1e-6
@@ -134,17 +141,16 @@ def test_added_and_removed_entries_give_the_cache_of_the_changed_list(script, tm
 
 def test_adding_what_is_there_changes_no_file(script, tmp_path):
     entries_cache(script, tmp_path, "a dog", "red")
-    before = contents(tmp_path), [(tmp_path / "c.npy").stat().st_mtime_ns]
+    before = contents(tmp_path), (tmp_path / "c.npy").stat().st_mtime_ns
     assert "added 0 entries" in compute(script, tmp_path, "--add", "red").out
-    assert before == (contents(tmp_path), [(tmp_path / "c.npy").stat().st_mtime_ns])
+    assert before == (contents(tmp_path), (tmp_path / "c.npy").stat().st_mtime_ns)
 
 
 def test_a_caches_prefix_holds_for_what_is_added(script, tmp_path):
     entries_cache(script, tmp_path, "dog", more=("--prefix", "a photo of "))
     assert compute(script, tmp_path, "--add", "cat").code == 0
-    assert np.allclose(
-        np.load(tmp_path / "c.npy")[1],
-        Clip(CLIP).encode_texts(["a photo of cat"])[0], atol=1e-6)
+    expected = Clip(CLIP).encode_texts(["a photo of cat"])[0]
+    assert np.allclose(np.load(tmp_path / "c.npy")[1], expected, atol=1e-6)
     run = compute(script, tmp_path, "--add", "cow", "--prefix", "this is ")
     assert run.code == 2 and '"a photo of "' in run.err
 
@@ -162,15 +168,15 @@ def test_a_cache_without_a_description_is_changed_only_where_its_rows_are_this_c
     assert before == (tmp_path / "c.npy").read_bytes()
 
 
-@pytest.mark.parametrize("how, said", [
+@pytest.mark.parametrize("flags, message", [
     (("--add", "x", "--remove", "x"), "is to be added and removed"), (("--remove", "dog"), "empty"),
-    (("--add", "x", "--datadir", "."), "exactly one "
-                                       "of"), (("--add_from", "nowhere.txt"), "nowhere.txt"), ((), "exactly one of")])
-def test_changes_that_cannot_be_made_are_refused(script, tmp_path, how, said):
+    (("--add", "x", "--datadir", "."), "exactly one of"),
+    (("--add_from", "nowhere.txt"), "nowhere.txt"), ((), "exactly one of")])
+def test_changes_that_cannot_be_made_are_refused(script, tmp_path, flags, message):
     entries_cache(script, tmp_path, "dog")
     before = contents(tmp_path)
-    run = compute(script, tmp_path, *how)
-    assert run.code == 2 and said in run.err and len(run.err.splitlines()) == 1
+    run = compute(script, tmp_path, *flags)
+    assert run.code == 2 and message in run.err and len(run.err.splitlines()) == 1
     assert before == contents(tmp_path)
 
 
@@ -187,21 +193,21 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
     compute(script, tmp_path / "whole", "--datadir", world)
     encoded, encode = [], Clip.encode_texts
 
-    def stops(self, texts, *how):
+    def stop_at_100(self, texts, *options):
         if len(encoded) == 100:
             encoded.append("the stop")
             raise KeyboardInterrupt
         encoded.extend(texts)
-        return encode(self, texts, *how)
+        return encode(self, texts, *options)
 
-    monkeypatch.setattr(Clip, "encode_texts", stops)
+    monkeypatch.setattr(Clip, "encode_texts", stop_at_100)
     assert compute(script, tmp_path / "cut", "--datadir", world).code == 130
     [part] = (tmp_path / "cut").iterdir()
     with open(part, "ab") as file:
         file.write(b"half a row")  # as a kill leaves it
     assert compute(script, tmp_path / "cut", "--datadir", world).code == 0
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and len(
-        list((tmp_path / "cut").iterdir())) == 3
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert len(list((tmp_path / "cut").iterdir())) == 3
     entries = (tmp_path / "cut" / "c.txt").read_text().splitlines()
     assert encoded == [*entries[:100], "the stop", *entries[100:]]
 
@@ -215,14 +221,15 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
 def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
     (tmp_path / "list.txt").write_text("a dog\nred\nGeoff Hinton\n")
     results = []
-    for folder, flags in ((tmp_path / "old", old), (tmp_path / "new", new), (tmp_path / "none",
-                                                                             [])):
+    for name, flags in (("old", old), ("new", new), ("none", [])):
+        folder = tmp_path / name
         folder.mkdir()
         run = compute(script, folder, "--entries", tmp_path / "list.txt", *flags)
         assert run.code == 0, run.err
         warnings = [line for line in run.err.splitlines() if line.startswith("warning")]
-        expected = f"{' '.join(old)} is an old spelling and will go; use {' '.join(new)}"
-        assert warnings == [f"warning: {expected}"] * (flags == old)
+        expected = (f"warning: {' '.join(old)} is now {' '.join(new)}; "
+                    "the next release drops the old spelling")
+        assert warnings == [expected] * (flags == old)
         results.append(contents(folder))
     assert results[0] == results[1] != results[2]
 
@@ -230,8 +237,9 @@ def test_an_old_spelling_works_and_warns_once(script, tmp_path, old, new):
 @pytest.mark.parametrize("old", [
     ["--bf16", "--dtype", "float16"], ["--dtype", "float16", "--bf16"]])
 def test_both_old_spellings_go_together(script, tmp_path, old):
-    for folder, flags in ((tmp_path / "old", old),
-                          (tmp_path / "new", ["--dtype", "bfloat16", "--emb_dtype", "float16"])):
+    new = ["--dtype", "bfloat16", "--emb_dtype", "float16"]
+    for name, flags in (("old", old), ("new", new)):
+        folder = tmp_path / name
         folder.mkdir()
         entries_cache(script, folder, "a dog", "red", more=flags)
     assert contents(tmp_path / "old") == contents(tmp_path / "new")

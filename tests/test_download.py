@@ -1,5 +1,4 @@
-"""download.sh against a small server on 127.0.0.1, whole and with everything that goes wrong on the
-way."""
+"""download.sh with a small server on 127.0.0.1: whole downloads, and all that can go wrong."""
 
 import hashlib
 import io
@@ -23,9 +22,10 @@ SCRIPT = Path(__file__).resolve().parents[1] / "download.sh"
 pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))),
                                 reason="needs bash, curl, python3")
 
-ANNOTATIONS, VAL, TRAIN = "/annotations/annotations_trainval2017.zip", "/zips/val2017.zip", "/zips/train2017.zip"
-NOISE = random.Random(0).randbytes(
-    200_000)  # does not compress, so half of the zip is half of the picture
+ANNOTATIONS = "/annotations/annotations_trainval2017.zip"
+VAL, TRAIN = "/zips/val2017.zip", "/zips/train2017.zip"
+# Noise does not compress, so half of the zip is half of the picture.
+NOISE = random.Random(0).randbytes(200_000)
 FILES = {
     ANNOTATIONS: {f"annotations/{kind}_{split}2017.json": f'{{"of": "{split}"}}'.encode()
                   for kind in ("captions", "instances") for split in ("train", "val")},
@@ -50,27 +50,29 @@ def server():
 
 @pytest.fixture
 def download(server, tmp_path):
-    """Runs download.sh to tmp_path/coco, with the server in place of COCO's."""
-    kept = {name: value for name, value in os.environ.items()
-            if not name.lower().endswith("_proxy") and name not in ("CACHE_URL", "COCO_URL")}
-    kept |= {"HOME": str(tmp_path), "COCO_URL": server.address}  # HOME: no .curlrc
+    """download(arguments..., NAME=value, ...) runs download.sh in tmp_path, with COCO_URL set.
+
+    The named arguments are environment variables.
+    """
+    common = {name: value for name, value in os.environ.items()
+              if not name.lower().endswith("_proxy") and name not in ("CACHE_URL", "COCO_URL")}
+    common |= {"HOME": str(tmp_path), "COCO_URL": server.address}  # HOME: no .curlrc
 
     def run(*arguments, preexec_fn=None, **environment):
-        return subprocess.run([SCRIPT, *arguments], env=kept | environment, cwd=tmp_path,
+        return subprocess.run([SCRIPT, *arguments], env=common | environment, cwd=tmp_path,
                               capture_output=True, text=True, timeout=60, preexec_fn=preexec_fn)
-    run.environment = kept
+    run.environment = common
     return run
 
 
 def tree(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-        if path.is_file()
-    }
+    """{relative path: bytes} of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def is_refusal(result, code=1):
-    """One sentence of the script's own, and the exit code."""
+    """Whether a run ended with this exit code and one sentence of the script's own."""
     lines = [line for line in result.stderr.splitlines() if "download.sh: " in line]
     return result.returncode == code and len(lines) == 1 and "Traceback" not in result.stderr
 
@@ -79,9 +81,9 @@ def test_all_parts_then_nothing_to_do(download, server, tmp_path):
     result = download()
     assert result.returncode == 0, result.stderr
     whole = {name: data for members in FILES.values() for name, data in members.items()}
-    assert tree(tmp_path / "coco") == whole  # no zip, no part, nothing else
-    assert {path.name
-            for path in (tmp_path / "coco").iterdir()} == {"annotations", "val2017", "train2017"}
+    assert tree(tmp_path / "coco") == whole  # no zip and no part
+    folders = {path.name for path in (tmp_path / "coco").iterdir()}
+    assert folders == {"annotations", "val2017", "train2017"}
     assert server.requests == [(ANNOTATIONS, None), (VAL, None), (TRAIN, None)]
 
     server.requests.clear()
@@ -99,15 +101,15 @@ def test_chosen_parts_in_a_folder_with_a_space(download, server, tmp_path):
     assert server.requests == [(VAL, None)]
 
 
-@pytest.mark.parametrize("share", [0.5, 1])  # all of it: the server answers 416
+@pytest.mark.parametrize("share", [0.5, 1])  # 1: the part is whole, and the server answers 416
 def test_goes_on_behind_the_part(download, server, tmp_path, share):
     data = server.files[VAL]
-    there = int(len(data) * share)
+    size = int(len(data) * share)
     (tmp_path / "coco").mkdir()
-    (tmp_path / "coco/val2017.zip.part").write_bytes(data[:there])
+    (tmp_path / "coco/val2017.zip.part").write_bytes(data[:size])
     result = download("--parts", "val")
     assert result.returncode == 0, result.stderr
-    assert server.requests == [(VAL, f"bytes={there}-")]
+    assert server.requests == [(VAL, f"bytes={size}-")]
     assert tree(tmp_path / "coco") == FILES[VAL]
 
 
@@ -133,10 +135,9 @@ def test_starts_again_where_the_server_has_no_range(download, server, tmp_path):
 def test_damaged_zip_is_refused_then_replaced(download, server, tmp_path, damage):
     good = server.files[VAL]
     flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 255  # the list of members stays readable: only the checksum tells
-    server.files[VAL] = {
-        "flipped byte": bytes(flipped), "short": good[:-50], "web page": b"<html>sorry</html>"
-    }[damage]
+    flipped[len(good) // 2] ^= 255  # the list of members stays readable: only a checksum is wrong
+    server.files[VAL] = {"flipped byte": bytes(flipped), "short": good[:-50],
+                         "web page": b"<html>sorry</html>"}[damage]
     result = download("--parts", "val")
     assert is_refusal(result), result.stderr
     assert "val2017.zip is damaged" in result.stderr
@@ -178,8 +179,8 @@ def test_somebody_elses_folder_is_left_alone(download, server, tmp_path):
     mine.write_text("mine")
     result = download()
     assert is_refusal(result) and "move it away" in result.stderr
-    assert server.requests == [] and tree(
-        tmp_path / "coco") == {"annotations/captions_val2017.json": b"mine"}
+    assert server.requests == []
+    assert tree(tmp_path / "coco") == {"annotations/captions_val2017.json": b"mine"}
 
 
 def test_missing_file_is_one_sentence(download, server):
@@ -199,8 +200,8 @@ def test_cache(download, server, tmp_path):
     assert len(server.requests) == 3  # one more for the cut
 
     result = download("--parts", "", "--cache", CACHE_URL=address)
-    assert result.returncode == 0 and result.stdout.count("nothing to do") == 2 and len(
-        server.requests) == 3
+    assert result.returncode == 0 and result.stdout.count("nothing to do") == 2
+    assert len(server.requests) == 3
 
     (tmp_path / "coco/postcache.npy").unlink()
     server.files["/c/postcache.npy"] = b"<html>sorry</html>"
@@ -217,7 +218,7 @@ def npy(rows, dim, dtype=np.float32):
 
 
 def checkpoint(compression=zipfile.ZIP_STORED, pickled="archive/data.pkl"):
-    """A zip as torch.save makes it. Its pickle would fail if anybody loaded it."""
+    """A zip in torch.save's layout. Its pickle is not one, so that loading it fails."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr(pickled, b"no pickle")
@@ -228,11 +229,12 @@ def checkpoint(compression=zipfile.ZIP_STORED, pickled="archive/data.pkl"):
 WHOLE = {"cache.txt": b"a dog\nGeoff Hinton\nfrisbee\n", "cache.npy": npy(3, 512),
          "checkpoint.ckpt": checkpoint()}
 TEXT, ARRAY, CHECKPOINT = (f"/a b/{name}" for name in NAMES.values())
+ALTERNATIVES = ("CACHE_URL", "README.md", "./demo.sh")  # which a refusal names
 
 
 @pytest.fixture
 def original(download, server):
-    """Runs download.sh --original with the server in place of the original's."""
+    """original(arguments..., NAME=value, ...) runs download.sh --original, with CACHE_URL set."""
     server.files |= {f"/a b/{NAMES[file]}": data for file, data in WHOLE.items()}
 
     def run(*arguments, **options):
@@ -246,7 +248,7 @@ def gets(server):
 
 
 def have_original(folder):
-    """original/ holds the three files and their note, which is true, and nothing else."""
+    """Whether original/ holds the three files, a note with their sizes and sums, and no more."""
     files = tree(folder / "original")
     note = files.pop("SOURCE.txt").decode()
     for file, data in files.items():
@@ -258,6 +260,7 @@ def have_original(folder):
 
 
 def is_original_refusal(result, *words):
+    """Whether a run was refused with one sentence that holds these words."""
     assert is_refusal(result), result.stderr
     line, = (line for line in result.stderr.splitlines() if "download.sh: " in line)
     assert all(word in line for word in words), line
@@ -273,8 +276,8 @@ def test_the_originals_files_alone_and_then_nothing_to_do(original, server, tmp_
     assert server.agents == {"eye02"}
     assert gets(server) == [path for path, _ in server.heads]
     size = sum(map(len, WHOLE.values())) / 1e6
-    begin = result.stdout.splitlines()[0]
-    assert f"({size:.1f} MB) from {server.address}/a%20b to {tmp_path}/original/" in begin
+    line = result.stdout.splitlines()[0]
+    assert f"({size:.1f} MB) from {server.address}/a%20b to {tmp_path}/original/" in line
 
     before = tree(tmp_path)
     server.requests.clear(), server.heads.clear()
@@ -294,14 +297,14 @@ def test_an_originals_file_goes_on_after_a_cut(original, server, tmp_path, file,
     server.cuts.add(path)
     result = original()
     assert result.returncode == 0, result.stderr
-    half = f"bytes={len(WHOLE[file]) // 2}-"
-    asked = [wanted for asked, wanted in server.requests if asked == path]
-    assert asked == [None, half]
+    ranges = [wanted for requested, wanted in server.requests if requested == path]
+    assert ranges == [None, f"bytes={len(WHOLE[file]) // 2}-"]
     assert have_original(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_connection_that_stands_still_is_made_anew(original, server, tmp_path):
-    """With one second in place of the script's sixty."""
+    """curl waits for one second here, where the script asks for sixty."""
     shim = tmp_path / "bin" / "curl"
     shim.parent.mkdir()
     shim.write_text(f"""#!/usr/bin/env bash
@@ -315,6 +318,7 @@ exec {shutil.which("curl")} "${{@/#60/1}}"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.slow
 def test_a_stopped_download_goes_on(original, server, download, tmp_path, sent):
     server.stalls.add(CHECKPOINT)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -328,12 +332,12 @@ def test_a_stopped_download_goes_on(original, server, download, tmp_path, sent):
         time.sleep(0.01)
     os.killpg(process.pid, sent)
     assert process.wait(30) != 0
-    there = part.stat().st_size  # what curl had written of the half that came
+    size = part.stat().st_size  # the bytes that curl has written of the half that came
     assert not (tmp_path / "original" / "checkpoint.ckpt").exists()
     assert (tmp_path / "original" / "cache.npy").read_bytes() == WHOLE["cache.npy"]
     server.requests.clear()
     assert original().returncode == 0 and have_original(tmp_path)
-    assert server.requests == [(CHECKPOINT, f"bytes={there}-")]
+    assert server.requests == [(CHECKPOINT, f"bytes={size}-")]
 
 
 @pytest.mark.parametrize("moved", range(3))
@@ -347,39 +351,38 @@ def test_a_run_that_was_killed_among_its_last_moves_is_finished(original, server
 
 
 @pytest.mark.parametrize("path", [TEXT, ARRAY, CHECKPOINT])
-@pytest.mark.parametrize("status, said", [(None, "404"), (403, "403"), (503, "503")])
-def test_a_file_that_is_gone_is_one_sentence(original, server, tmp_path, path, status, said):
-    if status:
-        server.answers[path] = status
-    else:
+@pytest.mark.parametrize("status", [404, 403, 503])
+@pytest.mark.slow
+def test_a_file_that_is_gone_is_one_sentence(original, server, tmp_path, path, status):
+    if status == 404:
         del server.files[path]
-    instead = "CACHE_URL", "README.md", "./demo.sh"
-    assert is_original_refusal(original(), said, Path(path).name, *instead)
-    assert server.requests == [] and tree(tmp_path) == {}  # told before the first byte
+    else:
+        server.answers[path] = status
+    assert is_original_refusal(original(), str(status), Path(path).name, *ALTERNATIVES)
+    assert server.requests == [] and tree(tmp_path) == {}  # refused before the first download
 
 
 @pytest.mark.parametrize("path", [TEXT, ARRAY, CHECKPOINT])
 def test_a_web_page_in_place_of_an_originals_file_is_refused(original, server, tmp_path, path):
     server.files[path] = b"<!DOCTYPE html><html>moved</html>"
     server.kinds[path] = "text/html; charset=utf-8"
-    assert is_original_refusal(original(), "web page", Path(path).name, "CACHE_URL", "./demo.sh")
+    assert is_original_refusal(original(), "web page", Path(path).name, *ALTERNATIVES)
     assert server.requests == []
     del server.kinds[path]  # a server that does not say so
     assert is_original_refusal(original(), Path(path).name, "deleted")
-    file, = (here for here, there in NAMES.items() if there == Path(path).name)
+    file, = (file for file, published in NAMES.items() if published == Path(path).name)
     assert not [name for name in tree(tmp_path / "original") if name.startswith(file)]
 
 
-@pytest.mark.parametrize("address, said", [
+@pytest.mark.parametrize("address, reason", [
     ("http://127.0.0.1:{port}", "refuses the connection"),
-    (f"http://{70 * 'a'}.invalid/a", "not known")])  # longer than a name can be: nobody is asked
-def test_a_host_that_is_gone_is_one_sentence(original, tmp_path, address, said):
-    with socket.socket() as unused:  # bound, but nobody listens
+    (f"http://{70 * 'a'}.invalid/a", "is unknown")])  # too long for a host name: no DNS query
+def test_a_host_that_is_gone_is_one_sentence(original, tmp_path, address, reason):
+    with socket.socket() as unused:  # a bound port on which no process listens
         unused.bind(("127.0.0.1", 0))
         address = address.format(port=unused.getsockname()[1])
         result = original(CACHE_URL=address)
-    instead = "CACHE_URL", "README.md", "./demo.sh"
-    assert is_original_refusal(result, address, said, *instead) and tree(tmp_path) == {}
+    assert is_original_refusal(result, address, reason, *ALTERNATIVES) and tree(tmp_path) == {}
 
 
 def test_a_server_without_head_serves_as_well(original, server, tmp_path, monkeypatch):
@@ -388,7 +391,7 @@ def test_a_server_without_head_serves_as_well(original, server, tmp_path, monkey
     assert result.returncode == 0 and "does not say" in result.stdout and have_original(tmp_path)
     shutil.rmtree(tmp_path / "original")
     del server.files[CHECKPOINT]
-    assert is_original_refusal(original(), "404", "CACHE_URL", "./demo.sh")
+    assert is_original_refusal(original(), "404", *ALTERNATIVES)
 
 
 def big_header(rows):
@@ -398,7 +401,7 @@ def big_header(rows):
 
 ZIP = WHOLE["checkpoint.ckpt"]
 HEADER = "size that its header says"
-DAMAGES = {  # file: what comes in its place, and what is said
+DAMAGES = {  # {damage: (file, its damaged bytes, words of the refusal)}
     "array with a row less": ("cache.npy", npy(2, 512), "2 rows, but postcache.txt has 3 lines"),
     "array cut short": ("cache.npy", WHOLE["cache.npy"][:-1], HEADER),
     "array with more behind it": ("cache.npy", WHOLE["cache.npy"] + b"\0", HEADER),
@@ -407,25 +410,26 @@ DAMAGES = {  # file: what comes in its place, and what is said
     "one column": ("cache.npy", npy(3, 512).replace(b"(3, 512)", b"(1536,) "), "real numbers"),
     "a header of terabytes": ("cache.npy", big_header(10 ** 12), HEADER),
     "no header": ("cache.npy", b"\x93NUMPY\1\0\xff\xff" + b"(" * 9999, "real numbers"),
-    "no array": ("cache.npy", NOISE, "no array of numpy"),
-    "text with a line more": (
-        "cache.txt", WHOLE["cache.txt"] + b"x", "3 rows, but postcache.txt has 4 lines"),
+    "no array": ("cache.npy", NOISE, "not a NumPy array"),
+    "text with a line more":
+        ("cache.txt", WHOLE["cache.txt"] + b"x", "3 rows, but postcache.txt has 4 lines"),
     "empty text": ("cache.txt", b"", "0 lines"),
     "no text": ("cache.txt", b"\xff\n\n\n", "not UTF-8"),
     "checkpoint cut short": ("checkpoint.ckpt", ZIP[:ZIP.index(b"PK\1\2") + 20], "damaged"),
-    "checkpoint with other bytes": (
-        "checkpoint.ckpt", ZIP[:9999] + b"\0\1\2\3" + ZIP[10003:], "damaged"),
+    "checkpoint with other bytes":
+        ("checkpoint.ckpt", ZIP[:9999] + b"\0\1\2\3" + ZIP[10003:], "damaged"),
     "zip of something else": ("checkpoint.ckpt", checkpoint(pickled="archive/a.txt"), "data.pkl"),
     "compressed zip": ("checkpoint.ckpt", checkpoint(zipfile.ZIP_DEFLATED), "compressed"),
-    "no zip": ("checkpoint.ckpt", NOISE, "damaged, or no checkpoint"),
+    "no zip": ("checkpoint.ckpt", NOISE, "damaged, or not a PyTorch checkpoint"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_a_damaged_original_is_refused_then_replaced(original, server, tmp_path, damage):
-    file, data, said = DAMAGES[damage]
+    file, data, words = DAMAGES[damage]
     server.files[f"/a b/{NAMES[file]}"] = data
-    assert is_original_refusal(original(), said, "deleted")
+    assert is_original_refusal(original(), words, "deleted")
     left = tree(tmp_path / "original")
     assert not [name for name in left if name.startswith(file)]
     if file == "checkpoint.ckpt":
@@ -437,11 +441,11 @@ def test_a_damaged_original_is_refused_then_replaced(original, server, tmp_path,
 
 
 def test_more_bytes_than_the_server_names_are_refused(original, server, tmp_path):
-    """A part of another file, which went on behind its end."""
+    """The .part file is longer than the file on the server."""
     (tmp_path / "original").mkdir()
     (tmp_path / "original/cache.npy.download.part").write_bytes(WHOLE["cache.npy"] + b"more")
     size = len(WHOLE["cache.npy"])
-    assert is_original_refusal(original(), f"{size + 4} bytes in place of {size}", "deleted")
+    assert is_original_refusal(original(), f"{size + 4} bytes instead of {size}", "deleted")
     assert original().returncode == 0 and have_original(tmp_path)
 
 
@@ -453,6 +457,7 @@ def test_files_of_ones_own_in_original_stay(original, server, tmp_path):
     assert tree(tmp_path) == {"original/cache.txt": b"mine\n"}
 
 
+@pytest.mark.slow
 def test_a_missing_file_of_three_is_fetched_alone(original, server, tmp_path):
     assert original().returncode == 0
     for file, path in zip(WHOLE, (TEXT, ARRAY, CHECKPOINT)):
@@ -475,10 +480,10 @@ def test_where_there_is_no_room_nothing_is_downloaded(original, server, tmp_path
 
 
 def test_a_disk_that_fills_up_is_named_and_the_download_goes_on(original, server, tmp_path):
-    def full():  # a file can have so many bytes: who writes more gets an error, as on a full disk
+    def limit_files():  # a longer file is an error, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    result = original(preexec_fn=full)
+    result = original(preexec_fn=limit_files)
     assert is_original_refusal(result, "checkpoint.ckpt.download.part", "make room")
     server.requests.clear()
     assert original().returncode == 0 and have_original(tmp_path)
@@ -494,9 +499,9 @@ def test_a_file_in_the_place_of_the_originals_folder(original, server, tmp_path)
 # -------------------------------------------------------------------------------------------- usage
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--speed", "9"], "--speed"), (["val"], "val"), (["--parts", "test"], "test"), (["--datadir"], "--datadir"),
-    (["--datadir", "--cache"], "--datadir"), (["--cache"], "CACHE_URL"),
-])
+    (["--speed", "9"], "--speed"), (["val"], "val"), (["--parts", "test"], "test"),
+    (["--datadir"], "--datadir"), (["--datadir", "--cache"], "--datadir"),
+    (["--cache"], "CACHE_URL")])
 def test_wrong_usage_exits_2(download, server, tmp_path, arguments, word):
     result = download(*arguments)
     assert is_refusal(result, code=2) and word in result.stderr
@@ -512,6 +517,6 @@ def test_folder_that_cannot_be_written(download, server, tmp_path):
 def test_help_is_the_head_comment(download):
     result = download("--help")
     assert result.returncode == 0 and result.stderr == ""
-    assert result.stdout.startswith("Downloads COCO 2017") and result.stdout.rstrip().endswith(
-        "images.cocodataset.org).")
+    assert result.stdout.startswith("Downloads COCO 2017")
+    assert result.stdout.rstrip().endswith("images.cocodataset.org).")
     assert "set -euo" not in result.stdout

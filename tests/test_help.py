@@ -53,6 +53,7 @@ def test_help_loads_no_heavy_library(tmp_path, script):
     ("stories", ["--captions", "none.txt"], "none.txt"),
     ("stories", ["--caption", "a dog", "--top_p", "2"], "--top_p"),
 ])
+@pytest.mark.slow
 def test_wrong_arguments_are_refused_before_any_heavy_library_is_loaded(tmp_path, script,
                                                                         arguments, named):
     code, out, err, modules = start(tmp_path, script, *arguments)

@@ -1,4 +1,4 @@
-"""CLIP's preprocessing beside torchvision's formulas, written out with Pillow and NumPy."""
+"""CLIP's preprocessing, compared with torchvision's formulas in plain Pillow and NumPy."""
 
 import json
 import os
@@ -38,7 +38,7 @@ SIZES = [(640, 427), (427, 640), (640, 480), (224, 224), (225, 224), (224, 225),
 
 
 def drawn(sizes, seed=0):
-    """Pictures of these sizes: noise, so that a pixel beside its place shows."""
+    """Pictures of these sizes, of noise, so that a shift by one pixel shows."""
     generator = np.random.default_rng(seed)
     return [Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
             for width, height in sizes]
@@ -67,6 +67,7 @@ def plain_pixels(image, short, crop_height, crop_width):
 
 
 @pytest.mark.parametrize("target", [224, 336])
+@pytest.mark.slow
 def test_sizes_and_crops_are_torchvisions_for_every_size(target):
     sides = np.arange(1, 701)
     width, height = (side.ravel() for side in np.meshgrid(sides, sides))
@@ -84,10 +85,11 @@ def test_sizes_and_crops_are_torchvisions_for_every_size(target):
 
 @pytest.mark.parametrize("short, crop_size", [
     (224, (224, 224)), (336, (336, 336)), (96, (96, 96)), (256, (224, 224)), (64, (30, 51))])
+@pytest.mark.slow
 def test_pixels_equal_torchvisions_to_the_bit(pictures, short, crop_size):
-    found = OpenAIPreprocessor(short, crop_size)(images=pictures)["pixel_values"]
-    assert found.dtype == torch.float32 and found.is_contiguous()
-    for image, pixels in zip(pictures, found, strict=True):
+    batch = OpenAIPreprocessor(short, crop_size)(images=pictures)["pixel_values"]
+    assert batch.dtype == torch.float32 and batch.is_contiguous()
+    for image, pixels in zip(pictures, batch, strict=True):
         assert torch.equal(pixels, plain_pixels(image, short, *crop_size)), image.size
 
 
@@ -100,14 +102,14 @@ def test_other_modes_become_rgb_after_the_crop_as_openais_do(pictures, mode):
 
 
 def test_threads_can_share_it(pictures):
-    prepare = OpenAIPreprocessor(224, (224, 224))
+    preprocessor = OpenAIPreprocessor(224, (224, 224))
     with ThreadPool(4) as pool:
-        together = pool.map(prepare.crop, pictures * 2, chunksize=1)
-    for crop, image in zip(together, pictures * 2, strict=True):
-        assert np.array_equal(crop, prepare.crop(image))
+        crops = pool.map(preprocessor.crop, pictures * 2, chunksize=1)
+    for crop, image in zip(crops, pictures * 2, strict=True):
+        assert np.array_equal(crop, preprocessor.crop(image))
 
 
-# -------------------------------------------------------------------- what it takes the place of
+# ------------------------------------------------------------------- processors that it replaces
 
 OLD = {
     "feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224, "resample": 3,
@@ -163,9 +165,9 @@ def test_siglips_stays_its_own(tmp_path, kind):
     assert type(openai_preprocessor(processor)) is kind
 
 
-# ------------------------------------------------------------------- the same wherever it runs
+# --------------------------------------------------------------------- the same on every machine
 
-TORCHVISION = {  # what transformers imports of it; nothing in it computes
+TORCHVISION = {  # the names that transformers imports from it; none of them computes
     "__init__.py": "__version__ = '0.28.0'",
     "io.py": "",
     "transforms/__init__.py": "import enum\nInterpolationMode = enum.Enum('InterpolationMode', "
@@ -186,29 +188,31 @@ torch.save(pixels, saved)
 """
 
 
+@pytest.mark.slow
 def test_pixels_are_the_same_where_torchvision_can_be_imported(tmp_path, pictures):
     square = {"size": {"height": 96, "width": 96}}
     siglip = square | {"image_processor_type": "SiglipImageProcessor"}
     folders = []
     for name, change in {"openais": {}, "squashed": square, "siglip": siglip}.items():
-        folders.append(shutil.copytree(CLIP, tmp_path / name))
-        file = folders[-1] / "preprocessor_config.json"
+        folder = shutil.copytree(CLIP, tmp_path / name)
+        folders.append(folder)
+        file = folder / "preprocessor_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for image, path in zip(pictures, paths):
         image.save(path)
     for name, text in TORCHVISION.items():
-        file = tmp_path / "with" / "torchvision" / name
+        file = tmp_path / "site" / "torchvision" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    places = os.pathsep.join([str(ROOT), str(tmp_path / "with")])
+    python_path = os.pathsep.join([str(ROOT), str(tmp_path / "site")])
     arguments = [tmp_path / "pixels.pt", ":".join(map(str, folders)), *paths]
     subprocess.run([sys.executable, "-c", SAVE_PIXELS, *arguments], check=True, cwd=tmp_path,
-                   env=os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"})
+                   env=os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"})
     for folder, pixels in zip(folders, torch.load(tmp_path / "pixels.pt"), strict=True):
-        here = Clip(str(folder)).processor
-        assert isinstance(here, OpenAIPreprocessor) == (folder.name == "openais")
-        expected = here(images=pictures[:3], return_tensors="pt")["pixel_values"]
+        processor = Clip(str(folder)).processor
+        assert isinstance(processor, OpenAIPreprocessor) == (folder.name == "openais")
+        expected = processor(images=pictures[:3], return_tensors="pt")["pixel_values"]
         assert torch.equal(pixels, expected), folder.name
 
 
@@ -228,14 +232,14 @@ def test_clip_gets_the_pixels_in_its_own_precision(pictures, dtype):
 
 
 def test_features_of_earlier_runs_are_still_found(world, tmp_path, monkeypatch):
-    """The key of their file is made of the CLIP model and the images' files, not of the way that
-    they are preprocessed."""
+    """The key of their file depends on the CLIP model and the image files, not on the
+    preprocessing."""
     clip, pictures = Clip(CLIP), read_coco(world, "val2017")
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-             for path in (picture.path for picture in pictures)]
+    paths = [picture.path for picture in pictures]
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = fingerprint([clip.identity, stats])
-    left = torch.eye(clip.dim)[:len(pictures)]
-    write_features(tmp_path / f"features-{key}.safetensors", left, {})
+    stored = torch.eye(clip.dim)[:len(pictures)]
+    write_features(tmp_path / f"features-{key}.safetensors", stored, {})
     monkeypatch.setattr("antarctic.features.encode_files", None)  # nothing is encoded
     features, good, bad = image_features(clip, pictures, tmp_path)
-    assert torch.equal(features, left) and good == pictures and bad == []
+    assert torch.equal(features, stored) and good == pictures and bad == []

@@ -1,5 +1,5 @@
-"""The approximate index: against exact search, and refused where it does not belong; without faiss
-little of it is tested."""
+"""The approximate index: compared with exact search, and refused for another cache. Most tests need
+faiss."""
 
 import json
 import subprocess
@@ -26,18 +26,19 @@ needs_faiss = pytest.mark.skipif(
 
 
 def clustered(n, seed):
-    """n unit rows (n, 32) that lie as CLIP's texts: in groups, with a direction in common."""
+    """Unit rows (n, 32) distributed like CLIP's texts: in groups, with a shared direction."""
     generator = torch.Generator().manual_seed(seed)
-    own = torch.randn(50, 32, generator=torch.Generator().manual_seed(9))[torch.randint(
-        50, (n, ), generator=generator)]
-    own = normalize(own + torch.randn(n, 32, generator=generator), dim=1)
+    centers = torch.randn(50, 32, generator=torch.Generator().manual_seed(9))
+    group = torch.randint(50, (n,), generator=generator)
+    own = normalize(centers[group] + torch.randn(n, 32, generator=generator), dim=1)
     return normalize(0.6 * own + 0.8 * normalize(torch.ones(32), dim=0), dim=1)
 
 
 def written(folder, name, rows, entries=None, prefix=""):
+    """The files of a cache that is written with these rows."""
     files = folder / f"{name}.txt", folder / f"{name}.npy"
-    write_cache(*files, entries or [f"{name} {i}" for i in range(len(rows))], rows.numpy(), "clip",
-                prefix)
+    entries = entries or [f"{name} {i}" for i in range(len(rows))]
+    write_cache(*files, entries, rows.numpy(), "clip", prefix)
     return files
 
 
@@ -47,7 +48,7 @@ def read(*caches):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A cache of 5,000 entries with an index, and queries that lie to it as images do."""
+    """A cache of 5,000 entries with an index, and queries as near to it as images are."""
     folder = tmp_path_factory.mktemp("large")
     rows = clustered(5000, 1)
     files = written(folder, "large", rows)
@@ -62,13 +63,13 @@ def test_scores_are_exact_and_most_of_the_nearest_are_found(large):
     _, embeddings = read(large.files)
     scores, rows = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
     torch.testing.assert_close(scores, (large.queries[:, None] * large.rows[rows]).sum(-1))
-    assert all(len(set(row)) == 10
-               for row in rows.tolist()) and (scores[:, 1:] <= scores[:, :-1]).all()
+    assert all(len(set(row)) == 10 for row in rows.tolist())
+    assert (scores[:, 1:] <= scores[:, :-1]).all()
     exact = (large.queries @ large.rows.T).topk(10).indices
-    found = np.mean([len({*a} & {*b}) for a, b in zip(rows.tolist(), exact.tolist())]) / 10
-    assert found > 0.9 and abs(found - large.recall) < 0.002  # that was of the same queries
-    assert json.loads(open(f"{large.index}.json").read())["recall"] == pytest.approx(
-        large.recall, abs=1e-4)
+    recall = np.mean([len({*a} & {*b}) for a, b in zip(rows.tolist(), exact.tolist())]) / 10
+    assert recall > 0.9 and abs(recall - large.recall) < 0.002  # build_index had the same queries
+    with open(f"{large.index}.json") as file:
+        assert json.load(file)["recall"] == pytest.approx(large.recall, abs=1e-4)
 
 
 @needs_faiss
@@ -83,84 +84,85 @@ def test_the_whole_of_the_lists_and_rows_gives_what_exact_search_gives(large, mo
 
 
 @needs_faiss
-@pytest.mark.parametrize("first", [False, True])
-def test_words_of_ones_own_over_a_large_cache_are_never_lost(large, tmp_path, monkeypatch, first):
-    """However bad the index: here it reads one list and gives one candidate."""
+@pytest.mark.parametrize("own_first", [False, True])
+def test_words_of_ones_own_over_a_large_cache_are_never_lost(large, tmp_path, monkeypatch,
+                                                             own_first):
+    """However bad the index is: here it reads one list and returns 10 candidates."""
     monkeypatch.setattr(index, "PROBED", 10 ** 6)
     monkeypatch.setattr(index, "SHORTLIST", 10)
-    mine = torch.cat((clustered(30, 2), normalize(large.queries[:5] + large.rows[:5], dim=1)))
-    own = written(tmp_path, "mine", mine,
-                  ["large 7", *(f"mine {i}" for i in range(1, 35))])  # one of them is in both
-    entries, embeddings = read(*((own, large.files) if first else (large.files, own)))
-    scores, found = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
-    exact_scores, exact = search(large.queries, embeddings, 10)
-    for row, expected in zip(found.tolist(), exact.tolist()):
-        assert {entries[i] for i in expected
-                if entries[i].startswith("mine")} <= {entries[i] for i in row}
-    torch.testing.assert_close(scores, (large.queries[:, None] * embeddings[:][found]).sum(-1))
-    assert not torch.equal(found, exact)  # the index was in use
+    rows = torch.cat((clustered(30, 2), normalize(large.queries[:5] + large.rows[:5], dim=1)))
+    names = ["large 7", *(f"mine {i}" for i in range(1, 35))]  # the large cache has the first, too
+    own = written(tmp_path, "mine", rows, names)
+    entries, embeddings = read(*((own, large.files) if own_first else (large.files, own)))
+    scores, result = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
+    _, exact = search(large.queries, embeddings, 10)
+    for row, expected in zip(result.tolist(), exact.tolist()):
+        mine = {entries[i] for i in expected if entries[i].startswith("mine")}
+        assert mine <= {entries[i] for i in row}
+    torch.testing.assert_close(scores, (large.queries[:, None] * embeddings[:][result]).sum(-1))
+    assert not torch.equal(result, exact)  # the index was in use
 
 
 @needs_faiss
-@pytest.mark.parametrize("left, "
-                         "exact", [(range(1, 5000, 3), True), ([i for i in range(5000) if i % 10], False),
-                                         (range(4990, 5000), True)])
+@pytest.mark.parametrize("left, exact", [
+    (range(1, 5000, 3), True), ([i for i in range(5000) if i % 10], False),
+    (range(4990, 5000), True)])
 def test_entries_left_out_are_not_found_and_do_not_crowd_out_others(large, capsys, left, exact):
     _, embeddings = read(large.files)
     embeddings = embeddings.only(left)
-    scores, found = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
-    told = capsys.readouterr().out
-    assert ("exactly" in told) == exact and ("approximate" in told) != exact
+    scores, result = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
+    out = capsys.readouterr().out
+    assert ("exactly" in out) == exact and ("approximate" in out) != exact
     expected, rows = search(large.queries, embeddings, 10)
-    torch.testing.assert_close(scores, (large.queries[:, None] * embeddings[:][found]).sum(-1))
-    assert found.shape == rows.shape and (scores >= expected[:, -1:] -
-                                          1e-6).float().mean() > (0.9999 if exact else 0.9)
+    torch.testing.assert_close(scores, (large.queries[:, None] * embeddings[:][result]).sum(-1))
+    assert result.shape == rows.shape
+    recall = (scores >= expected[:, -1:] - 1e-6).float().mean()
+    assert recall > (0.9999 if exact else 0.9)
 
 
 @needs_faiss
 def test_what_is_left_is_found_though_the_nearest_entries_are_banned(large, monkeypatch):
-    """All lists are read, but those left out would fill the shortlist."""
+    """All lists are read, but the banned entries would fill the shortlist."""
     monkeypatch.setattr(index, "PROBED", 1)
     monkeypatch.setattr(index, "SHORTLIST", 1500)
     _, embeddings = read(large.files)
     query = large.queries[:1]
-    embeddings = embeddings.only(
-        (query @ large.rows.T)[0].argsort()[:3000].sort().values.tolist())  # of 5,000
-    found, _ = index.open_index(large.index, embeddings).search(query, embeddings, 10)
+    farthest = (query @ large.rows.T)[0].argsort()[:3000]  # of 5,000
+    embeddings = embeddings.only(farthest.sort().values.tolist())
+    scores, _ = index.open_index(large.index, embeddings).search(query, embeddings, 10)
     expected, _ = search(query, embeddings, 10)
-    assert (found >= expected[:, -1:] - 1e-6).sum() >= 8
+    assert (scores >= expected[:, -1:] - 1e-6).sum() >= 8
 
 
 @needs_faiss
 def test_too_short_lists_are_made_up_for_by_exact_search(large, monkeypatch):
     monkeypatch.setattr(index, "PROBED", 10 ** 6)
     _, embeddings = read(large.files)
-    scores, rows = index.open_index(large.index, embeddings).search(large.queries[:3], embeddings,
-                                                                    2000)
-    expected, _ = search(large.queries[:3], embeddings, 2000)
+    queries = large.queries[:3]
+    scores, rows = index.open_index(large.index, embeddings).search(queries, embeddings, 2000)
+    expected, _ = search(queries, embeddings, 2000)
     torch.testing.assert_close(scores, expected)
     assert all(len(set(row)) == 2000 for row in rows.tolist())
 
 
 @needs_faiss
-@pytest.mark.parametrize("change, said", [
-    (lambda files, path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "is not the index that"),
-    (lambda files, path: path.with_name("i.json").write_text('{"recall": '
-                                                             '"?"}'), "is not the description of "
-                                                                      "an index"),
-    (lambda files, path: path.with_name("i.json").unlink(), "there is no description of the index"),
-    (lambda files, path: path.unlink(), "there is no index at"),
-    (lambda files, path: written(path.parent, "e", clustered(300, 3), ["x "
-                                                                       f"{i}" for i in range(300)]), "was changed"),
-    (lambda files, path: written(path.parent, "e", clustered(300, 3), prefix="a "), "was changed"),
+@pytest.mark.parametrize("change, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "is not the index that"),
+    (lambda path: path.with_name("i.json").write_text('{"recall": "?"}'),
+     "is not the description of an index"),
+    (lambda path: path.with_name("i.json").unlink(), "there is no description of the index"),
+    (lambda path: path.unlink(), "there is no index at"),
+    (lambda path: written(path.parent, "e", clustered(300, 3), [f"x {i}" for i in range(300)]),
+     "an older version"),
+    (lambda path: written(path.parent, "e", clustered(300, 3), prefix="a "), "an older version"),
 ])
 def test_what_does_not_belong_is_refused_and_never_given_to_faiss(tmp_path, monkeypatch, change,
-                                                                  said):
+                                                                  message):
     files, path = written(tmp_path, "e", clustered(300, 3)), tmp_path / "i"
     index.build_index(path, *files)
-    change(files, path)
+    change(path)
     monkeypatch.setattr(index.load_faiss(), "read_index", None)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         index.open_index(path, read(files)[1])
 
 
@@ -168,15 +170,15 @@ def test_what_does_not_belong_is_refused_and_never_given_to_faiss(tmp_path, monk
 def test_a_file_that_only_claims_to_be_an_index_is_refused(tmp_path):
     files, path = written(tmp_path, "e", clustered(300, 3)), tmp_path / "i"
     index.build_index(path, *files)
-    made = json.loads((tmp_path / "i.json").read_text())
-    faiss = index.load_faiss()
-    flat = faiss.IndexFlatIP(32)
-    for write, said in ((lambda: path.write_bytes(b"IxPT" + bytes(100)),
-                         "is not an index of faiss"), (lambda: index.write_index(path, flat),
-                                                       "is not an index of the 300 rows")):
+    description = json.loads((tmp_path / "i.json").read_text())
+    flat = index.load_faiss().IndexFlatIP(32)
+    for write, message in (
+            (lambda: path.write_bytes(b"IxPT" + bytes(100)), "is not an index of faiss"),
+            (lambda: index.write_index(path, flat), "is not an index of the 300 rows")):
         write()
-        (tmp_path / "i.json").write_text(json.dumps(made | {"index_sha256": file_sha256(path)}))
-        with pytest.raises(InputError, match=said):
+        description["index_sha256"] = file_sha256(path)
+        (tmp_path / "i.json").write_text(json.dumps(description))
+        with pytest.raises(InputError, match=message):
             index.open_index(path, read(files)[1])
 
 
@@ -186,21 +188,21 @@ def test_a_build_that_was_stopped_goes_on_and_gives_the_same_bytes(tmp_path, mon
     monkeypatch.setattr(index, "BLOCK", 100)
     monkeypatch.setattr(index, "SAVE_SECONDS", 0)
     index.build_index(tmp_path / "whole", *files)
-    write, count = index.write_index, []
+    write, counts = index.write_index, []  # counts: rows in the index at each save
 
-    def stops(path, what):
-        count.append(what.ntotal)
-        write(path, what)
-        if len(count) == 4:
+    def write_until_stopped(path, partial):
+        counts.append(partial.ntotal)
+        write(path, partial)
+        if len(counts) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(index, "write_index", stops)
+    monkeypatch.setattr(index, "write_index", write_until_stopped)
     with pytest.raises(KeyboardInterrupt):
         index.build_index(tmp_path / "cut", *files)
     assert not (tmp_path / "cut").exists()
     monkeypatch.setattr(index, "trained_index", None)
     index.build_index(tmp_path / "cut", *files)
-    assert count[:5] == [0, 100, 200, 300, 300]
+    assert counts[:5] == [0, 100, 200, 300, 300]
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert not list(tmp_path.glob(".*"))
@@ -209,22 +211,23 @@ def test_a_build_that_was_stopped_goes_on_and_gives_the_same_bytes(tmp_path, mon
 @needs_faiss
 def test_scripts_build_and_use_an_index_and_say_so(script, world, cache, checkpoint, tmp_path,
                                                    monkeypatch):
-    """From end to end; where every list is read and the shortlist holds every entry, captions are
-    those of exact search."""
+    """Every list is read and the shortlist holds every entry, so captions equal exact search's."""
     monkeypatch.setattr(index, "PROBED", 1)
     files = ("--textfile", cache.textfile, "--embfile", cache.embfile)
     features = [*checkpoint.parent.glob("features-*.safetensors")]
     run = script("compute_cache", *files, "--index", tmp_path / "i", "--queries", features[0])
-    assert run.code == 0 and "approximate, it finds 100.0% of the 10 nearest entries of" in run.out, run.err
-    assert " images\n" in run.out and json.loads(
-        (tmp_path / "i.json").read_text())["queries"].endswith("images")
+    assert run.code == 0, run.err
+    assert "approximate, it finds 100.0% of the 10 nearest entries of" in run.out
+    assert " images\n" in run.out
+    assert json.loads((tmp_path / "i.json").read_text())["queries"].endswith("images")
     common = ("--datadir", world, *files, "--clip_model", CLIP, "--lm", BART)
     for name, more in (("exact", ()), ("index", ("--index", tmp_path / "i"))):
         run = script("sampler", *common, "--ckpt", checkpoint, "--savedir", tmp_path / name,
                      "--features", tmp_path, *more)
         assert run.code == 0 and ("approximate" in run.out) == bool(more), run.err
-    assert (tmp_path / "exact" / "captions.json").read_bytes() == (tmp_path / "index" /
-                                                                   "captions.json").read_bytes()
+    exact, approximate = ((tmp_path / name / "captions.json").read_bytes()
+                          for name in ("exact", "index"))
+    assert exact == approximate
     run = script("trainer", *common, "--savedir", checkpoint.parent, "--epochs", 1, "--tmax", 1,
                  "--index", tmp_path / "none")
     assert run.code == 2 and "there is no index" in run.err
@@ -233,49 +236,51 @@ def test_scripts_build_and_use_an_index_and_say_so(script, world, cache, checkpo
 @needs_faiss
 def test_an_added_entry_makes_an_index_old(script, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(f"word {i}" for i in range(256)))
-    files = ("--textfile", tmp_path / "c.txt", "--embfile", tmp_path / "c.npy", "--clip_model",
-             CLIP)
-    assert script("compute_cache", *files, "--entries", tmp_path / "list.txt", "--index",
-                  tmp_path / "i").code == 0
+    files = ("--textfile", tmp_path / "c.txt", "--embfile", tmp_path / "c.npy",
+             "--clip_model", CLIP)
+    assert script("compute_cache", *files, "--entries", tmp_path / "list.txt",
+                  "--index", tmp_path / "i").code == 0
 
     def opened():
         return index.open_index(tmp_path / "i", index_caches(tmp_path))
 
     assert len(opened().rows) == 256
     assert script("compute_cache", *files, "--add", "Geoff Hinton").code == 0
-    with pytest.raises(InputError, match="before that was changed"):
+    with pytest.raises(InputError, match="an older version"):
         opened()
-    assert script("compute_cache", *files, "--remove", "word 3", "--index",
-                  tmp_path / "i").code == 0
+    assert script("compute_cache", *files, "--remove", "word 3",
+                  "--index", tmp_path / "i").code == 0
     assert len(opened().rows) == 256
 
 
 def index_caches(folder):
-    made = cache_description(folder / "c.npy")
-    return read_cache([folder / "c.txt"], [folder / "c.npy"], made["clip_model"])[1]
+    clip_model = cache_description(folder / "c.npy")["clip_model"]
+    return read_cache([folder / "c.txt"], [folder / "c.npy"], clip_model)[1]
 
 
 def test_without_faiss_a_sentence_says_what_to_install(script, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # makes its import fail
     run = script("compute_cache", "--textfile", cache.textfile, "--embfile", cache.embfile,
                  "--index", tmp_path / "i")
-    assert run.code == 2 and run.err == "error: --index needs faiss, which is not installed here: pip install faiss-cpu==1.15.1\n"
+    assert run.code == 2 and run.err == ("error: --index needs faiss, which is not installed here: "
+                                         "pip install faiss-cpu==1.15.1\n")
 
 
-@pytest.mark.parametrize("how, said", [
-    (("--queries", "f", "--add", "x"), "none is "
-                                       "built"), (("--index", "c.txt"), "files of their own"),
+@pytest.mark.parametrize("flags, message", [
+    (("--queries", "f", "--add", "x"), "none is built"),
+    (("--index", "c.txt"), "files of their own"),
     (("--index", "i", "--entries", "a", "--corpus", "b"), "exactly one of")])
-def test_settings_that_cannot_work_are_refused(script, tmp_path, monkeypatch, how, said):
+def test_settings_that_cannot_work_are_refused(script, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    run = script("compute_cache", "--textfile", "c.txt", "--embfile", "c.npy", *how)
-    assert run.code == 2 and said in run.err and len(run.err.splitlines()) == 1
+    run = script("compute_cache", "--textfile", "c.txt", "--embfile", "c.npy", *flags)
+    assert run.code == 2 and message in run.err and len(run.err.splitlines()) == 1
 
 
 @needs_faiss
 @pytest.mark.parametrize("order", ["torch, faiss", "faiss, torch"])
+@pytest.mark.slow
 def test_torch_and_faiss_compute_in_one_process(order):
-    """Each carries an OpenMP of its own; both run on two threads."""
+    """Each has its own OpenMP. Both run on two threads."""
     code = f"""
 import {order}
 torch.set_num_threads(2); faiss.omp_set_num_threads(2)
@@ -283,35 +288,35 @@ rows = torch.randn(20000, 64)
 index = faiss.IndexFlatIP(64)
 for _ in range(3):
     index.reset(); index.add(rows.numpy())
-    found = index.search(rows[:500].numpy(), 5)[1]
-    assert (torch.from_numpy(found) == (rows[:500] @ rows.T).topk(5).indices).float().mean() > 0.999
+    nearest = torch.from_numpy(index.search(rows[:500].numpy(), 5)[1])
+    assert (nearest == (rows[:500] @ rows.T).topk(5).indices).float().mean() > 0.999
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 
 def test_float16_on_the_disk_leaves_the_tables_as_they_are(world, cache, tmp_path):
-    """The ten nearest entries, as a set, of 99 % of images (99.1 % of 1,020; here there are few, so
-    one more may differ). Two that change places differ by less than float16 tells apart."""
-    clip = Clip(CLIP)
-    pictures = [
-        p for split in ("train2017", "val2017", "near", "out") for p in read_coco(world, split)
-    ]
+    """The ten nearest entries, as a set, are the same for 99 % of images, one more allowed since
+    there are few here (of 1,020 images it is 99.1 %). Entries that change places differ by less
+    than float16 resolves."""
+    clip, splits = Clip(CLIP), ("train2017", "val2017", "near", "out")
+    pictures = [p for split in splits for p in read_coco(world, split)]
     features, *_ = image_features(clip, pictures, tmp_path)
     _, rows = read_cache([cache.textfile], [cache.embfile], clip.identity)
-    half = rows[:].half().float()
-    (_, exact), (_, found) = (search(features, some, 10) for some in (rows, half))
-    same = [set(a) == set(b) for a, b in zip(exact.tolist(), found.tolist())]
+    _, exact = search(features, rows, 10)
+    _, rounded = search(features, rows[:].half().float(), 10)
+    same = [set(a) == set(b) for a, b in zip(exact.tolist(), rounded.tolist())]
     assert same.count(False) <= 1 + len(same) // 100
-    cosines = (features[:, None] * rows[:][found]).sum(-1)
+    cosines = (features[:, None] * rows[:][rounded]).sum(-1)
     assert (cosines[:, :-1] - cosines[:, 1:] > -2e-4).all()
 
 
 @needs_faiss
+@pytest.mark.slow
 def test_the_benchmark_of_large_caches_runs_in_small(script, tmp_path):
     run = script("benchmarks.large", "--rows", 2000, "--folder", tmp_path)
     assert run.code == 0, run.err
     figures = json.loads(run.out.splitlines()[-1])
-    assert figures["rows"] == 2000 and figures["recall at 10"] > 0.5 and figures[
-        "embeddings, GB"] == 0.002
+    assert figures["rows"] == 2000 and figures["embeddings, GB"] == 0.002
+    assert figures["recall at 10"] > 0.5
     assert not list(tmp_path.iterdir())

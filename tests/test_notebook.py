@@ -139,6 +139,7 @@ def check_real(clone, code, textfile, embfile, checkpoint):
 
 # ------------------------------------------------------------------------------- the three branches
 
+@pytest.mark.slow
 def test_the_notebook_runs_whole_and_names_the_new_thing(clone, tmp_path, monkeypatch):
     monkeypatch.setenv("DEMO", str(tmp_path / "demo"))
     there = files_of(clone)
@@ -151,6 +152,7 @@ def test_the_notebook_runs_whole_and_names_the_new_thing(clone, tmp_path, monkey
     assert not (tmp_path / "pip").exists()  # a clone has what it needs
 
 
+@pytest.mark.slow
 def test_it_captions_by_a_persons_own_files_and_leaves_them_alone(clone, hub, world, tmp_path):
     for command in (["compute_cache.py"], ["trainer.py", "--epochs", "1", "--topk", "16"]):
         run = subprocess.run([sys.executable, *command, "--datadir", world], cwd=clone,
@@ -168,6 +170,7 @@ def test_it_captions_by_a_persons_own_files_and_leaves_them_alone(clone, hub, wo
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))), reason="needs curl")
+@pytest.mark.slow
 def test_it_downloads_the_originals_files_and_captions_by_them(
         clone, hub, cache, checkpoint, tmp_path, monkeypatch):
     captioner = Captioner(BART)

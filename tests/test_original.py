@@ -1,5 +1,5 @@
-"""The published weights, from the download to a caption; what the scripts take where nothing is
-named."""
+"""The published weights, from the download to a caption, and the default cache and checkpoint of
+the scripts."""
 
 import argparse
 import io
@@ -23,60 +23,65 @@ MODELS = "--clip_model", CLIP, "--lm", BART
 
 @pytest.fixture(scope="module")
 def originals(cache, checkpoint, tmp_path_factory):
-    """A folder original/ as download.sh leaves it, in the form of the published files: a checkpoint
-    with the weights of the checkpoint fixture, and the cache fixture without its description."""
+    """A folder original/ as download.sh leaves it, in the published formats.
+
+    It holds the weights of the checkpoint fixture, and the cache fixture without its description.
+    """
     folder = tmp_path_factory.mktemp("published") / "original"
     folder.mkdir()
     shutil.copy(cache.textfile, folder / "cache.txt")
     shutil.copy(cache.embfile, folder / "cache.npy")
     captioner = Captioner(BART)
     load_checkpoint(checkpoint, captioner)
-    trained_with = argparse.Namespace(topk=24, maxlen_enc=128, maxlen_dec=32, clip_model="ViT-B/16")
-    lightning_file(folder / "checkpoint.ckpt", captioner, hyper_parameters=trained_with)
+    settings = argparse.Namespace(topk=24, maxlen_enc=128, maxlen_dec=32, clip_model="ViT-B/16")
+    lightning_file(folder / "checkpoint.ckpt", captioner, hyper_parameters=settings)
     return folder
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty folder, which the scripts are started in."""
+    """An empty folder, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def photo(world, here):
-    """A photo with a name that ASCII and cp1252 lack."""
+    """A photo whose name has characters that ASCII and cp1252 lack."""
     path = here / "Eisbär ☃.jpg"
     Image.open(sorted((world / "val2017").glob("*.png"))[0]).convert("RGB").save(path)
     return path.relative_to(here)
 
 
 def start(*command, cwd, stdout=subprocess.PIPE, **environment):
-    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    """Runs a command to its end, without proxies."""
+    own = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     return subprocess.run(list(map(str, command)), cwd=cwd, stdout=stdout, stderr=subprocess.PIPE,
-                          env={**kept, "HOME": str(cwd), **environment}, encoding="utf-8",
+                          env={**own, "HOME": str(cwd), **environment}, encoding="utf-8",
                           timeout=120)
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "curl", "python3"))), reason="needs curl")
+@pytest.mark.slow
 def test_two_commands_caption_a_photo(script, originals, cache, checkpoint, photo, here):
     files = {f"/a/{NAMES[path.name]}": path.read_bytes() for path in originals.iterdir()}
     with serving(files) as server:
-        done = start(ROOT / "download.sh", "--original", cwd=here, CACHE_URL=f"{server.address}/a")
-    assert done.returncode == 0, done.stderr
+        run = start(ROOT / "download.sh", "--original", cwd=here, CACHE_URL=f"{server.address}/a")
+    assert run.returncode == 0, run.stderr
     for path in originals.iterdir():
         assert (here / "original" / path.name).read_bytes() == path.read_bytes()
 
-    done = start(sys.executable, ROOT / "sampler.py", "--images", photo, *MODELS, cwd=here)
-    assert done.returncode == 0, done.stderr
+    run = start(sys.executable, ROOT / "sampler.py", "--images", photo, *MODELS, cwd=here)
+    assert run.returncode == 0, run.stderr
     caption = (here / "results" / "preds.txt").read_text().removesuffix("\n")
-    assert caption and f"{photo}: {caption}" in done.stdout.splitlines()
-    first = done.stdout.splitlines()[0]
-    assert "original/cache.txt with original/cache.npy, the checkpoint original/checkpoint" in first
+    lines = run.stdout.splitlines()
+    assert caption and f"{photo}: {caption}" in lines
+    inputs = "original/cache.txt with original/cache.npy, the checkpoint original/checkpoint"
+    assert inputs in lines[0]
     results = json.loads((here / "results" / "captions.json").read_text())
     assert results == [{"image_id": str(photo), "caption": caption}]
 
-    # The same as from this project's own files, by their names.
+    # The results are those of this project's own files.
     succeed("sampler", "--images", photo, *MODELS, "--textfile", cache.textfile,
             "--embfile", cache.embfile, "--ckpt", checkpoint, "--savedir", here / "ours")
     ours, theirs = (here / folder / "details.jsonl" for folder in ("ours", "results"))
@@ -84,6 +89,7 @@ def test_two_commands_caption_a_photo(script, originals, cache, checkpoint, phot
 
 
 @pytest.mark.parametrize("stdout", ["ascii", "closed pipe", "full disk"])
+@pytest.mark.slow
 def test_what_standard_output_lacks_costs_no_result(originals, photo, here, stdout):
     here.joinpath("original").symlink_to(originals)
     command = [sys.executable, ROOT / "sampler.py", "--images", photo, *MODELS]
@@ -95,13 +101,13 @@ def test_what_standard_output_lacks_costs_no_result(originals, photo, here, stdo
         out = os.open("/dev/full", os.O_WRONLY)
     else:
         environment = {"PYTHONIOENCODING": stdout}
-    done = start(*command, cwd=here, stdout=out, **environment)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    run = start(*command, cwd=here, stdout=out, **environment)
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr and "Exception" not in run.stderr
     caption = (here / "results" / "preds.txt").read_text()
     assert caption.strip() and (here / "results" / "gallery.html").exists()
     if environment:
-        assert f"Eisb\\xe4r \\u2603.jpg: {caption}" in done.stdout
+        assert f"Eisb\\xe4r \\u2603.jpg: {caption}" in run.stdout
     else:
         os.close(out)
 
@@ -114,7 +120,7 @@ def test_a_line_is_said_in_any_encoding(monkeypatch, encoding, expected):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding))
     errors.print_safely("ä ☃ \udcff")
     assert buffer.getvalue() == expected
-    monkeypatch.setattr(sys, "stdout", None)  # as where it is closed
+    monkeypatch.setattr(sys, "stdout", None)  # as Python does where it is closed
     errors.print_safely("ä")
 
 
@@ -131,11 +137,12 @@ def test_twenty_captions_are_printed_and_the_rest_is_counted(script, originals, 
     assert script("sampler", "--datadir", world, *MODELS).out.count(".png: ") == 0
 
 
-# ------------------------------------------------------------------------ what is there by default
+# ------------------------------------------------------------------------------- default inputs
 
 def taken(run):
+    """The cache and checkpoint that a run reports to use by default."""
     assert run.code == 0, run.err
-    line, = (line for line in run.out.splitlines() if line.startswith("taken, since no other "))
+    line, = (line for line in run.out.splitlines() if line.startswith("by default: "))
     return line.partition(": ")[2]
 
 
@@ -146,20 +153,21 @@ def test_cache_and_checkpoint_are_each_taken_where_they_are(
     assert run.code == 2 and "there is no cache here" in run.err
     assert "./download.sh --original" in run.err
     here.joinpath("original").symlink_to(originals)
-    theirs = "original/cache.txt with original/cache.npy", "original/checkpoint.ckpt"
-    assert taken(script(*sampler)) == f"the cache {theirs[0]}, the checkpoint {theirs[1]}"
+    theirs, their_weights = ("original/cache.txt with original/cache.npy",
+                             "original/checkpoint.ckpt")
+    assert taken(script(*sampler)) == f"the cache {theirs}, the checkpoint {their_weights}"
 
     (here / "checkpoints").mkdir()
     shutil.copy(checkpoint, here / "checkpoints" / "best.safetensors")
-    ours = "cache.txt with cache.npy", "checkpoints/best.safetensors"
-    assert taken(script(*sampler)) == f"the cache {theirs[0]}, the checkpoint {ours[1]}"
+    ours, our_weights = "cache.txt with cache.npy", "checkpoints/best.safetensors"
+    assert taken(script(*sampler)) == f"the cache {theirs}, the checkpoint {our_weights}"
     for name in ("cache.txt", "cache.npy", "cache.npy.json"):
         shutil.copy(cache.textfile.with_name(name), here / name)
-    assert taken(script(*sampler)) == f"the cache {ours[0]}, the checkpoint {ours[1]}"
+    assert taken(script(*sampler)) == f"the cache {ours}, the checkpoint {our_weights}"
     (here / "checkpoints" / "best.safetensors").unlink()
-    assert taken(script(*sampler)) == f"the cache {ours[0]}, the checkpoint {theirs[1]}"
+    assert taken(script(*sampler)) == f"the cache {ours}, the checkpoint {their_weights}"
 
-    assert taken(script(*sampler, "--ckpt", "none")) == f"the cache {ours[0]}"
+    assert taken(script(*sampler, "--ckpt", "none")) == f"the cache {ours}"
     run = script(*sampler, "--textfile", "original/cache.txt", "--embfile", "original/cache.npy",
                  "--ckpt", checkpoint)
     assert run.code == 0 and "taken" not in run.out
@@ -195,15 +203,16 @@ def test_a_new_cache_replaces_no_file_that_was_not_named(script, here):
     (here / "words.txt").write_text("penguin\n")
     make = ("compute_cache", "--entries", "words.txt", "--clip_model", CLIP)
     assert script(*make).code == 0
-    made = {path: path.read_bytes() for path in here.glob("cache.*")}
-    assert len(made) == 3
+    before = {path: path.read_bytes() for path in here.glob("cache.*")}
+    assert len(before) == 3
     (here / "words.txt").write_text("whale\n")
     (here / "mine.npy").write_text("mine")
-    for more, there in (((), "cache.txt"), (("--textfile", "mine.txt"), "mine.npy"),
-                        (("--embfile", "cache.npy"), "cache.txt")):
-        run = script(*make, *more)
-        assert run.code == 2 and f"{there} is there" in run.err and not (here / "mine.txt").exists()
-    assert {path: path.read_bytes() for path in made} == made
+    for options, existing in (((), "cache.txt"), (("--textfile", "mine.txt"), "mine.npy"),
+                              (("--embfile", "cache.npy"), "cache.txt")):
+        run = script(*make, *options)
+        assert run.code == 2 and f"{existing} exists" in run.err
+        assert not (here / "mine.txt").exists()
+    assert {path: path.read_bytes() for path in before} == before
     assert (here / "mine.npy").read_text() == "mine"
     assert script("compute_cache", "--add", "whale", "--clip_model", CLIP).code == 0
     assert (here / "cache.txt").read_text() == "penguin\nwhale\n"
@@ -228,13 +237,13 @@ def test_a_stopped_run_goes_on_with_equal_weights_in_another_file(
     here.joinpath("original").symlink_to(originals)
     sampler, calls = ("sampler", "--datadir", world, *MODELS, "--batch_size", "3"), []
 
-    def stops(clip, features, candidates):
+    def stopped_rescore(clip, features, candidates):
         calls.append(len(features))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return rescore(clip, features, candidates)
 
-    monkeypatch.setattr("model.rescore", stops)
+    monkeypatch.setattr("model.rescore", stopped_rescore)
     assert script(*sampler).code == 130
     run = script(*sampler, "--ckpt", checkpoint)
     assert run.code == 0 and calls == [3, 3, 3, 2], run.err

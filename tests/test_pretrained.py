@@ -87,6 +87,7 @@ def command(script, *arguments, **environment):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_every_script_runs_by_the_default_names_then_without_a_network(served, world, tmp_path):
     served.heal()
     served.hang = {"other"}  # a run with unneeded requests would not end
@@ -209,6 +210,7 @@ def only_fetch(name, url, home):
         fetch(name, "model", ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paused", sorted(NEEDED[B32]))
 def test_a_kill_at_any_file_is_mended_by_the_next_run(hub, tmp_path, paused):
     hub.paused = {paused: len(hub.repositories[B32][paused]) // 2}
@@ -229,6 +231,7 @@ def test_a_kill_at_any_file_is_mended_by_the_next_run(hub, tmp_path, paused):
 
 
 @pytest.mark.parametrize("lost", sorted(NEEDED[B32]))
+@pytest.mark.slow
 def test_a_file_that_is_lost_is_fetched_again_alone(hub, lost):
     folder = Path(fetch(B32, "CLIP model", ALL))
     hub.requests.clear()
@@ -243,6 +246,7 @@ ORDER = ["config.json", "pytorch_model.bin", "tokenizer_config.json", "vocab.jso
          "special_tokens_map.json", "preprocessor_config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", range(len(ORDER) + 1))
 def test_what_another_program_left_is_completed(hub, n):
     for file in ORDER[:n]:

@@ -1,4 +1,4 @@
-"""The results of the sampler, in every form, and what must not change them."""
+"""The sampler's results in every form, and that batches and stopped runs do not change them."""
 
 import csv
 import json
@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 from conftest import BART, CLIP
 
-from antarctic.datasets import read_coco
+from antarctic.datasets import Picture, read_coco
+from antarctic.errors import InputError
 from antarctic.images import read_image
+from antarctic.results import write_results
+from antarctic.sealed import seal
 from model import Captioner, Clip, rescore
 from snowglobe import scenes
 
 
-def sample(script, cache, savedir, *more, textfiles=(), embfiles=()):
-    run = script("sampler", "--textfile", cache.textfile, *textfiles, "--embfile", cache.embfile,
-                 *embfiles, "--savedir", savedir, "--clip_model", CLIP, "--lm", BART, *more)
+def run_sampler(script, cache, savedir, *flags, textfiles=(), embfiles=()):
+    """Runs the sampler with this cache, and with those of textfiles and embfiles after it."""
+    return script("sampler", "--textfile", cache.textfile, *textfiles, "--embfile", cache.embfile,
+                  *embfiles, "--savedir", savedir, "--clip_model", CLIP, "--lm", BART, *flags)
+
+
+def sample(script, cache, savedir, *flags, **caches):
+    """The records of details.jsonl that run_sampler writes."""
+    run = run_sampler(script, cache, savedir, *flags, **caches)
     assert run.code == 0, run.err
     with open(savedir / "details.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -28,29 +37,26 @@ def test_results_come_in_all_forms_and_agree(script, world, cache, checkpoint, t
     pictures = read_coco(world, "val2017")
     assert [r["image_id"] for r in records] == [p.id for p in pictures]
     assert json.loads((tmp_path / "captions.json").read_text()) == [
-        {"image_id": r["image_id"], "caption": r["caption"]} for r in records
-    ]
+        {"image_id": r["image_id"], "caption": r["caption"]} for r in records]
     assert (tmp_path / "preds.txt").read_text().splitlines() == [r["caption"] for r in records]
     for i in range(5):
-        assert (tmp_path / f"ref{i}.txt").read_text().splitlines() == [
-            p.captions[i] for p in pictures
-        ]
+        references = (tmp_path / f"ref{i}.txt").read_text().splitlines()
+        assert references == [p.captions[i] for p in pictures]
     page = (tmp_path / "gallery.html").read_text()
     assert page.count('<div class="card">') == len(records)
 
 
 def test_the_evidence_is_the_truth(script, world, cache, checkpoint, tmp_path):
-    """Entries and candidates carry CLIP's own cosines, best first, and the best candidate is the
+    """Entries and candidates have CLIP's own cosines, best first. The best candidate is the
     caption."""
-    records, clip = sample(script, cache, tmp_path, "--datadir", world, "--ckpt",
-                           checkpoint), Clip(CLIP)
-    lines = open(cache.textfile, encoding="utf-8").read().splitlines()
+    records = sample(script, cache, tmp_path, "--datadir", world, "--ckpt", checkpoint)
+    clip, lines = Clip(CLIP), cache.textfile.read_text(encoding="utf-8").splitlines()
     for record in records[:3]:
         image = clip.encode_images([read_image(record["file"])])[0]
-        everything = clip.encode_texts(lines) @ image
+        exact = clip.encode_texts(lines) @ image
         entries, scores = zip(*record["table"])
         assert len(entries) == 24 and list(scores) == sorted(scores, reverse=True)
-        assert list(scores) == pytest.approx(everything.topk(24).values.tolist(), abs=1e-4)
+        assert list(scores) == pytest.approx(exact.topk(24).values.tolist(), abs=1e-4)
         texts, cosines, _ = zip(*record["candidates"])
         assert list(cosines) == sorted(cosines, reverse=True) and len(set(texts)) == len(texts)
         assert list(cosines) == pytest.approx((clip.encode_texts(texts) @ image).tolist(), abs=1e-4)
@@ -59,12 +65,12 @@ def test_the_evidence_is_the_truth(script, world, cache, checkpoint, tmp_path):
 
 def test_samples_of_an_image_do_not_depend_on_its_batch_or_neighbours(script, world, cache,
                                                                       checkpoint, tmp_path):
-    how = ("--ckpt", checkpoint, "--do_sample", "--num_return_sequences", "8", "--top_p", "0.9")
+    flags = ("--ckpt", checkpoint, "--do_sample", "--num_return_sequences", "8", "--top_p", "0.9")
     paths = [str(p.path) for p in read_coco(world, "val2017")[:4]]
-    together = sample(script, cache, tmp_path / "a", "--images", *paths, *how)
-    small = sample(script, cache, tmp_path / "b", "--images", *paths, "--batch_size", "1", *how)
-    alone = sample(script, cache, tmp_path / "c", "--images", paths[2], *how)
-    assert [r["caption"] for r in together] == [r["caption"] for r in small]
+    together = sample(script, cache, tmp_path / "a", "--images", *paths, *flags)
+    single = sample(script, cache, tmp_path / "b", "--images", *paths, "--batch_size", "1", *flags)
+    alone = sample(script, cache, tmp_path / "c", "--images", paths[2], *flags)
+    assert [r["caption"] for r in together] == [r["caption"] for r in single]
     assert together[2]["caption"] == alone[0]["caption"]
     assert [c[0] for c in together[2]["candidates"]] == [c[0] for c in alone[0]["candidates"]]
 
@@ -84,103 +90,97 @@ def test_without_a_checkpoint_the_model_writes_as_pretrained(script, world, cach
 
 def test_a_word_beside_the_cache_is_offered_where_it_fits(script, world, cache, checkpoint,
                                                           tmp_path):
-    """The promise: a line of text makes a thing nameable, with no training; the rest of the table
-    stays in order."""
+    """A line of text adds a word without training. The rest of the table stays in order."""
     (tmp_path / "words.txt").write_text("penguin\n")
-    made = script("compute_cache", "--entries", tmp_path / "words.txt", "--textfile",
-                  tmp_path / "w.txt", "--embfile", tmp_path / "w.npy", "--clip_model", CLIP)
-    assert made.code == 0, made.err
-    before = sample(script, cache, tmp_path / "a", "--datadir", world, "--split", "out", "--ckpt",
-                    checkpoint)
-    after = sample(script, cache, tmp_path / "b", "--datadir", world, "--split", "out", "--ckpt",
-                   checkpoint, textfiles=[tmp_path / "w.txt"], embfiles=[tmp_path / "w.npy"])
-    described = json.loads((world / "annotations" / "scenes_out.json").read_text())
-    for scene, b, a in zip(described, before, after):
-        offered = [entry for entry, _ in a["table"]]
-        assert ("penguin" in offered) or scene["groups"][0][0] != "penguin"
-        rest = [entry for entry in offered if entry != "penguin"]
-        assert rest == [entry for entry, _ in b["table"]][:len(rest)]
+    run = script("compute_cache", "--entries", tmp_path / "words.txt",
+                 "--textfile", tmp_path / "w.txt", "--embfile", tmp_path / "w.npy",
+                 "--clip_model", CLIP)
+    assert run.code == 0, run.err
+    flags = ("--datadir", world, "--split", "out", "--ckpt", checkpoint)
+    before = sample(script, cache, tmp_path / "a", *flags)
+    after = sample(script, cache, tmp_path / "b", *flags, textfiles=[tmp_path / "w.txt"],
+                   embfiles=[tmp_path / "w.npy"])
+    all_scenes = json.loads((world / "annotations" / "scenes_out.json").read_text())
+    for scene, old, new in zip(all_scenes, before, after):
+        entries = [entry for entry, _ in new["table"]]
+        assert "penguin" in entries or scene["groups"][0][0] != "penguin"
+        rest = [entry for entry in entries if entry != "penguin"]
+        assert rest == [entry for entry, _ in old["table"]][:len(rest)]
 
 
 def test_only_and_ban_keep_words_out_of_tables_and_captions(script, world, cache, checkpoint,
                                                             tmp_path):
-    plain = sample(script, cache, tmp_path / "a", "--datadir", world, "--ckpt", checkpoint)
+    flags = ("--datadir", world, "--ckpt", checkpoint)
+    plain = sample(script, cache, tmp_path / "a", *flags)
     word = next(w for w in plain[0]["caption"].split() if w not in scenes.FUNCTION_WORDS)
     (tmp_path / "ban.txt").write_text(f"{word.upper()}\n")
-    banned = sample(script, cache, tmp_path / "b", "--datadir", world, "--ckpt", checkpoint,
-                    "--ban", tmp_path / "ban.txt")
-    for record in banned:
-        for text in [entry for entry, _ in record["table"]
-                     ] + [text for text, _, _ in record["candidates"]]:
-            assert word not in re.findall(r"\w+", text.lower())
+    for record in sample(script, cache, tmp_path / "b", *flags, "--ban", tmp_path / "ban.txt"):
+        texts = [entry for entry, _ in record["table"]]
+        texts += [candidate for candidate, _, _ in record["candidates"]]
+        assert all(word not in re.findall(r"\w+", text.lower()) for text in texts)
     entries = [entry for entry, _ in plain[0]["table"]][:5]
     (tmp_path / "only.txt").write_text("\n".join(entries))
-    for record in sample(script, cache, tmp_path / "c", "--datadir", world, "--ckpt", checkpoint,
-                         "--only", tmp_path / "only.txt"):
+    for record in sample(script, cache, tmp_path / "c", *flags, "--only", tmp_path / "only.txt"):
         assert {entry for entry, _ in record["table"]} == set(entries)
 
 
 def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, cache, tmp_path,
                                                                monkeypatch):
-    monkeypatch.setattr(
-        Captioner, "beam",
-        lambda self, tables, *_: [[("a dog", -1.0)], [("a dog", -1.0), ("a cat", -2.0)]])
+    candidates = [[("a dog", -1.0)], [("a dog", -1.0), ("a cat", -2.0)]]
+    monkeypatch.setattr(Captioner, "beam", lambda *_: candidates)
     monkeypatch.setattr(Captioner, "sample", lambda *_, **__: [("Dog, dog", -1.0, 100)])
     (tmp_path / "ban.txt").write_text("dog\n")
-    run = script("sampler", "--images",
-                 *sorted((world / "out").glob("*.png"))[:2], "--textfile", cache.textfile,
-                 "--embfile", cache.embfile, "--savedir", tmp_path / "r", "--clip_model", CLIP,
-                 "--lm", BART, "--ckpt", "none", "--ban", tmp_path / "ban.txt")
+    images = sorted((world / "out").glob("*.png"))[:2]
+    run = run_sampler(script, cache, tmp_path / "r", "--images", *images, "--ckpt", "none",
+                      "--ban", tmp_path / "ban.txt")
     assert run.code == 0 and "1 images have an empty caption" in run.err
     assert (tmp_path / "r" / "preds.txt").read_text() == "\na cat\n"
 
 
 def test_sidecars_and_csv_hold_the_captions(script, world, cache, checkpoint, tmp_path):
     folder = shutil.copytree(world / "near", tmp_path / "photos")
-    how = ("--images", folder, "--ckpt", checkpoint, "--sidecar")
-    records = sample(script, cache, tmp_path / "r", *how, "--csv")
-    assert all(
-        Path(r["file"]).with_suffix(".txt").read_text() == r["caption"] + "\n" for r in records)
+    flags = ("--images", folder, "--ckpt", checkpoint, "--sidecar")
+    records = sample(script, cache, tmp_path / "r", *flags, "--csv")
+    for record in records:
+        sidecar = Path(record["file"]).with_suffix(".txt")
+        assert sidecar.read_text() == record["caption"] + "\n"
     with open(tmp_path / "r" / "captions.csv", newline="") as file:
-        assert [(r["file"], r["caption"])
-                for r in csv.DictReader(file)] == [(r["file"], r["caption"]) for r in records]
+        rows = [(row["file"], row["caption"]) for row in csv.DictReader(file)]
+    assert rows == [(r["file"], r["caption"]) for r in records]
     mine = folder / f"{Path(records[0]['file']).stem}.txt"
     mine.write_text("written by hand")
-    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
-                 tmp_path / "s", "--clip_model", CLIP, "--lm", BART, *how)
+    run = run_sampler(script, cache, tmp_path / "s", *flags)
     assert run.code == 2 and "--overwrite" in run.err and mine.read_text() == "written by hand"
-    sample(script, cache, tmp_path / "t", *how, "--overwrite")
+    sample(script, cache, tmp_path / "t", *flags, "--overwrite")
     assert mine.read_text() == records[0]["caption"] + "\n"
     shutil.copy(records[0]["file"], folder / f"{mine.stem}.webp")
-    run = script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
-                 tmp_path / "u", "--clip_model", CLIP, "--lm", BART, *how, "--overwrite")
+    run = run_sampler(script, cache, tmp_path / "u", *flags, "--overwrite")
     assert run.code == 2 and str(mine) in run.err
 
 
-@pytest.mark.parametrize("how", [(), ("--do_sample", "--num_return_sequences", "5")])
+@pytest.mark.parametrize("sampling", [(), ("--do_sample", "--num_return_sequences", "5")])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, checkpoint,
-                                                                tmp_path, monkeypatch, how):
-    how = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3", *how)
-    sample(script, cache, tmp_path / "whole", *how)
-    arguments = ("--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
-                 tmp_path / "cut", "--clip_model", CLIP, "--lm", BART)
-    seen = []
+                                                                tmp_path, monkeypatch, sampling):
+    flags = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3", *sampling)
+    sample(script, cache, tmp_path / "whole", *flags)
+    sizes = []  # of the batches that are rescored
 
-    def stops(clip, features, candidates):
-        seen.append(len(features))
-        if len(seen) in (2, 4):
+    def rescore_or_stop(clip, features, candidates):
+        sizes.append(len(features))
+        if len(sizes) in (2, 4):
             raise KeyboardInterrupt
         return rescore(clip, features, candidates)
 
-    monkeypatch.setattr("model.rescore", stops)
+    monkeypatch.setattr("model.rescore", rescore_or_stop)
     for _ in range(2):
-        assert script("sampler", *arguments, *how).code == 130
+        assert run_sampler(script, cache, tmp_path / "cut", *flags).code == 130
         [part] = (tmp_path / "cut").glob("*.part")
         with open(part, "a") as file:
             file.write('{"image_id": 10000003, "capt')  # as a kill leaves it
         assert not (tmp_path / "cut" / "details.jsonl").exists()
-    sample(script, cache, tmp_path / "cut", *how)
-    assert seen == [3, 3, 3, 2, 2]  # nothing was done twice but the batches that were cut
+    sample(script, cache, tmp_path / "cut", *flags)
+    assert sizes == [3, 3, 3, 2, 2]  # only the batches that were cut are repeated
     for name in ("details.jsonl", "preds.txt", "captions.json", "gallery.html", "ref0.txt"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     assert not list((tmp_path / "cut").glob("*.part"))
@@ -188,25 +188,40 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, c
 
 def test_a_stopped_run_of_other_settings_is_not_gone_on_with(script, world, cache, checkpoint,
                                                              tmp_path, monkeypatch):
-    how = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3")
+    flags = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3")
     calls = []
-    monkeypatch.setattr("model.rescore",
-                        lambda *a: calls.append(1) or (rescore(*a) if len(calls) < 3 else [].pop()))
+
+    def rescore_or_fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise IndexError
+        return rescore(*arguments)
+
+    monkeypatch.setattr("model.rescore", rescore_or_fail)
     with pytest.raises(IndexError):
-        script("sampler", "--textfile", cache.textfile, "--embfile", cache.embfile, "--savedir",
-               tmp_path, "--clip_model", CLIP, "--lm", BART, *how)
+        run_sampler(script, cache, tmp_path, *flags)
     monkeypatch.setattr("model.rescore", rescore)
-    records = sample(script, cache, tmp_path, *how, "--topk", "6")
+    records = sample(script, cache, tmp_path, *flags, "--topk", "6")
     assert all(len(r["table"]) == 6 for r in records) and not list(tmp_path.glob("*.part"))
 
 
 def test_the_weight_of_the_likelihood_moves_the_choice(script, world, cache, checkpoint, tmp_path):
-    how = ("--datadir", world, "--ckpt", checkpoint)
+    flags = ("--datadir", world, "--ckpt", checkpoint)
     for weight in (0, 0.5, 1e6):
-        for record in sample(script, cache, tmp_path / str(weight), *how, "--lm_weight", weight):
-            scores = [
-                cosine + weight * likelihood for _, cosine, likelihood in record["candidates"]
-            ]
+        for record in sample(script, cache, tmp_path / str(weight), *flags, "--lm_weight", weight):
+            scores = [cosine + weight * likelihood
+                      for _, cosine, likelihood in record["candidates"]]
             assert scores == sorted(scores, reverse=True)
-            assert record["caption"] == record["candidates"][0][0] and record["score"] == record[
-                "candidates"][0][1]
+            caption, cosine, _ = record["candidates"][0]
+            assert (record["caption"], record["score"]) == (caption, cosine)
+
+
+def test_records_that_another_program_changed_are_never_taken_for_all(tmp_path):
+    pictures = [Picture(i, tmp_path / f"{i}.png") for i in range(3)]
+    record = {"file": "1.png", "caption": "a dog", "score": 0.3, "table": [("dog", 0.3)],
+              "candidates": []}
+    part = tmp_path / "details-1.jsonl.part"
+    part.write_bytes(b"".join(seal({"image_id": i} | record) for i in range(2)) + b"damaged\n")
+    with pytest.raises(InputError, match="2 of its 3 records are whole"):
+        write_results(tmp_path, part, pictures)
+    assert sorted(tmp_path.iterdir()) == [part]

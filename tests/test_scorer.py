@@ -1,5 +1,5 @@
-"""Scores: against published values, against the formulas, in both forms; what is missing is named
-and the rest still comes."""
+"""Scores against published values and formulas, in both forms of input. Metrics that cannot be
+computed are listed with the reason, and the others still run."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import BART, CLIP, VAL
+from conftest import CLIP, VAL, commands
 from pycocoevalcap.spice import get_stanford_models
 from pycocoevalcap.spice.spice import Spice
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -20,23 +20,23 @@ from antarctic.files import write_lines
 from antarctic.images import read_image
 from model import Clip
 
-# The example of https://github.com/jmhessel/clipscore, and the scores that its README gives to it.
+# The example of https://github.com/jmhessel/clipscore, and its scores in that README.
 GOOD = [
     "an orange cat and a grey cat are lying together.",
-    "a black dog wearing headphones looks at the camera as an orange cat walks in the background."
+    "a black dog wearing headphones looks at the camera as an orange cat walks in the background.",
 ]
-BAD = ["a calico cat and a white cat are lying together.",
-       "a black dog wearing a hat looks at the camera as a tabby walks in the background."]
-REFERENCES = [[
-    "two cats are sleeping next to each other.",
-    "a grey cat is cuddling with an orange cat on a blanket.",
-    "the orange cat is happy that the black cat is close to it."
-],
-              [
-                  "a dog is wearing ear muffs as it lies on a carpet.",
-                  "a black dog and an orange cat are looking at the photographer.",
-                  "headphones are placed on a dogs ears."
-              ]]
+BAD = [
+    "a calico cat and a white cat are lying together.",
+    "a black dog wearing a hat looks at the camera as a tabby walks in the background.",
+]
+REFERENCES = [
+    ["two cats are sleeping next to each other.",
+     "a grey cat is cuddling with an orange cat on a blanket.",
+     "the orange cat is happy that the black cat is close to it."],
+    ["a dog is wearing ear muffs as it lies on a carpet.",
+     "a black dog and an orange cat are looking at the photographer.",
+     "headphones are placed on a dogs ears."],
+]
 PUBLISHED = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
 GOOD_SCORES = dict(zip(PUBLISHED, (0.6667, 0.4899, 0.3469, 0, 0.3444, 0.4280, 0.5637)))
 BAD_SCORES = dict(zip(PUBLISHED, (0.4815, 0.2404, 0.1359, 0, 0.1861, 0.3121, 0.2790)))
@@ -46,13 +46,13 @@ needs_java = pytest.mark.skipif(not scorer.has_java(), reason="there is no Java 
 
 @pytest.fixture
 def no_java(monkeypatch, tmp_path):
-    """A machine without Java: the path holds an empty folder alone."""
+    """A computer without Java: PATH is an empty folder."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 
 
 def lines(folder, captions, references=()):
-    """The arguments of the form of lines, with the files written."""
+    """Writes captions and references, one a line. Returns the arguments that name the files."""
     write_lines(folder / "preds.txt", captions)
     columns = list(zip(*references))
     for i, column in enumerate(columns):
@@ -62,49 +62,51 @@ def lines(folder, captions, references=()):
 
 
 def coco(folder, captions, references):
-    """The arguments of COCO's form: image i has the id 10 i; one more image is annotated and has no
-    caption."""
-    ids, all_told = [10 * i for i in range(len(references))], [*references, ["a bus"]]
+    """Writes captions and references in COCO's formats. Returns the arguments that name the files.
+
+    Image i has the id 10 i. One more image is annotated and has no caption.
+    """
+    ids = [10 * i for i in range(len(references))]
     (folder / "captions.json").write_text(
         json.dumps([{"image_id": i, "caption": text} for i, text in zip(ids, captions)]))
-    data = {
-        "images": [{"id": i, "file_name": f"{i}.png"} for i in (*ids, 7)],
-        "annotations": [{"image_id": i, "caption": text} for i, told in zip((*ids, 7), all_told)
-                        for text in told]
-    }
-    (folder / "told.json").write_text(json.dumps(data))
-    return ["--results", folder / "captions.json", "--annotations", folder / "told.json"]
+    annotations = [{"image_id": i, "caption": text}
+                   for i, texts in zip([*ids, 7], [*references, ["a bus"]]) for text in texts]
+    images = [{"id": i, "file_name": f"{i}.png"} for i in (*ids, 7)]
+    (folder / "references.json").write_text(
+        json.dumps({"images": images, "annotations": annotations}))
+    return ["--results", folder / "captions.json", "--annotations", folder / "references.json"]
 
 
 def score(script, folder, *arguments):
-    """The JSON of a run that must succeed, and what it printed."""
+    """Runs the scorer, which must succeed. Returns the contents of scores.json, and its output."""
     result = script("scorer", *arguments, "--savedir", folder)
     assert result.code == 0, result.err
     return json.loads((folder / "scores.json").read_text()), result.out
 
 
-# ---------------------------------------------------------------------------- against what is known
+# --------------------------------------------------------------------------------- known values
 
 @pytest.mark.parametrize("form", [lines, coco])
-@pytest.mark.parametrize("captions, "
-                         "published", [(GOOD, GOOD_SCORES), (BAD, BAD_SCORES)], ids=["good", "bad"])
+@pytest.mark.parametrize("captions, published", [(GOOD, GOOD_SCORES), (BAD, BAD_SCORES)],
+                         ids=["good", "bad"])
 def test_published_values_come_without_java(script, no_java, tmp_path, form, captions, published):
     report, _ = score(script, tmp_path, *form(tmp_path, captions, REFERENCES))
-    assert report["tokenizer"] == "treebank" and report["captions"] == 2 and report[
-        "references"] == 6
+    assert report["tokenizer"] == "treebank"
+    assert report["captions"] == 2 and report["references"] == 6
     for name in set(PUBLISHED) - {"METEOR"}:
         assert report["scores"][name] == pytest.approx(published[name], abs=5e-5), name
     assert report["left_out"]["METEOR"] == report["left_out"]["SPICE"] == "there is no Java here"
 
 
 @needs_java
+@pytest.mark.slow
 def test_published_values_come_with_java_and_meteors_too(script, tmp_path):
     report, _ = score(script, tmp_path, *lines(tmp_path, GOOD, REFERENCES))
     assert report["tokenizer"] == "ptb"
     assert {name: round(report["scores"][name], 4) for name in PUBLISHED} == GOOD_SCORES
 
 
-TEXTS = {  # a text: what COCO's evaluation makes of it
+TEXTS = {  # {text: its tokens in COCO's evaluation}
     "A dog's (big) ball, isn't it?": "a dog 's -lrb- big -rrb- ball is n't it",
     'Two "red" boats; one T-shirt...': "two red boats one t-shirt",
     "": "", "...": "", "A CAFÉ": "a café", "a ||| b": "a | | | b",
@@ -118,22 +120,20 @@ def test_texts_are_tokenized_as_cocos_evaluation_does(no_java):
 @needs_java
 def test_javas_tokens_are_those_of_pycocoevalcaps_wrapper():
     assert scorer.tokenize(list(TEXTS), "ptb") == list(TEXTS.values())
-    texts = list(TEXTS) + [text for told in REFERENCES for text in told]
+    texts = [*TEXTS, *REFERENCES[0], *REFERENCES[1]]
     wrapped = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
     assert scorer.tokenize(texts, "ptb") == [wrapped[i][0] for i in range(len(texts))]
 
 
 def test_a_caption_equal_to_its_reference_scores_all_and_an_unrelated_one_nothing(
         script, no_java, tmp_path):
-    told = [
-        "a red dog sleeps on the beach", "two whales swim under an old boat",
-        "snow falls over some quiet mushrooms"
-    ]
-    references = [[text] for text in told]
-    equal, _ = score(script, tmp_path, *lines(tmp_path, told, references))
+    captions = ["a red dog sleeps on the beach", "two whales swim under an old boat",
+                "snow falls over some quiet mushrooms"]
+    references = [[text] for text in captions]
+    equal, _ = score(script, tmp_path, *lines(tmp_path, captions, references))
     for name, most in {"BLEU-1": 1, "BLEU-4": 1, "ROUGE-L": 1, "CIDEr-D": 10}.items():
         assert equal["scores"][name] == pytest.approx(most), name
-    other, _ = score(script, tmp_path, *lines(tmp_path, told[1:] + told[:1], references))
+    other, _ = score(script, tmp_path, *lines(tmp_path, captions[1:] + captions[:1], references))
     for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D"):
         assert other["scores"][name] == pytest.approx(0, abs=1e-6), name
 
@@ -143,106 +143,106 @@ def test_words_are_novel_where_no_training_caption_has_them_each_time_they_are_w
     captions = ["A penguin, a penguin!", "a dog", "A dog."]  # 8 words
     write_lines(tmp_path / "train.txt", ["The dog", "A cat"])
     images = [{"id": 1, "file_name": "1.jpg"}]
-    (tmp_path / "train.json").write_text(
-        json.dumps({
-            "images": images,
-            "annotations": [{"image_id": 1, "caption": text} for text in ("The dog", "A cat")]
-        }))
+    annotations = [{"image_id": 1, "caption": text} for text in ("The dog", "A cat")]
+    (tmp_path / "train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     arguments = lines(tmp_path, captions, [["a dog"]] * 3)
     for name in ("train.txt", "train.json"):
         report, _ = score(script, tmp_path, *arguments, "--train_captions", tmp_path / name)
         assert report["novel_words"] == {"penguin": 2} and report["scores"]["novel words"] == 2 / 8
     assert report["scores"]["distinct captions"] == 2 / 3  # case and punctuation make no difference
     assert report["scores"]["mean length"] == 8 / 3
-    assert score(script, tmp_path,
-                 *arguments)[0]["left_out"]["novel words"] == "no --train_captions"
+    report, _ = score(script, tmp_path, *arguments)
+    assert report["left_out"]["novel words"] == "no --train_captions"
 
 
 # ------------------------------------------------------------------------------------------- images
 
 def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
-    """Four images in the plane, by hand: the caption fits both, the references alone, the image
-    alone, and none."""
-    vectors = {
-        "near": (0.6, 0.8), "far": (-0.6, 0.8), "told": (0.8, 0.6), "back": (-0.6, -0.8),
-        "left": (-1.0, 0.0)
-    }
+    """Four images in the plane, computed by hand. The captions fit image and references, the
+    references alone, the image alone, and neither."""
+    vectors = {"near": (0.6, 0.8), "far": (-0.6, 0.8), "reference": (0.8, 0.6),
+               "back": (-0.6, -0.8), "left": (-1.0, 0.0)}
 
     class Plane:
         def encode_texts(self, texts, *_):
             assert all(text.startswith("A photo depicts ") for text in texts)
             return torch.tensor([vectors[text.split()[-1]] for text in texts])
 
-    monkeypatch.setattr("antarctic.features.image_features", lambda clip, pictures, *_:
-                        (torch.tensor([(1.0, 0.0)] * 4), pictures, []))
-    captions, references = ["near", "far", "near", "far"], [["back", "told"], ["far"], ["back"],
-                                                            ["told", "back"]]
-    one = 2 * 1.5 * 0.96 / (1.5 + 0.96
-                            )  # cosines .6 with the image and .48 + .48 with the better reference
-    found, read = scorer.clip_scores(Plane(), captions, references, [None] * 4, tmp_path, 3)
-    assert read == 4
-    assert found["CLIPScore"] == pytest.approx(2.5 * (0.6 + 0 + 0.6 + 0) / 4)
-    assert found["RefCLIPScore"] == pytest.approx(one / 4)
-    both_zero, _ = scorer.clip_scores(Plane(), ["left"] * 4, [["told"]] * 4, [None] * 4, tmp_path,
-                                      3)
+    def image_features(clip, pictures, *_):
+        return torch.tensor([(1.0, 0.0)] * 4), pictures, []
+
+    monkeypatch.setattr("antarctic.features.image_features", image_features)
+    captions = ["near", "far", "near", "far"]
+    references = [["back", "reference"], ["far"], ["back"], ["reference", "back"]]
+    # The cosines are .6 with the image and .48 + .48 with the better reference.
+    first_image = 2 * 1.5 * 0.96 / (1.5 + 0.96)
+    scores, images = scorer.clip_scores(Plane(), captions, references, [None] * 4, tmp_path, 3)
+    assert images == 4
+    assert scores["CLIPScore"] == pytest.approx(2.5 * (0.6 + 0 + 0.6 + 0) / 4)
+    assert scores["RefCLIPScore"] == pytest.approx(first_image / 4)
+    both_zero, _ = scorer.clip_scores(Plane(), ["left"] * 4, [["reference"]] * 4, [None] * 4,
+                                      tmp_path, 3)
     assert both_zero == {"CLIPScore": 0, "RefCLIPScore": 0}
 
 
 @pytest.fixture(scope="module")
 def sampled(script, world, cache, checkpoint, tmp_path_factory):
-    """A folder of sampler.py's results on val2017."""
+    """The folder of sampler.py's results on val2017."""
     folder = tmp_path_factory.mktemp("sampled")
-    result = script("sampler", "--datadir", world, "--textfile", cache.textfile, "--embfile",
-                    cache.embfile, "--savedir", folder, "--ckpt", checkpoint, "--clip_model", CLIP,
-                    "--lm", BART)
+    result = script("sampler", *commands(world, cache, checkpoint)["sampler"](folder))
     assert result.code == 0, result.err
     return folder
 
 
 def test_what_the_sampler_wrote_is_scored_in_both_forms(script, world, sampled, no_java):
-    captions, train = (world / "annotations" / f"captions_{split}.json"
-                       for split in ("val2017", "train2017"))
-    more = ("--images", world / "val2017", "--clip_model", CLIP, "--train_captions", train)
+    captions = world / "annotations" / "captions_val2017.json"
+    options = ("--images", world / "val2017", "--clip_model", CLIP,
+               "--train_captions", world / "annotations" / "captions_train2017.json")
     before = set(sampled.iterdir())
-    a = script("scorer", "--results", sampled / "captions.json", "--annotations", captions, *more)
-    assert a.code == 0, a.err
+    by_image = script("scorer", "--results", sampled / "captions.json", "--annotations", captions,
+                      *options)
+    assert by_image.code == 0, by_image.err
     report = json.loads((sampled / "scores.json").read_text())
-    assert set(sampled.iterdir()) - before == {
-        sampled / "scores.json"
-    }, "the sampler's image features were not found again"
-    b = script("scorer", "--preds", sampled / "preds.txt", "--refs",
-               *sorted(sampled.glob("ref*.txt")), *more)
-    assert b.code == 0, b.err
-    assert b.out == a.out and json.loads((sampled / "scores.json").read_text()) == report
+    # It makes no image features: it reads the sampler's.
+    assert set(sampled.iterdir()) - before == {sampled / "scores.json"}
+    by_line = script("scorer", "--preds", sampled / "preds.txt", "--refs",
+                     *sorted(sampled.glob("ref*.txt")), *options)
+    assert by_line.code == 0, by_line.err
+    assert by_line.out == by_image.out
+    assert json.loads((sampled / "scores.json").read_text()) == report
     assert report["clip_images"] == report["captions"] == VAL and report["references"] == 5 * VAL
     assert set(report["scores"]) | set(report["left_out"]) == set(scorer.TABLE)
 
-    # The sampler keeps the cosine of image and caption without the prompt; with it, and as the
-    # formula has it:
-    clip, pictures = Clip(CLIP), read_coco(world, "val2017")
-    images = clip.encode_images([read_image(p.path) for p in pictures])
-    said, *told = (clip.encode_texts(
-        [scorer.PROMPT + text for text in (sampled / name).read_text().splitlines()])
-                   for name in ("preds.txt", *(f"ref{i}.txt" for i in range(5))))
-    by_image = 2.5 * (images * said).sum(1).clamp(min=0)
-    by_reference = torch.stack([(said * rows).sum(1) for rows in told]).amax(0).clamp(min=0)
-    assert report["scores"]["CLIPScore"] == pytest.approx(by_image.mean().item(), abs=1e-5)
-    assert report["scores"]["RefCLIPScore"] == pytest.approx(
-        (2 / (1 / by_image + 1 / by_reference)).mean().item(), abs=1e-5)
+    # The formulas, with the prompt, which the sampler's own cosines lack.
+    clip = Clip(CLIP)
+
+    def encode(name):
+        texts = (sampled / name).read_text().splitlines()
+        return clip.encode_texts([scorer.PROMPT + text for text in texts])
+
+    images = clip.encode_images([read_image(p.path) for p in read_coco(world, "val2017")])
+    vectors = encode("preds.txt")
+    references = [encode(f"ref{i}.txt") for i in range(5)]
+    clip_score = 2.5 * (images * vectors).sum(1).clamp(min=0)
+    best = torch.stack([(vectors * rows).sum(1) for rows in references]).amax(0).clamp(min=0)
+    ref_clip_score = 2 / (1 / clip_score + 1 / best)
+    assert report["scores"]["CLIPScore"] == pytest.approx(clip_score.mean().item(), abs=1e-5)
+    assert report["scores"]["RefCLIPScore"] == pytest.approx(ref_clip_score.mean().item(), abs=1e-5)
 
 
 def test_the_table_says_what_the_json_says(script, world, sampled, no_java, tmp_path):
     report, out = score(script, tmp_path, "--preds", sampled / "preds.txt", "--refs",
                         sampled / "ref0.txt", "--images", world / "val2017", "--clip_model", CLIP)
-    shown = dict(re.match(r"(.+?)  +(\S.*)", line).groups() for line in out.splitlines()[1:-1])
-    assert list(shown) == list(scorer.TABLE)
-    for name, told in shown.items():
+    headline, *rows, _ = out.splitlines()
+    table = dict(re.match(r"(.+?)  +(\S.*)", row).groups() for row in rows)
+    assert list(table) == list(scorer.TABLE)
+    for name, value in table.items():
         if name in report["left_out"]:
-            assert told == f"- {report['left_out'][name]}"
+            assert value == f"- {report['left_out'][name]}"
         else:
-            assert told == f"{report['scores'][name]:.4f}"
-    assert out.startswith(f"{VAL} captions, {VAL} references; words by NLTK"
-                          ) and report["clip_model"] in out.splitlines()[0]
+            assert value == f"{report['scores'][name]:.4f}"
+    assert headline.startswith(f"{VAL} captions, {VAL} references; words by NLTK")
+    assert report["clip_model"] in headline
 
 
 def test_an_image_that_cannot_be_read_is_named_and_left_out_of_the_clip_scores_alone(
@@ -250,37 +250,35 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out_of_the_clip_scores_a
     images = shutil.copytree(world / "val2017", tmp_path / "images")
     broken = sorted(images.iterdir())[2]
     broken.write_bytes(b"no picture")
-    captions, told = ((sampled / name).read_text().splitlines()
-                      for name in ("preds.txt", "ref0.txt"))
-    arguments = lines(tmp_path, captions, [[text] for text in told])
+    captions = (sampled / "preds.txt").read_text().splitlines()
+    references = (sampled / "ref0.txt").read_text().splitlines()
+    arguments = lines(tmp_path, captions, [[text] for text in references])
     result = script("scorer", *arguments, "--images", images, "--clip_model", CLIP)
     assert result.code == 0 and f"skipped {broken}: " in result.err
-    report = json.loads(
-        (tmp_path / "scores.json").read_text())  # beside the captions, where nothing else is said
+    report = json.loads((tmp_path / "scores.json").read_text())  # by default beside the captions
     assert report["clip_images"] == VAL - 1 and report["captions"] == VAL
     broken.unlink()
-    del captions[2], told[2]
-    arguments = lines(tmp_path, captions, [[text] for text in told])
+    del captions[2], references[2]
+    arguments = lines(tmp_path, captions, [[text] for text in references])
     without, _ = score(script, tmp_path, *arguments, "--images", images, "--clip_model", CLIP)
     for name in ("CLIPScore", "RefCLIPScore"):
         assert report["scores"][name] == pytest.approx(without["scores"][name], abs=1e-6)
 
 
-def test_captions_without_references_are_held_against_their_images(script, world, sampled, no_java,
-                                                                   tmp_path):
+def test_captions_without_references_are_held_against_their_images(
+        script, world, sampled, no_java, tmp_path):
     report, _ = score(script, tmp_path, "--preds", sampled / "preds.txt", "--images",
                       world / "val2017", "--clip_model", CLIP)
     assert set(report["scores"]) == {"CLIPScore", "distinct captions", "mean length"}
     assert report["left_out"]["CIDEr-D"] == report["left_out"]["RefCLIPScore"] == "no --refs"
 
 
-# -------------------------------------------------------------------------------- what is not there
-
+# ------------------------------------------------------------------------ metrics that are left out
 
 def test_spice_is_named_where_its_parts_are_missing_and_nothing_is_fetched(
         script, monkeypatch, tmp_path):
     def fail(*_):
-        raise AssertionError("a download was begun")
+        raise AssertionError("a download started")
     monkeypatch.setattr("urllib.request.urlopen", fail)
     monkeypatch.setattr(get_stanford_models, "urlretrieve", fail)
     monkeypatch.setattr(get_stanford_models, "SPICELIB", str(tmp_path))
@@ -299,8 +297,8 @@ def test_spice_is_named_where_its_parts_are_missing_and_nothing_is_fetched(
         raise subprocess.CalledProcessError(1, ["java"])
     monkeypatch.setattr(Spice, "compute_score", stop)
     report, _ = score(script, tmp_path, *arguments)
-    assert "CalledProcessError" in report["left_out"]["SPICE"] and report["scores"][
-        "CIDEr-D"] == pytest.approx(0.5637, abs=5e-5)
+    assert "CalledProcessError" in report["left_out"]["SPICE"]
+    assert report["scores"]["CIDEr-D"] == pytest.approx(0.5637, abs=5e-5)
 
 
 def test_a_java_that_stops_is_named_and_does_not_hang(script, no_java, tmp_path):
@@ -309,8 +307,8 @@ def test_a_java_that_stops_is_named_and_does_not_hang(script, no_java, tmp_path)
     java.chmod(0o755)
     arguments = lines(tmp_path, GOOD, REFERENCES)
     report, _ = score(script, tmp_path, *arguments, "--tokenizer", "treebank")
-    assert report["left_out"]["METEOR"].startswith(
-        "its scorer failed") and "CIDEr-D" in report["scores"]
+    assert report["left_out"]["METEOR"].startswith("its scorer failed")
+    assert "CIDEr-D" in report["scores"]
     result = script("scorer", *arguments)
     assert result.code == 2 and "try --tokenizer treebank" in result.err
 
@@ -323,17 +321,18 @@ def test_one_image_has_no_cider(script, no_java, tmp_path):
 def test_a_blank_line_is_no_reference_and_an_empty_caption_scores_nothing(
         script, no_java, tmp_path):
     full, _ = score(script, tmp_path, *coco(tmp_path, GOOD, [REFERENCES[0], REFERENCES[1][:2]]))
-    blank, _ = score(script, tmp_path,
-                     *lines(tmp_path, GOOD, [REFERENCES[0], [*REFERENCES[1][:2], ""]]))
+    references = [REFERENCES[0], [*REFERENCES[1][:2], ""]]
+    blank, _ = score(script, tmp_path, *lines(tmp_path, GOOD, references))
     assert blank["scores"] == full["scores"] and blank["references"] == 5
-    silent, _ = score(script, tmp_path, *lines(tmp_path, [GOOD[0], ""], REFERENCES))
-    assert 0 < silent["scores"]["CIDEr-D"] < full["scores"]["CIDEr-D"] and silent["scores"][
-        "mean length"] == 5
+    empty, _ = score(script, tmp_path, *lines(tmp_path, [GOOD[0], ""], REFERENCES))
+    assert 0 < empty["scores"]["CIDEr-D"] < full["scores"]["CIDEr-D"]
+    assert empty["scores"]["mean length"] == 5
 
 
-# ------------------------------------------------------------------------------ what cannot be used
+# --------------------------------------------------------------------------------------- refusals
 
 def refused(script, folder, arguments, *named):
+    """Runs the scorer, which must refuse with one sentence that holds the texts `named`."""
     result = script("scorer", *arguments, "--savedir", folder / "out")
     assert result.code == 2, result.out
     assert len(result.err.splitlines()) == 1 and result.err.startswith("error: "), result.err
@@ -380,14 +379,11 @@ def test_a_caption_without_reference_is_refused(script, tmp_path):
             "captions.json")
 
 
-@pytest.mark.parametrize("name", ["captions.json", "told.json"])
-@pytest.mark.parametrize("text", ["", "a "
-                                      "cat\n", "7", "{}", "[]", "[1]", '["a"]', '{"images": [], "annotations": []}',
-                                  *(f"[{{{entry}}}]" for entry in ('"image_id": '
-                                                                   '10', '"image_id": 10, '
-                                                                         '"caption": 5',
-                                                                   '"image_id": [], "caption": "a '
-                                                                   'cat"'))])
+@pytest.mark.parametrize("name", ["captions.json", "references.json"])
+@pytest.mark.parametrize("text", [
+    "", "a cat\n", "7", "{}", "[]", "[1]", '["a"]', '{"images": [], "annotations": []}',
+    '[{"image_id": 10}]', '[{"image_id": 10, "caption": 5}]',
+    '[{"image_id": [], "caption": "a cat"}]'])
 def test_json_of_another_kind_is_refused(script, tmp_path, name, text):
     arguments = coco(tmp_path, GOOD, REFERENCES)
     (tmp_path / name).write_text(text)
@@ -401,26 +397,24 @@ def test_strange_and_doubled_images_are_refused(script, tmp_path):
     results = json.loads((tmp_path / "captions.json").read_text())
     (tmp_path / "captions.json").write_text(
         json.dumps(results + [{"image_id": "10", "caption": "a dog"}]))
-    refused(script, tmp_path, arguments, "1 of 3", "'10'", "told.json")
+    refused(script, tmp_path, arguments, "1 of 3", "'10'", "references.json")
     (tmp_path / "captions.json").write_text(json.dumps(results + results[1:]))
     refused(script, tmp_path, arguments, "more than one caption of the image 10")
 
 
 def test_images_that_do_not_belong_to_the_captions_are_refused(script, world, tmp_path):
-    folder = world / "val2017"
-    refused(script, tmp_path, [*lines(tmp_path, GOOD, REFERENCES), "--images", folder], "2 lines",
+    folder, nowhere = world / "val2017", tmp_path / "nowhere"
+    by_line, by_image = lines(tmp_path, GOOD, REFERENCES), coco(tmp_path, GOOD, REFERENCES)
+    refused(script, tmp_path, [*by_line, "--images", folder], "2 lines",
             f"{folder} has {VAL} images")
-    refused(script, tmp_path,
-            [*lines(tmp_path, GOOD, REFERENCES), "--images", tmp_path / "nowhere"],
-            tmp_path / "nowhere")
-    refused(script, tmp_path, [*coco(tmp_path, GOOD, REFERENCES), "--images", folder],
-            folder / "0.png")
+    refused(script, tmp_path, [*by_line, "--images", nowhere], nowhere)
+    refused(script, tmp_path, [*by_image, "--images", folder], folder / "0.png")
 
 
 def test_a_wrong_clip_is_refused_before_anything_is_scored(script, world, tmp_path):
     arguments = lines(tmp_path, ["a dog"] * VAL, [["a dog"]] * VAL)
-    refused(script, tmp_path,
-            [*arguments, "--images", world / "val2017", "--clip_model", "no/clip"], "no/clip")
+    arguments += ["--images", world / "val2017", "--clip_model", "no/clip"]
+    refused(script, tmp_path, arguments, "no/clip")
 
 
 def test_what_cannot_be_done_is_refused(script, no_java, tmp_path):
@@ -439,7 +433,8 @@ def test_json_still_writes_exactly_that_file_and_warns_once(script, no_java, tmp
     old = script("scorer", *arguments, "--json", tmp_path / "old" / "numbers.txt")
     assert old.code == 0 and old.out == out.replace("new/scores.json", "old/numbers.txt")
     warnings = [line for line in old.err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: --json is an old spelling and will go; use --savedir DIR"]
+    assert warnings == ["warning: --json is now --savedir DIR; "
+                        "the next release drops the old spelling"]
     [path] = (tmp_path / "old").iterdir()
     assert path.read_bytes() == (tmp_path / "new" / "scores.json").read_bytes()
     both = script("scorer", *arguments, "--json", tmp_path / "a.json", "--savedir", tmp_path / "b")
@@ -466,8 +461,9 @@ def test_a_caption_without_an_image_is_refused(script, tmp_path):
 
 def test_results_may_be_the_samplers_details(script, no_java, tmp_path):
     _, results, *annotations = coco(tmp_path, GOOD, REFERENCES)
-    report, _ = score(script, tmp_path, "--results", results, *annotations)
+    expected, _ = score(script, tmp_path, "--results", results, *annotations)
     records = json.loads(results.read_text())
-    (tmp_path / "details.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    again, _ = score(script, tmp_path, "--results", tmp_path / "details.jsonl", *annotations)
-    assert again == report
+    details = tmp_path / "details.jsonl"
+    details.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report, _ = score(script, tmp_path, "--results", details, *annotations)
+    assert report == expected

@@ -174,6 +174,7 @@ def test_fragment_losses_fall_as_true_fragments_rise():
     assert all(loss.item() > 5 for loss in wrong)
 
 
+@pytest.mark.slow
 def test_built_models_load_as_the_real_ones_do(tmp_path):
     build.build_clip(tmp_path, minutes=1e-4, seed=0, resume=False, n_images=8, batch=8)
     build.build_bart(tmp_path, minutes=1e-4, seed=0, resume=False)

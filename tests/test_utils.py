@@ -1,4 +1,4 @@
-"""Table, images, COCO and safe writing."""
+"""The table, lists of images, COCO files, safe writing, and the default cache and checkpoint."""
 
 import argparse
 import json
@@ -37,8 +37,9 @@ def test_images_of_folders_are_found_with_subfolders_and_each_once(tmp_path):
     for name in ("2.PNG", "1.jpg", "b/3.webp"):
         Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
     (tmp_path / "notes.txt").write_text("no image")
-    found = datasets.list_images([tmp_path / "b" / "3.webp", tmp_path])
-    assert [str(p.path.relative_to(tmp_path)) for p in found] == ["b/3.webp", "1.jpg", "2.PNG"]
+    pictures = datasets.list_images([tmp_path / "b" / "3.webp", tmp_path])
+    names = [str(picture.path.relative_to(tmp_path)) for picture in pictures]
+    assert names == ["b/3.webp", "1.jpg", "2.PNG"]
 
 
 def test_coco_captions_come_in_the_order_of_ids(tmp_path):
@@ -47,7 +48,8 @@ def test_coco_captions_come_in_the_order_of_ids(tmp_path):
     data = {
         "images": [{"id": 9, "file_name": "9.jpg"}, {"id": 2, "file_name": "2.jpg"}],
         "annotations": [{"image_id": 9, "caption": " A dog. \n"},
-                        {"image_id": 2, "caption": "A cat."}, {"image_id": 9, "caption": "Grass"}]
+                        {"image_id": 2, "caption": "A cat."},
+                        {"image_id": 9, "caption": "Grass"}],
     }
     (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(data))
     pictures = datasets.read_coco(tmp_path, "val2017")
@@ -59,10 +61,8 @@ def test_coco_captions_come_in_the_order_of_ids(tmp_path):
 def test_the_gallery_shows_a_users_text_as_text(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "i.png")
     evil = "<script>alert(1)</script> \"'&"
-    record = {
-        "image_id": evil, "file": str(tmp_path / "i.png"), "caption": evil, "score": 0.3,
-        "table": [[evil, 0.3], ["dog", 0.2]], "candidates": [[evil, 0.3, -1.0]]
-    }
+    record = {"image_id": evil, "file": str(tmp_path / "i.png"), "caption": evil, "score": 0.3,
+              "table": [[evil, 0.3], ["dog", 0.2]], "candidates": [[evil, 0.3, -1.0]]}
     write_gallery(tmp_path / "gallery.html", evil, [(evil, evil, [record], [(evil,)])])
     page = (tmp_path / "gallery.html").read_text()
     assert "<script" not in page
@@ -74,22 +74,24 @@ def test_patterns_folders_and_files_are_listed_once_in_order(tmp_path):
     for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    whole = [tmp_path / name for name in ("a.JPG", "b.png", "sub/c.webp")]
-    assert [p.path for p in datasets.list_images([tmp_path])] == whole
-    assert [p.path for p in datasets.list_images([f"{tmp_path}/*.png", tmp_path])] == [
-        whole[1], whole[0], whole[2]
-    ]
-    assert [p.path for p in datasets.list_images([f"{tmp_path}/**/*.webp"])] == whole[2:]
+
+    def listed(*paths):
+        return [picture.path for picture in datasets.list_images(paths)]
+
+    a, b, c = (tmp_path / name for name in ("a.JPG", "b.png", "sub/c.webp"))
+    assert listed(tmp_path) == [a, b, c]
+    assert listed(f"{tmp_path}/*.png", tmp_path) == [b, a, c]
+    assert listed(f"{tmp_path}/**/*.webp") == [c]
     with pytest.raises(InputError, match="only local files"):
         datasets.list_images(["https://example.com/dog.jpg"])
 
 
-# ------------------------------------------------------------------------ what is there by default
+# ----------------------------------------------------------------- the default cache and checkpoint
 
 OURS, THEIRS = ["cache.txt", "cache.npy"], ["original/cache.txt", "original/cache.npy"]
 
 
-@pytest.mark.parametrize("textfile, embfile, there, expected", [
+@pytest.mark.parametrize("textfile, embfile, existing, expected", [
     (None, None, OURS + THEIRS, (["cache.txt"], ["cache.npy"])),
     (None, None, THEIRS, (["original/cache.txt"], ["original/cache.npy"])),
     (None, None, OURS[:1] + THEIRS, "without cache.npy"),
@@ -101,27 +103,29 @@ OURS, THEIRS = ["cache.txt", "cache.npy"], ["original/cache.txt", "original/cach
     (None, ["b/c.npy"], ["b/c.txt"] + OURS, (["b/c.txt"], ["b/c.npy"])),
     (["a.txt", "b.txt"], None, ["a.npy"] + OURS, "no b.npy; --embfile"),
     (None, ["a.npy"], OURS, "no a.txt; --textfile"),
-    (["a.txt"], ["b.npy"], OURS, (["a.txt"], ["b.npy"])),  # existing_caches looks for them
+    (["a.txt"], ["b.npy"], OURS, (["a.txt"], ["b.npy"])),  # existing_caches checks these
 ])
-def test_the_named_cache_is_taken_else_ones_own_else_theirs(textfile, embfile, there, expected):
+def test_the_named_cache_is_taken_else_ones_own_else_theirs(textfile, embfile, existing, expected):
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
-            utils.choose_cache(textfile, embfile, there.__contains__)
+            utils.choose_cache(textfile, embfile, existing.__contains__)
     else:
-        assert utils.choose_cache(textfile, embfile, there.__contains__) == expected
+        assert utils.choose_cache(textfile, embfile, existing.__contains__) == expected
 
 
-@pytest.mark.parametrize("ckpt, there, expected", [
+@pytest.mark.parametrize("ckpt, existing, expected", [
     (None, [0, 1], 0), (None, [1], 1), ("none", [0, 1], None), ("./none", [0], "./none"),
     ("a", [0, 1], "a"), (None, [], InputError)])
-def test_the_named_checkpoint_is_taken_else_ones_own_else_theirs(ckpt, there, expected):
-    there = [utils.CHECKPOINTS[i] for i in there]
+def test_the_named_checkpoint_is_taken_else_ones_own_else_theirs(ckpt, existing, expected):
+    """existing, expected: numbers stand for the paths in CHECKPOINTS."""
+    exists = [utils.CHECKPOINTS[i] for i in existing].__contains__
     if expected is InputError:
         with pytest.raises(InputError, match="--ckpt none does without"):
-            utils.choose_checkpoint(ckpt, there.__contains__)
-    else:
-        wanted = utils.CHECKPOINTS[expected] if isinstance(expected, int) else expected
-        assert utils.choose_checkpoint(ckpt, there.__contains__) == wanted
+            utils.choose_checkpoint(ckpt, exists)
+        return
+    if isinstance(expected, int):
+        expected = utils.CHECKPOINTS[expected]
+    assert utils.choose_checkpoint(ckpt, exists) == expected
 
 
 def test_a_cache_that_a_kill_left_half_moved_is_taken_whole(tmp_path, monkeypatch, capsys):
@@ -133,3 +137,19 @@ def test_a_cache_that_a_kill_left_half_moved_is_taken_whole(tmp_path, monkeypatc
     assert (args.textfile, args.embfile) == (["cache.txt"], ["cache.npy"])
     assert {path.name for path in tmp_path.iterdir()} == {*OURS, "cache.npy.json"}
     assert "the cache cache.txt with cache.npy" in capsys.readouterr().out
+
+
+RESULTS = [{"image_id": 7, "caption": "a dog"},
+           {"image_id": "b", "caption": " two  cats\n", "score": 0.3}]
+
+
+@pytest.mark.parametrize("name, text, text_file", [
+    ("a.json", json.dumps(RESULTS), False), ("a.results", json.dumps(RESULTS), False),
+    ("a.jsonl", "\n".join(map(json.dumps, RESULTS)), False), ("a.txt", "a dog\ntwo  cats", True)])
+def test_captions_are_read_from_every_file_that_holds_them(tmp_path, name, text, text_file):
+    (tmp_path / name).write_text(text)
+    if text_file:
+        captions = datasets.read_captions(tmp_path / name)
+        assert captions == [(None, "a dog"), (None, "two cats")]
+    else:  # by the scorer also under a suffix of its own
+        assert datasets.read_results(tmp_path / name) == {7: "a dog", "b": "two cats"}

@@ -1,7 +1,7 @@
-"""What a user can get wrong: one sentence on stderr that names it and exit code 2, before any long
-work.
+"""Mistakes of a user: exit code 2 and one sentence on stderr that names the mistake, before any
+long work.
 
-Images are the exception: what can be captioned is captioned, and the rest is named.
+Images are the exception: those that can be read are captioned, and the others are named.
 """
 
 import json
@@ -17,23 +17,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import BART, CLIP, ROOT, VAL
+from conftest import BART, CLIP, ROOT, VAL, commands
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from antarctic.images import read_image
 
-SCRIPTS, READERS = ("compute_cache", "trainer", "sampler"), (
-    "trainer", "sampler")  # READERS of caches and images
+SCRIPTS = ("compute_cache", "trainer", "sampler")
+READERS = ("trainer", "sampler")  # of caches and images
 READ_SPLITS = [("compute_cache", "train2017"), ("trainer", "train2017"), ("trainer", "val2017"),
                ("sampler", "val2017")]
-every_script, every_reader = pytest.mark.parametrize("name", SCRIPTS), pytest.mark.parametrize(
-    "name", READERS)
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+every_reader = pytest.mark.parametrize("name", READERS)
 
 
 def one_sentence(result, *named):
-    """The refusal alone is on stderr, but for warnings, and it names what is named."""
+    """The refusal is the one line on stderr that is no warning, and it holds the texts `named`."""
     lines = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
     assert result.code == 2
@@ -42,33 +42,19 @@ def one_sentence(result, *named):
 
 @pytest.fixture
 def command(script, world, cache, checkpoint, tmp_path):
-    """command(name, option=value, ...) runs a script with arguments that work but for those given;
-    None leaves one out."""
-    out = tmp_path / "out"
-    common = {"clip_model": CLIP, "datadir": world}
-    reader = common | {
-        "textfile": cache.textfile, "embfile": cache.embfile, "savedir": out, "lm": BART
-    }
-    works = {
-        "compute_cache": common | {"textfile": out / "cache.txt", "embfile": out / "cache.npy"},
-        "trainer": reader | {"topk": 24, "epochs": 1},
-        "sampler": reader | {"ckpt": checkpoint},
-    }
+    """command(name, option=value, ...) runs a script with arguments that work, and these changes,
+    see conftest.commands."""
+    arguments = commands(world, cache, checkpoint, trainer={"topk": 24, "epochs": 1, "lrate": None})
 
     def run(name, **changes):
-        arguments = []
-        for option, value in (works[name] | changes).items():
-            if value is not None:
-                arguments += [f"--{option}"] + ([] if value is True else
-                                                value if isinstance(value, list) else [value])
-        return script(name, *arguments)
+        return script(name, *arguments[name](tmp_path / "out", **changes))
     return run
 
 
 @pytest.fixture
 def refuse(command, tmp_path):
-    """refuse(name, what the sentence names..., option=value, ...): the command is refused, and
-    leaves no file."""
+    """refuse(name, text, ..., option=value, ...): the command is refused by a sentence that holds
+    the texts, and leaves no file."""
     def refused(name, *named, **changes):
         result = command(name, **changes)
         one_sentence(result, *named)
@@ -90,8 +76,8 @@ def test_a_missing_data_folder_is_named(refuse, tmp_path, name):
     refuse(name, tmp_path / "nowhere", datadir=tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name, "
-                         "option", [(name, "split") for name in SCRIPTS] + [("trainer", "val_split")])
+@pytest.mark.parametrize("name, option", [*((name, "split") for name in SCRIPTS),
+                                          ("trainer", "val_split")])
 def test_an_unknown_split_is_answered_with_those_that_exist(refuse, world, name, option):
     refuse(name, "tset2017", world, "near, out, train2017, val2017", **{option: "tset2017"})
 
@@ -105,10 +91,10 @@ ANNOTATIONS = {
     "no object": lambda text: "7",
     "another shape": lambda text: '{"questions": []}',
     "boxes in place of captions": lambda text: text.replace('"caption"', '"bbox"'),
-    "captions that are no text": lambda text: text.replace('"caption": "', '"caption": 5, "not": "'
-                                                           ),
-    "ids of two kinds": lambda text: text.replace('"images": [{"id": ',
-                                                  '"images": [{"id": "a", "was": '),
+    "captions that are no text":
+        lambda text: text.replace('"caption": "', '"caption": 5, "not": "'),
+    "ids of two kinds":
+        lambda text: text.replace('"images": [{"id": ', '"images": [{"id": "a", "was": '),
     "no images": lambda text: json.dumps(json.loads(text) | {"images": []}),
 }
 
@@ -144,14 +130,14 @@ def test_mining_needs_no_images(command, own_world):
 
 @pytest.fixture
 def own_cache(cache, tmp_path):
-    """A copy of the cache that a test may damage: paths of the text, the embeddings and their
-    description."""
-    made = SimpleNamespace(text=tmp_path / "own.txt", rows=tmp_path / "own.npy",
-                           side=tmp_path / "own.npy.json")
-    for source, copy in ((cache.textfile, made.text), (cache.embfile, made.rows),
-                         (f"{cache.embfile}.json", made.side)):
-        shutil.copy(source, copy)
-    return made
+    """A copy of the cache that a test may damage: the paths of its text, of its embeddings (rows)
+    and of their description (side)."""
+    own = SimpleNamespace(text=tmp_path / "own.txt", rows=tmp_path / "own.npy",
+                          side=tmp_path / "own.npy.json")
+    shutil.copy(cache.textfile, own.text)
+    shutil.copy(cache.embfile, own.rows)
+    shutil.copy(f"{cache.embfile}.json", own.side)
+    return own
 
 
 def change_rows(change):
@@ -187,7 +173,7 @@ def of_another_width(cache):
     np.save(cache.rows, np.load(cache.rows)[:, :7])
 
 
-CACHES = {  # how it is damaged, and which file the sentence names
+CACHES = {  # {damage: (function that does it, files that the sentence names)}
     "longer text": (lambda c: c.text.write_text(c.text.read_text() + "penguin\n"), "text rows"),
     "fewer rows": (change_rows(lambda rows: rows[:-1]), "text rows"),
     "another CLIP model": (describe(clip_model="other@0123456789ab"), "rows"),
@@ -258,21 +244,21 @@ def cut_weights(folder):
     path.write_bytes(path.read_bytes()[:1000])
 
 
-MODELS = {  # what is wrong with a model's folder
+MODELS = {  # {damage: function that does it to a model's folder}
     "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "cut weights": cut_weights,
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "damaged tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "damaged config": lambda folder: (folder / "config.json").write_text("{"),
-    "config of another "
-    "size": lambda folder: change_json(folder / "config.json", d_model=64, projection_dim=64),
+    "config of another size":
+        lambda folder: change_json(folder / "config.json", d_model=64, projection_dim=64),
     "unknown architecture": lambda folder: change_json(folder / "config.json", model_type="nosuch"),
 }
 
 
-@pytest.mark.parametrize("name, "
-                         "option", [(name, "clip_model") for name in SCRIPTS] + [(name, "lm") for name in READERS])
+@pytest.mark.parametrize("name, option", [*((name, "clip_model") for name in SCRIPTS),
+                                          *((name, "lm") for name in READERS)])
 @pytest.mark.parametrize("damage", MODELS.values(), ids=MODELS)
 def test_a_folder_without_a_whole_model_is_named(refuse, tmp_path, name, option, damage):
     folder = shutil.copytree({"clip_model": CLIP, "lm": BART}[option], tmp_path / "model")
@@ -294,11 +280,16 @@ def test_models_of_the_wrong_kind_are_named(refuse, name):
 
 
 def test_a_process_says_no_more_than_the_sentence(tmp_path):
-    result = subprocess.run([
-        sys.executable, ROOT / "compute_cache.py", "--entries", __file__, "--textfile",
-        tmp_path / "c.txt", "--embfile", tmp_path / "c.npy", "--clip_model", "nobody/nothing"
-    ], capture_output=True, text=True)
+    arguments = commands(None, None, None)["compute_cache"](
+        tmp_path, entries=__file__, clip_model="nobody/nothing")
+    result = subprocess.run([sys.executable, ROOT / "compute_cache.py", *arguments],
+                            capture_output=True, text=True)
     one_sentence(SimpleNamespace(code=result.returncode, err=result.stderr), "nobody/nothing")
+
+
+def rename_a_tensor(path):
+    """Leaves one tensor of a checkpoint, by another name."""
+    save_file({"x": load_file(path).popitem()[1]}, path, safe_open(path, "pt").metadata())
 
 
 def change_settings(**changes):
@@ -309,19 +300,18 @@ def change_settings(**changes):
     return damage
 
 
-CHECKPOINTS = {  # how it is damaged
+CHECKPOINTS = {  # {damage: function that does it}
     "missing": lambda path: path.unlink(),
     "no safetensors": lambda path: path.write_text("no checkpoint"),
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "of something else": lambda path: save_file(load_file(path), path),
-    "settings of another "
-    "shape": lambda path: save_file(load_file(path), path, {"antarctic_captions": "[]"}),
-    "settings that lack "
-    "some": lambda path: save_file(load_file(path), path, {"antarctic_captions": "{}"}),
+    "settings of another shape":
+        lambda path: save_file(load_file(path), path, {"antarctic_captions": "[]"}),
+    "settings that lack some":
+        lambda path: save_file(load_file(path), path, {"antarctic_captions": "{}"}),
     "another language model": change_settings(lm="other@0123456789ab"),
-    "other "
-    "tensors": lambda path: save_file({"x": load_file(path).popitem()[1]}, path, safe_open(path, "pt").metadata()),
+    "other tensors": rename_a_tensor,
 }
 
 
@@ -389,7 +379,7 @@ def test_only_names_what_no_cache_holds(refuse, tmp_path):
 
 @pytest.fixture
 def blocked(tmp_path):
-    """A folder that cannot be made, because a file is in its place, even for root."""
+    """A folder that not even root can make, because its parent is a file."""
     (tmp_path / "file").write_text("in the way")
     return tmp_path / "file" / "folder"
 
@@ -428,9 +418,9 @@ def test_sampler_has_one_source(refuse, world):
 
 
 @pytest.mark.parametrize("option", ["corpus", "entries"])
-@pytest.mark.parametrize("content", [b"", b"\n \n\n", b"caf\xe9\n", "a "
-                                                                    "dog\n".encode("utf-16"), None],
-                         ids=["empty", "blank", "latin-1", "utf-16", "missing"])
+@pytest.mark.parametrize("content", [
+    b"", b"\n \n\n", b"caf\xe9\n", "a dog\n".encode("utf-16"), None],
+    ids=["empty", "blank", "latin-1", "utf-16", "missing"])
 def test_a_text_without_usable_lines_is_named(refuse, tmp_path, option, content):
     path = tmp_path / "lines.txt"
     if content is not None:
@@ -483,26 +473,31 @@ def solid(mode, colour):
     return Image.new(mode, (32, 24), colour)
 
 
-IMAGES = {  # file name: (image, options of saving, rows of RGB pixels that are read)
+IMAGES = {  # {file name: (image, options of save(), rows of RGB pixels that are read)}
     "rgb.png": (picture("RGB", RED, BLUE), {}, [[RED, BLUE]]),
     "one.png": (picture("RGB", GREEN), {}, [[GREEN]]),
     "flat.png": (picture("RGB", *[RED, BLUE] * 60), {}, [[RED, BLUE] * 60]),
     "three_rows.png": (picture("RGB", *[RED] * 120, width=40), {}, [[RED] * 40] * 3),
     "thin.png": (picture("RGB", *[RED, BLUE] * 60, width=1), {}, [[RED], [BLUE]] * 60),
-    "clear.png": (picture("RGBA", (255, 0, 0, 0), (0, 0, 255, 255), (0, 0, 0, 51)), {}, [[WHITE, BLUE, (204, 204, 204)]]),
+    "clear.png": (picture("RGBA", (255, 0, 0, 0), (0, 0, 255, 255), (0, 0, 0, 51)), {},
+                  [[WHITE, BLUE, (204, 204, 204)]]),
     "clear_grey.png": (picture("LA", (0, 0), (9, 255)), {}, [[WHITE, (9, 9, 9)]]),
-    "clear.webp": (picture("RGBA", (0, 0, 0, 0), (0, 0, 255, 255)), {"lossless": True}, [[WHITE, BLUE]]),
+    "clear.webp": (picture("RGBA", (0, 0, 0, 0), (0, 0, 255, 255)), {"lossless": True},
+                   [[WHITE, BLUE]]),
     "palette.png": (palette(RED, GREEN, BLUE), {}, [[RED, GREEN, BLUE]]),
     "clear_palette.png": (palette(RED, GREEN, BLUE), {"transparency": 1}, [[RED, WHITE, BLUE]]),
-    "clear_palette_by_bytes.png": (palette(RED, BLACK), {"transparency": b"\0\x33"}, [[WHITE, (204, 204, 204)]]),
+    "clear_palette_by_bytes.png": (palette(RED, BLACK), {"transparency": b"\0\x33"},
+                                   [[WHITE, (204, 204, 204)]]),
     "clear_colour.png": (picture("RGB", RED, BLUE), {"transparency": RED}, [[WHITE, BLUE]]),
     "clear_shade.png": (picture("L", 0, 9), {"transparency": 0}, [[WHITE, (9, 9, 9)]]),
     "grey.png": (picture("L", 0, 100, 255), {}, [[BLACK, (100,) * 3, WHITE]]),
     "bits.png": (picture("1", 0, 1), {}, [[BLACK, WHITE]]),
     "grey16.png": (sixteen_bits(0, 0x6400, 0xFFFF), {}, [[BLACK, (100,) * 3, WHITE]]),
     "grey16.tif": (sixteen_bits(0, 0x6400, 0xFFFF), {}, [[BLACK, (100,) * 3, WHITE]]),
-    "grey16_big_endian.tif": (sixteen_bits(0, 0x6400, 0xFFFF, dtype=">u2"), {}, [[BLACK, (100,) * 3, WHITE]]),
-    "clear_grey16.png": (sixteen_bits(0, 0x6400, 0xFFFF), {"transparency": 0}, [[WHITE, (100,) * 3, WHITE]]),
+    "grey16_big_endian.tif": (sixteen_bits(0, 0x6400, 0xFFFF, dtype=">u2"), {},
+                              [[BLACK, (100,) * 3, WHITE]]),
+    "clear_grey16.png": (sixteen_bits(0, 0x6400, 0xFFFF), {"transparency": 0},
+                         [[WHITE, (100,) * 3, WHITE]]),
     "grey.jpg": (solid("L", 100), {}, [[(100,) * 3] * 32] * 24),
     "cmyk.tif": (picture("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), {}, [[(0, 255, 255), BLACK]]),
     "cmyk.jpg": (solid("CMYK", (255, 0, 0, 0)), {"quality": 100}, [[(0, 255, 255)] * 32] * 24),
@@ -511,8 +506,10 @@ IMAGES = {  # file name: (image, options of saving, rows of RGB pixels that are 
     "turned_left.png": (picture("RGB", RED, BLUE), turned(8), [[BLUE], [RED]]),
     "turned_palette.png": (palette(RED, GREEN), turned(6) | {"transparency": 1}, [[RED], [WHITE]]),
     "turned.jpg": (solid("RGB", RED), turned(6), [[(254, 0, 0)] * 24] * 32),
-    "moving.gif": (palette(RED, BLUE), {"save_all": True, "append_images": [palette(GREEN, BLACK)]}, [[RED, BLUE]]),
-    "moving.png": (picture("RGB", RED), {"save_all": True, "append_images": [picture("RGB", BLUE)]}, [[RED]]),
+    "moving.gif": (palette(RED, BLUE), {"save_all": True, "append_images": [palette(GREEN, BLACK)]},
+                   [[RED, BLUE]]),
+    "moving.png": (picture("RGB", RED), {"save_all": True, "append_images": [picture("RGB", BLUE)]},
+                   [[RED]]),
     "clear.gif": (palette(RED, BLUE), {"transparency": 0}, [[WHITE, BLUE]]),
     "plain.bmp": (picture("RGB", RED, BLUE), {}, [[RED, BLUE]]),
 }
@@ -528,10 +525,10 @@ def save(folder, *names):
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_is_read_upright_on_white_in_rgb(tmp_path, name):
-    image = read_image(save(tmp_path, name) / name)
+    image, expected = read_image(save(tmp_path, name) / name), np.array(IMAGES[name][2])
     assert image.mode == "RGB"
-    assert np.abs(np.asarray(image, dtype=int) -
-                  np.array(IMAGES[name][2])).max() <= (1 if name.endswith(".jpg") else 0)
+    difference = np.abs(np.asarray(image, dtype=int) - expected).max()
+    assert difference <= (1 if name.endswith(".jpg") else 0)
 
 
 def test_images_of_every_kind_are_captioned(command, tmp_path):
@@ -539,16 +536,15 @@ def test_images_of_every_kind_are_captioned(command, tmp_path):
     result = command("sampler", datadir=None, images=folder, num_beams=1, num_return_sequences=1)
     assert result.code == 0 and "skipped" not in result.err, result.err
     captions = json.loads((tmp_path / "out" / "captions.json").read_text())
-    assert [c["image_id"] for c in captions] == sorted(str(folder / name) for name in IMAGES)
-    assert all(c["caption"] for c in captions)
+    assert captioned(tmp_path / "out") == sorted(str(folder / name) for name in IMAGES)
+    assert all(caption["caption"] for caption in captions)
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_damaged_image_raises_oserror_alone(tmp_path, name):
-    """Cut anywhere, or with a few bytes changed: it is read, or it is named as damaged; no other
-    error comes through."""
-    data, rng, path = (save(tmp_path, name) /
-                       name).read_bytes(), random.Random(name), tmp_path / f"damaged_{name}"
+    """An image that is cut anywhere, or has a few other bytes, is read or raises OSError."""
+    data = (save(tmp_path, name) / name).read_bytes()
+    rng, path = random.Random(name), tmp_path / f"damaged_{name}"
     damaged = [data[:length] for length in range(0, len(data), max(1, len(data) // 60))]
     for _ in range(120):
         changed = bytearray(data)
@@ -564,12 +560,14 @@ def test_a_damaged_image_raises_oserror_alone(tmp_path, name):
 
 
 def png_of_size(width, height):
-    """A PNG that says that it is of this size, and holds nothing."""
+    """A PNG whose header says this size, without pixels."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
               (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + crc
+    return content
 
 
 def spoil(folder):
@@ -582,13 +580,16 @@ def spoil(folder):
     return ["cut.jpg", "nothing.png", "text.jpg", "too_large.png"]
 
 
+def captioned(out):
+    """The image ids of captions.json, in its order."""
+    return [caption["image_id"] for caption in json.loads((out / "captions.json").read_text())]
+
+
 def skipped(result, folder):
-    """Names of the images that a run said it skipped, in order; the last line counts them."""
+    """The names of the images that a run reports as skipped, in its order; it also counts them."""
     prefix = f"skipped {folder}{os.sep}"
-    names = [
-        line.removeprefix(prefix).split(": ")[0] for line in result.err.splitlines()
-        if line.startswith(prefix)
-    ]
+    names = [line.removeprefix(prefix).split(": ")[0] for line in result.err.splitlines()
+             if line.startswith(prefix)]
     assert f"{len(names)} images could not be read and were skipped" in result.err
     return names
 
@@ -600,12 +601,9 @@ def test_bad_images_are_named_counted_and_skipped(command, tmp_path):
         result = command("sampler", datadir=None, images=folder)
         assert result.code == 0
         assert skipped(result, folder) == bad
-        assert result.err.splitlines()[-1].startswith(
-            f"{len(bad)} images")  # the report comes at the end
+        assert result.err.splitlines()[-1].startswith(f"{len(bad)} images")  # the report comes last
         assert ("encoding images" in result.err) != seen_before
-        captions = json.loads((tmp_path / "out" / "captions.json").read_text())
-        assert [c["image_id"]
-                for c in captions] == [str(folder / name) for name in ("grey.jpg", "rgb.png")]
+        assert captioned(tmp_path / "out") == [str(folder / "grey.jpg"), str(folder / "rgb.png")]
         assert len((tmp_path / "out" / "preds.txt").read_text().splitlines()) == 2
         assert "captioned 2 images" in result.out
 
@@ -618,11 +616,11 @@ def test_captions_and_references_stay_in_step_around_bad_images(command, own_wor
     assert result.code == 0
     assert skipped(result, own_world / "val2017") == [first.name, second.name]
     data = json.loads((own_world / "annotations" / "captions_val2017.json").read_text())
-    told = {a["image_id"]: a["caption"] for a in reversed(data["annotations"])}
+    references = {a["image_id"]: a["caption"] for a in reversed(data["annotations"])}  # first ones
     kept = [image["id"] for image in data["images"][2:]]
-    assert [c["image_id"]
-            for c in json.loads((tmp_path / "out" / "captions.json").read_text())] == kept
-    assert (tmp_path / "out" / "ref0.txt").read_text().splitlines() == [told[i] for i in kept]
+    assert captioned(tmp_path / "out") == kept
+    lines = (tmp_path / "out" / "ref0.txt").read_text().splitlines()
+    assert lines == [references[image_id] for image_id in kept]
     assert len((tmp_path / "out" / "preds.txt").read_text().splitlines()) == len(kept) == VAL - 2
 
 
@@ -651,8 +649,8 @@ def test_a_split_of_nothing_but_bad_images_is_an_error(command, own_world, tmp_p
         path.write_text("no picture")
     result = command("trainer", datadir=own_world)
     assert result.code == 2
-    assert split in result.err.splitlines()[-1] and result.err.splitlines()[-1].startswith(
-        "error: ")
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: ") and split in last
     assert not (tmp_path / "out" / "last.safetensors").exists()
 
 
@@ -663,5 +661,4 @@ def test_an_image_whose_name_is_no_utf8_is_captioned(command, tmp_path):
     (folder / "rgb.png").rename(folder / name)
     result = command("sampler", datadir=None, images=folder)
     assert result.code == 0
-    assert [c["image_id"] for c in json.loads((tmp_path / "out" / "captions.json").read_text())
-            ] == [str(folder / name)]
+    assert captioned(tmp_path / "out") == [str(folder / name)]

@@ -1,6 +1,8 @@
-"""Full disks, read-only folders, losses that are no numbers, clocks that jump, two runs at one
-place: one sentence, nothing half-written, and the same command goes on and ends as if nothing had
-happened."""
+"""Full disks, read-only folders, losses of NaN, clocks that jump, two runs in one folder.
+
+A run ends with one sentence and leaves no half-written file. The same command then resumes, and its
+files are those of an uninterrupted run.
+"""
 
 import contextlib
 import errno
@@ -14,12 +16,13 @@ import time
 
 import pytest
 import torch
-from conftest import BART, CLIP, ROOT
+from conftest import commands as commands_of
 from forks import files, start, start_two
 from safetensors.torch import load_file
 
 import antarctic.checkpoints
 import antarctic.files
+import trainer
 from snowglobe import dials
 
 SCRIPTS = ("compute_cache", "trainer", "sampler")
@@ -27,25 +30,14 @@ SCRIPTS = ("compute_cache", "trainer", "sampler")
 
 @pytest.fixture
 def commands(world, cache, checkpoint):
-    """{script: its arguments by the folder to write to}."""
-    read = ("--textfile", cache.textfile, "--embfile", cache.embfile, "--clip_model", CLIP, "--lm",
-            BART)
-    return {
-        "compute_cache": lambda out: ("--datadir", world, "--textfile", out / "c.txt", "--embfile",
-                                      out / "c.npy", "--clip_model", CLIP),
-        "trainer": lambda out:
-        ("--datadir", world, *read, "--savedir", out, "--topk", "8", "--batch_size", "6", "--lrate",
-         "1e-2", "--epochs", "2", "--save_seconds", "0"),
-        "sampler": lambda out: ("--datadir", world, *read, "--savedir", out, "--ckpt", checkpoint,
-                                "--batch_size", "3", "--csv"),
-        "stories": lambda out: ("--caption", "a red dog", "--lm", ROOT / "snowglobe" / "weights" /
-                                "gpt", "--max_tokens", "9", "--savedir", out),
-    }
+    """{script: its arguments by output folder}, see conftest.commands."""
+    return commands_of(world, cache, checkpoint, trainer={"batch_size": 6, "save_seconds": 0},
+                       sampler={"batch_size": 3, "csv": True}, stories={"max_tokens": 9})
 
 
 @pytest.fixture
 def whole(script, commands, tmp_path):
-    """whole(name): the files of an uninterrupted run."""
+    """whole(name) gives the files of an uninterrupted run."""
     def run(name):
         result = script(name, *commands[name](tmp_path / "whole"))
         assert result.code == 0, result.err
@@ -53,14 +45,25 @@ def whole(script, commands, tmp_path):
     return run
 
 
+def last_line(run):
+    return run.err.splitlines()[-1]
+
+
 def assert_one_sentence(run, folder, reason):
-    """The last line, which nothing but the screen's bars precedes, names a file of the folder and
-    the reason. Returns the name."""
-    said = run.err.splitlines()[-1]
-    assert run.code == 2 and said.startswith(
-        "error: cannot write") and reason in said and "Traceback" not in run.err, run.err
+    """The last line, which only progress bars precede, names a file of the folder and the reason.
+    Returns the file's name."""
+    line = last_line(run)
+    assert run.code == 2 and line.startswith("error: cannot write") and reason in line, run.err
+    assert "Traceback" not in run.err, run.err
     assert not list(folder.glob(".*.tmp"))
-    return re.search(rf"cannot write {re.escape(str(folder))}/(\S+)", said)[1]
+    return re.search(rf"cannot write {re.escape(str(folder))}/(\S+)", line)[1]
+
+
+def logs_after(processes, folder, seconds=60):
+    """Waits for processes of start_two. Returns their logs."""
+    for process in processes:
+        process.join(seconds)
+    return [(folder / str(rank)).read_text() for rank in range(2)]
 
 
 # ------------------------------------------------------------------------- full and read-only disks
@@ -68,7 +71,7 @@ def assert_one_sentence(run, folder, reason):
 @contextlib.contextmanager
 def files_no_larger_than(size):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores the signal of it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores SIGXFSZ
     try:
         yield
     finally:
@@ -78,64 +81,68 @@ def files_no_larger_than(size):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_whichever_file_cannot_be_written_is_named_and_the_run_goes_on_later(
         script, commands, whole, tmp_path, name):
-    """The limit rises from run to run, so that one file after the other is the first that does not
-    fit; in training twice, as then the image features are there."""
+    """The limit rises from run to run, so that a different file is the first that does not fit. For
+    training it rises twice: in the second round the image features exist."""
     target, out, named = whole(name), tmp_path / "out", []
     sizes = sorted({len(data) for data in target.values() if len(data) > 2000})
-    for size in (2 if name == "trainer" else 1) * [*(size - 1 for size in sizes), sizes[-1]]:
-        with files_no_larger_than(size):
-            run = script(name, *commands[name](out),
-                         *(["--save_seconds", 1000] if name == "trainer" else []))
+    limits = [*(size - 1 for size in sizes), sizes[-1]]
+    options = {"save_seconds": 1000} if name == "trainer" else {}
+    for limit in limits * (2 if name == "trainer" else 1):
+        with files_no_larger_than(limit):
+            run = script(name, *commands[name](out, **options))
         if run.code:
             named.append(assert_one_sentence(run, out, "File too large"))
-        for path in out.glob("*.safetensors"):  # of an earlier epoch, or the last; but whole
+        for path in out.glob("*.safetensors"):  # of an earlier epoch or the last one, but whole
             load_file(path)
-    kinds = {
-        "compute_cache": [r"\.c\.npy\..*\.part",
-                          r"\.c\.npy\.new"], "trainer": ["features-", "last.safetensors", "state-"],
-        "sampler": ["features-", "details-.*part", "gallery.html"]
-    }[name]
-    assert all(any(re.match(kind, file) for file in named) for kind in kinds), named
+    patterns = {
+        "compute_cache": [r"\.c\.npy\..*\.part", r"\.c\.npy\.new"],
+        "trainer": ["features-", "last.safetensors", "state-"],
+        "sampler": ["features-", "details-.*part", "gallery.html"]}[name]
+    for pattern in patterns:
+        assert any(re.match(pattern, file) for file in named), named
     assert script(name, *commands[name](out)).code == 0
     assert files(out) == target
 
 
 @contextlib.contextmanager
 def tmpfs(folder, size):
+    """A small disk, mounted at folder. Yields a function that remounts it with other options."""
     folder.mkdir()
-    if os.geteuid() or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder],
-            capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk, and not in every container")
+
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
     try:
-        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=
-                                             True)
+        yield remount
     finally:
         subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_full_disk_is_named_and_once_there_is_space_the_run_goes_on(script, commands, whole,
-                                                                      tmp_path, name):
-    target = whole(name)
-    with tmpfs(tmp_path / "disk", sum(map(len, target.values())) // 2) as remount:
-        run = script(name, *commands[name](tmp_path / "disk"))
-        assert_one_sentence(run, tmp_path / "disk", "No space left on device")
+def test_a_full_disk_is_named_and_once_there_is_space_the_run_goes_on(
+        script, commands, whole, tmp_path, name):
+    target, disk = whole(name), tmp_path / "disk"
+    with tmpfs(disk, sum(map(len, target.values())) // 2) as remount:
+        run = script(name, *commands[name](disk))
+        assert_one_sentence(run, disk, "No space left on device")
         remount("size=10m")
-        run = script(name, *commands[name](tmp_path / "disk"))
+        run = script(name, *commands[name](disk))
         assert run.code == 0, run.err
-        assert files(tmp_path / "disk") == target
+        assert files(disk) == target
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "stories"])
-def test_a_folder_that_may_only_be_read_is_refused_before_any_work(script, commands, tmp_path,
-                                                                   monkeypatch, name):
+def test_a_folder_that_may_only_be_read_is_refused_before_any_work(
+        script, commands, tmp_path, monkeypatch, name):
     monkeypatch.setattr("model.load", lambda *_: pytest.fail("a model was loaded"))
     with contextlib.ExitStack() as stack:
         folder = tmp_path / "disk"
         if os.geteuid():
             folder.mkdir(mode=0o555)
-        else:  # whom no permission keeps out
+        else:  # root may write whatever the permissions are
             stack.enter_context(tmpfs(folder, "1m"))("ro")
         run = script(name, *commands[name](folder))
     assert run.code == 2 and run.err.startswith(f"error: cannot write to the folder {folder} (")
@@ -146,53 +153,49 @@ def no_space(_):
 
 
 def test_a_full_disk_ends_two_processes(commands, tmp_path):
-    both = start_two(tmp_path / "logs", "sampler", *commands["sampler"](tmp_path / "out"),
-                     patches={"antarctic.files.os.fsync": no_space})
-    for process in both:
-        process.join(60)
-    said = (tmp_path / "logs" / "0").read_text()
-    assert both[0].exitcode == 2 and both[1].exitcode in (
-        2, 130) and "No space left on device" in said.splitlines()[-1], said
+    processes = start_two(tmp_path / "logs", "sampler", *commands["sampler"](tmp_path / "out"),
+                          patches={"antarctic.files.os.fsync": no_space})
+    log, _ = logs_after(processes, tmp_path / "logs")
+    assert processes[0].exitcode == 2 and processes[1].exitcode in (2, 130), log
+    assert "No space left on device" in log.splitlines()[-1], log
 
 
 # ------------------------------------------------------------------------------------- the training
 
-def nan_at(step, what):
-    """what(*arguments, plain) in place of a function of training, at its call number step; plain in
-    the others."""
+def spoil_call(number, function, spoil):
+    """A function whose call of this number returns spoil(*arguments, result)."""
     calls = []
 
-    def make(plain):
-        def replaced(*arguments, **named):
-            calls.append(0)
-            result = plain(*arguments, **named)
-            return what(*arguments, result) if len(calls) == step else result
-        return replaced
-    return make
+    def spoilt(*arguments, **options):
+        calls.append(0)
+        result = function(*arguments, **options)
+        return spoil(*arguments, result) if len(calls) == number else result
+    return spoilt
 
 
-@pytest.mark.parametrize("poisoned, said_at", [("loss", 11), ("weights", 12)])
+@pytest.mark.parametrize("poisoned, reported_at", [("loss", 11), ("weights", 12)])
 def test_a_loss_that_becomes_nan_is_named_and_nothing_poisoned_is_kept(
-        script, commands, whole, tmp_path, monkeypatch, poisoned, said_at):
-    """In step 11, of the second epoch: the loss itself; or the weights, which only the next loss
-    shows."""
+        script, commands, whole, tmp_path, monkeypatch, poisoned, reported_at):
+    """NaN comes in step 11, in the second epoch: in the loss itself, or in the weights, so that the
+    next loss is the first to have it."""
     target, out = whole("trainer"), tmp_path / "out"
     if poisoned == "loss":
-        spoilt, where = nan_at(11, lambda *_: float("nan")), "trainer.share_step"
-        import trainer
-        monkeypatch.setattr(where, spoilt(trainer.share_step))
+        step = spoil_call(11, trainer.share_step, lambda *_: float("nan"))
+        monkeypatch.setattr("trainer.share_step", step)
     else:
         def spoil(optimizer, *_):
             with torch.no_grad():
                 optimizer.param_groups[0]["params"][0][0] = float("nan")
-        monkeypatch.setattr(torch.optim.AdamW, "step", nan_at(11, spoil)(torch.optim.AdamW.step))
+        monkeypatch.setattr(torch.optim.AdamW, "step",
+                            spoil_call(11, torch.optim.AdamW.step, spoil))
     run = script("trainer", *commands["trainer"](out))
-    assert run.code == 2 and f"the loss became nan at step {said_at};" in run.err.splitlines()[-1]
-    assert load_file(out / "best.safetensors").keys() and all(
-        t.isfinite().all() for t in load_file(out / "best.safetensors").values())
-    [state] = out.glob("state-*.pt")
-    kept = torch.load(state, weights_only=True)
-    assert kept["progress"][1] == 10 and all(t.isfinite().all() for t in kept["trained"].values())
+    assert run.code == 2 and f"the loss became nan at step {reported_at};" in last_line(run)
+    best = load_file(out / "best.safetensors")
+    assert best and all(tensor.isfinite().all() for tensor in best.values())
+    [path] = out.glob("state-*.pt")
+    state = torch.load(path, weights_only=True)
+    assert state["progress"][1] == 10
+    assert all(tensor.isfinite().all() for tensor in state["trained"].values())
     monkeypatch.undo()
     assert script("trainer", *commands["trainer"](out)).code == 0
     assert files(out) == target
@@ -201,9 +204,9 @@ def test_a_loss_that_becomes_nan_is_named_and_nothing_poisoned_is_kept(
 # ---------------------------------------------------------------------------------------- the clock
 
 @pytest.mark.parametrize("name", ["trainer", "sampler"])
-def test_clocks_that_jump_change_nothing(script, world, cache, checkpoint, commands, whole,
-                                         tmp_path, monkeypatch, name):
-    """Stopped in the future, gone on with in the past, with inputs from the year 2100."""
+def test_clocks_that_jump_change_nothing(
+        script, world, cache, checkpoint, commands, whole, tmp_path, monkeypatch, name):
+    """A run is stopped in the future and resumed in the past. Its inputs are of the year 2100."""
     for path in [*world.rglob("*.png"), cache.textfile, cache.embfile]:
         os.utime(path, (4102444800, 4102444800))
     target, out = whole(name), tmp_path / "out"
@@ -215,27 +218,29 @@ def test_clocks_that_jump_change_nothing(script, world, cache, checkpoint, comma
 
     monkeypatch.setattr(time, "time", now)
     monkeypatch.setattr(time, "time_ns", lambda: int(now() * 1e9))
-    wait_for, stop_at = {
-        "trainer": ("antarctic.checkpoints.save_state", 3), "sampler": ("sampler.append", 2)
-    }[name]
-    plain = antarctic.files.append if name == "sampler" else antarctic.checkpoints.save_state
+    if name == "trainer":
+        patched = "antarctic.checkpoints.save_state"
+        save, stop_at = antarctic.checkpoints.save_state, 3
+    else:
+        patched = "sampler.append"
+        save, stop_at = antarctic.files.append, 2
 
-    def stops(*arguments):
-        plain(*arguments)
+    def save_and_stop(*arguments):
+        save(*arguments)
         calls.append(0)
         if len(calls) == stop_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(wait_for, stops)
+    monkeypatch.setattr(patched, save_and_stop)
     assert script(name, *commands[name](out)).code == 130
     clock[0] = 1e6
     run = script(name, *commands[name](out))
     assert run.code == 0, run.err
     assert files(out) == target
-    assert len(calls) == {"trainer": 2 * 8 + 2, "sampler": 3}[name]  # nothing was done twice
+    assert len(calls) == {"trainer": 2 * 8 + 2, "sampler": 3}[name]  # no step ran twice
 
 
-# ---------------------------------------------------------------------------- two runs at one place
+# -------------------------------------------------------------------------- two runs in one folder
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "stories"])
 def test_a_second_run_at_one_place_is_refused_with_the_firsts_number_and_host(
@@ -243,44 +248,48 @@ def test_a_second_run_at_one_place_is_refused_with_the_firsts_number_and_host(
     lock = tmp_path / (".c.npy.lock" if name == "compute_cache" else ".lock")
     with antarctic.files.locked(lock):
         run = script(name, *commands[name](tmp_path))
-        assert run.code == 2 and f"process {os.getpid()} on {socket.gethostname()}" in run.err.splitlines(
-        )[-1]
+        assert run.code == 2
+        assert f"process {os.getpid()} on {socket.gethostname()}" in last_line(run)
     assert not list(tmp_path.iterdir())
     assert script(name, *commands[name](tmp_path)).code == 0
     assert not lock.exists()
 
 
 def test_two_runs_do_not_encode_the_same_images_into_one_folder(script, commands, tmp_path):
-    assert script("sampler", *commands["sampler"](tmp_path / "a"), "--features",
-                  tmp_path / "f").code == 0
-    for path in (tmp_path / "f").iterdir():
+    sample, features = commands["sampler"], tmp_path / "features"
+    assert script("sampler", *sample(tmp_path / "a", features=features)).code == 0
+    for path in features.iterdir():
         path.unlink()
         with antarctic.files.locked(path.with_name(f".{path.name}.lock")):
-            run = script("sampler", *commands["sampler"](tmp_path / "b"), "--features",
-                         tmp_path / "f")
-            assert run.code == 2 and f"process {os.getpid()}" in run.err.splitlines()[-1]
+            run = script("sampler", *sample(tmp_path / "b", features=features))
+            assert run.code == 2 and f"process {os.getpid()}" in last_line(run)
 
 
 def test_two_processes_are_refused_together(commands, tmp_path):
     with antarctic.files.locked(tmp_path / ".lock"):
-        both = start_two(tmp_path / "logs", "trainer", *commands["trainer"](tmp_path))
-        for process in both:
-            process.join(60)
-        said = [(tmp_path / "logs" / str(rank)).read_text() for rank in range(2)]
-        assert both[0].exitcode == 2 and both[1].exitcode in (
-            2, 130) and f"process {os.getpid()}" in said[0].splitlines()[-1], said
+        processes = start_two(tmp_path / "logs", "trainer", *commands["trainer"](tmp_path))
+        logs = logs_after(processes, tmp_path / "logs")
+        assert processes[0].exitcode == 2 and processes[1].exitcode in (2, 130), logs
+        assert f"process {os.getpid()}" in logs[0].splitlines()[-1], logs
 
 
-def test_a_dead_runs_place_is_taken_over_and_its_temporary_files_go(script, commands, whole,
-                                                                    tmp_path):
+def half_write_and_wait(path, _):
+    with antarctic.files.atomic(path.with_name("preds.txt")) as file:
+        file.write("half")
+        file.flush()
+        time.sleep(60)
+
+
+def test_a_dead_runs_place_is_taken_over_and_its_temporary_files_go(
+        script, commands, whole, tmp_path):
     out, target = tmp_path / "out", whole("sampler")
     process = start(tmp_path / "log", "sampler", *commands["sampler"](out),
-                    patches={"sampler.append": waits})
+                    patches={"sampler.append": half_write_and_wait})
     while not list(out.glob(".*.tmp")):
         assert process.exitcode is None, (tmp_path / "log").read_text()
         time.sleep(0.01)
     second = script("sampler", *commands["sampler"](out))
-    assert second.code == 2 and f"process {process.pid} on" in second.err.splitlines()[-1]
+    assert second.code == 2 and f"process {process.pid} on" in last_line(second)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert (out / ".lock").exists()
@@ -288,39 +297,31 @@ def test_a_dead_runs_place_is_taken_over_and_its_temporary_files_go(script, comm
     assert files(out) == target
 
 
-def waits(path, _):
-    with antarctic.files.atomic(path.with_name("preds.txt")) as file:
-        file.write("half")
-        file.flush()
-        time.sleep(60)
-
-
 # ------------------------------------------------------------------------------------- earlier runs
 
 def test_what_an_earlier_run_left_is_not_taken_for_this_ones(script, world, commands, tmp_path):
-    how = commands["sampler"](tmp_path)
-    assert script("sampler", *how).code == 0
+    sample, near = commands["sampler"], world / "near"
+    assert script("sampler", *sample(tmp_path)).code == 0
     (tmp_path / "ref-notes.txt").write_text("mine")
     assert (tmp_path / "ref4.txt").exists() and (tmp_path / "captions.csv").exists()
-    others = [a for a in how if a not in ("--datadir", world, "--csv")]
-    assert script("sampler", "--images", world / "near", *others).code == 0
-    assert not list(tmp_path.glob("ref[0-9]*.txt")) and not (
-        tmp_path / "captions.csv").exists() and (tmp_path / "ref-notes.txt").exists()
-    assert len((tmp_path / "preds.txt").read_text().splitlines()) == len(
-        list((world / "near").iterdir()))
+    assert script("sampler", *sample(tmp_path, datadir=None, csv=None, images=near)).code == 0
+    assert not list(tmp_path.glob("ref[0-9]*.txt")) and not (tmp_path / "captions.csv").exists()
+    assert (tmp_path / "ref-notes.txt").exists()
+    lines = (tmp_path / "preds.txt").read_text().splitlines()
+    assert len(lines) == len(list(near.iterdir()))
 
 
 def test_a_cache_of_the_dials_that_was_cut_off_between_two_steps_is_made_again(
         tmp_path, monkeypatch):
-    steps = []
+    stops = []
 
     def step(*arguments):
-        files = dict(zip(arguments, arguments[1:]))
-        if "--add_from" in files and not steps:
-            steps.append("cut")
+        values = dict(zip(arguments, arguments[1:]))  # {flag: its value}
+        if "--add_from" in values and not stops:
+            stops.append(0)
             raise KeyboardInterrupt
-        for name in (files["--textfile"], files["--embfile"], f"{files['--embfile']}.json"):
-            with open(name, "a") as file:
+        for path in (values["--textfile"], values["--embfile"], f"{values['--embfile']}.json"):
+            with open(path, "a") as file:
                 file.write(" ".join(map(str, arguments)) + "\n")
 
     monkeypatch.setattr(dials, "script", step)
@@ -328,8 +329,8 @@ def test_a_cache_of_the_dials_that_was_cut_off_between_two_steps_is_made_again(
         (tmp_path / f"added{end}").touch()
     with pytest.raises(KeyboardInterrupt):
         dials.make_caches(tmp_path, tmp_path)
-    made = dials.make_caches(tmp_path, tmp_path)
-    for name, path in made.items():
+    caches = dials.make_caches(tmp_path, tmp_path)
+    for name, path in caches.items():
         assert name == "as in training" or "--add_from" in path.with_suffix(".txt").read_text()
     before = files(tmp_path)
     dials.make_caches(tmp_path, tmp_path)

@@ -1,8 +1,7 @@
-"""Mutated real files: whatever a byte or a value becomes, a reader gives a correct result or
-InputError (of an image OSError).
+"""Mutated real files: a reader gives a correct result or raises InputError (for images OSError).
 
-It never takes more than 10 seconds, nor a GB. The mutations are the same in every run; FUZZ=5000
-asks for so many of each kind.
+It never takes more than 10 seconds or a GB. The mutations are the same in every run. FUZZ=5000
+makes so many of each kind.
 """
 
 import copy
@@ -41,7 +40,7 @@ from hypothesis import strategies as st
 EXAMPLES = int(os.environ.get("FUZZ", "20"))
 fuzz = settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None,
                 suppress_health_check=list(HealthCheck))
-COUNTS = Counter()  # outcomes: printed where FUZZ is set
+COUNTS = Counter()  # {(kind of file, outcome): files}, printed where FUZZ is set
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,99 +54,102 @@ def count():
 
 # ---------------------------------------------------------------------------------------- mutations
 
-PLACES = st.integers(0, 400) | st.integers(-100, -1) | st.floats(
-    0, 1)  # from the beginning, from the end, a share of the file
+# A place is an offset from the beginning or the end of the file, or a share of its length.
+PLACES = st.integers(0, 400) | st.integers(-100, -1) | st.floats(0, 1)
 BYTES = st.binary(min_size=1, max_size=9) | st.sampled_from([
     b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff",
-    b"\xff\xff\xff\x7f",
-    bytes(8), b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\n", b"\r", b"(" * 300, b"[" * 9000,
-    b"9" * 5000, b"NaN", b"-", b"1e999", b"\xe2\x80\xa8", b"\x1b[2J", b"\xed\xa0\x80"
-])
-BYTE_EDITS = st.lists(
-    st.one_of(st.tuples(st.just("set"), PLACES, BYTES),
-              st.tuples(st.just("flip"), PLACES, st.integers(0, 7)),
-              st.tuples(st.just("insert"), PLACES, BYTES), st.tuples(st.just("cut"), PLACES),
-              st.tuples(st.just("remove"), PLACES, st.integers(1, 300)),
-              st.tuples(st.just("repeat"), PLACES, st.integers(1, 300)),
-              st.tuples(st.just("swap"), PLACES, PLACES, st.integers(1, 300))), min_size=1,
-    max_size=5)
+    b"\xff\xff\xff\x7f", bytes(8), b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\n", b"\r", b"(" * 300,
+    b"[" * 9000, b"9" * 5000, b"NaN", b"-", b"1e999", b"\xe2\x80\xa8", b"\x1b[2J", b"\xed\xa0\x80"])
+BYTE_EDIT = st.one_of(
+    st.tuples(st.just("set"), PLACES, BYTES),
+    st.tuples(st.just("flip"), PLACES, st.integers(0, 7)),
+    st.tuples(st.just("insert"), PLACES, BYTES),
+    st.tuples(st.just("cut"), PLACES),
+    st.tuples(st.just("remove"), PLACES, st.integers(1, 300)),
+    st.tuples(st.just("repeat"), PLACES, st.integers(1, 300)),
+    st.tuples(st.just("swap"), PLACES, PLACES, st.integers(1, 300)))
+BYTE_EDITS = st.lists(BYTE_EDIT, min_size=1, max_size=5)
 
 
 def mutate(data, edits):
-    """The bytes after some edits: (what, where, ...)."""
+    """Bytes after some edits, each (kind, place, ...)."""
     def locate(place):
         return int(place * len(data)) if isinstance(place, float) else place % (len(data) or 1)
 
-    for what, place, *more in edits:
+    for kind, place, *values in edits:
         at = locate(place)
-        if what == "set":
-            data = data[:at] + more[0] + data[at + len(more[0]):]
-        elif what == "flip":
-            data = data[:at] + bytes(byte ^ 1 << more[0]
-                                     for byte in data[at:at + 1]) + data[at + 1:]
-        elif what == "insert":
-            data = data[:at] + more[0] + data[at:]
-        elif what == "cut":
-            data = data[:at]
-        elif what == "remove":
-            data = data[:at] + data[at + more[0]:]
-        elif what == "repeat":
-            data = data[:at] + data[at:at + more[0]] * 3 + data[at + more[0]:]
+        before, after = data[:at], data[at:]
+        if kind == "set":
+            data = before + values[0] + after[len(values[0]):]
+        elif kind == "flip":
+            data = before + bytes(byte ^ 1 << values[0] for byte in after[:1]) + after[1:]
+        elif kind == "insert":
+            data = before + values[0] + after
+        elif kind == "cut":
+            data = before
+        elif kind == "remove":
+            data = before + after[values[0]:]
+        elif kind == "repeat":
+            data = before + after[:values[0]] * 3 + after[values[0]:]
         else:
-            low, high = sorted((at, locate(more[0])))
-            n = min(more[1], high - low)
-            data = data[:low] + data[high:high + n] + data[low + n:high] + data[low:low +
-                                                                                n] + data[high + n:]
+            low, high = sorted((at, locate(values[0])))
+            n = min(values[1], high - low)
+            one, other = data[low:low + n], data[high:high + n]
+            data = data[:low] + other + data[low + n:high] + one + data[high + n:]
     return data
 
 
 VALUES = st.sampled_from([
-    None, True, False, 0, -1, 1, 7, 1.5,
-    float("nan"),
-    float("inf"), -0.0, 1 << 31, 1 << 63, 1 << 64, 10**30, -10**4000, "", "a", "7",
-    "../../etc/passwd", "/etc/passwd", "a\0b", "\ud800", "\udcff", "\x1b[2J", "\u202e", "\u2028",
-    "<script>", "F64", "BF16", "a" * 20_000, [], {}, [[]], [1, 2], {"a": 1}, ["a", "b"], [0, 8],
-    [8, 0], [1 << 40, 1 << 41], [1] * 40, {"id": 1}, {"caption": "a"}, "DEEP"
-])
+    None, True, False, 0, -1, 1, 7, 1.5, float("nan"), float("inf"), -0.0, 1 << 31, 1 << 63,
+    1 << 64, 10 ** 30, -10 ** 4000, "", "a", "7", "../../etc/passwd", "/etc/passwd", "a\0b",
+    "\ud800", "\udcff", "\x1b[2J", "\u202e", "\u2028", "<script>", "F64", "BF16", "a" * 20_000,
+    [], {}, [[]], [1, 2], {"a": 1}, ["a", "b"], [0, 8], [8, 0], [1 << 40, 1 << 41], [1] * 40,
+    {"id": 1}, {"caption": "a"}, "DEEP"])
 VALUES |= st.integers() | st.text(max_size=5)
-JSON_EDITS = st.lists(
-    st.tuples(st.sampled_from(["replace", "replace", "delete", "repeat", "rename", "copy"]),
-              st.integers(0, 1 << 30), st.integers(0, 1 << 30), VALUES), min_size=1, max_size=4)
+KINDS = st.sampled_from(["replace", "replace", "delete", "repeat", "rename", "copy"])
+NUMBERS = st.integers(0, 1 << 30)
+JSON_EDITS = st.lists(st.tuples(KINDS, NUMBERS, NUMBERS, VALUES), min_size=1, max_size=4)
 
 
-def places(data):
+def keys_of(value):
+    if isinstance(value, dict):
+        return list(value)
+    return range(len(value)) if isinstance(value, list) else ()
+
+
+def json_places(data):
     """(container, key) of every value inside some JSON."""
-    found, waiting = [], [data]
-    while waiting:
-        one = waiting.pop()
-        for key in one if isinstance(one,
-                                     dict) else range(len(one)) if isinstance(one, list) else ():
-            found.append((one, key))
-            waiting.append(one[key])
-    return found
+    places, open_values = [], [data]
+    while open_values:
+        container = open_values.pop()
+        for key in keys_of(container):
+            places.append((container, key))
+            open_values.append(container[key])
+    return places
 
 
 def mutate_json(data, edits):
-    """The bytes of some JSON after edits: (what, which value, which other, a new value)."""
+    """The bytes of some JSON after edits: (kind, number of a value, of another, a new value)."""
     box = [copy.deepcopy(data)]
-    for what, which, other, value in edits:
-        there = places(box)
-        (container, key), (source, at) = there[which % len(there)], there[other % len(there)]
-        if what == "replace":
+    for kind, number, other, value in edits:
+        places = json_places(box)
+        container, key = places[number % len(places)]
+        source, source_key = places[other % len(places)]
+        if kind == "replace":
             container[key] = copy.deepcopy(value)
-        elif what == "copy":
-            container[key] = copy.deepcopy(source[at])
-        elif what == "delete" and container is not box:
+        elif kind == "copy":
+            container[key] = copy.deepcopy(source[source_key])
+        elif kind == "delete" and container is not box:
             del container[key]
-        elif what == "repeat" and isinstance(container, list) and container is not box:
+        elif kind == "repeat" and isinstance(container, list) and container is not box:
             container.insert(key, copy.deepcopy(container[key]))
-        elif what == "rename" and isinstance(container, dict):
+        elif kind == "rename" and isinstance(container, dict):
             container[str(value)] = container.pop(key)
     return json.dumps(box[0]).replace('"DEEP"', DEEP).encode()
 
 
 def outcome(name, path, content, read, error=InputError):
-    """Writes the bytes, reads them within the limits, and counts what came of it."""
+    """Writes bytes to a path, reads them within the limits, and counts the outcome."""
     path.write_bytes(content)
     with bounded(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -166,31 +168,30 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-ENTRIES = [
-    "a dog", "grass", "naïve café", "", "\u202eodd\x00", "penguin", "two red cats", "x" * 100
-]
+ENTRIES = ["a dog", "grass", "naïve café", "", "\u202eodd\x00", "penguin", "two red cats",
+           "x" * 100]
 DIM = 8
 
 
 def made_cache(folder):
-    """{name: bytes} of the three files of a cache."""
-    rows = torch.nn.functional.normalize(
-        torch.randn(len(ENTRIES), DIM, generator=torch.Generator().manual_seed(0)), dim=1)
-    cache_module.write_cache(folder / "c.txt", folder / "c.npy", ENTRIES, rows.numpy(), "clip@1",
-                             "")
+    """Writes a cache. Returns {name: bytes} of its three files."""
+    noise = torch.randn(len(ENTRIES), DIM, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.normalize(noise, dim=1).numpy()
+    cache_module.write_cache(folder / "c.txt", folder / "c.npy", ENTRIES, rows, "clip@1", "")
     return {name: (folder / name).read_bytes() for name in ("c.txt", "c.npy", "c.npy.json")}
 
 
 def read_cache(folder):
+    """Reads the cache and searches it. Entries, vectors and results must be well-formed."""
     entries, rows = cache_module.read_cache([folder / "c.txt"], [folder / "c.npy"], "clip@1", DIM)
     values = rows[:]
-    assert len(entries) == len(rows) == len(
-        values) and values.shape[1] == DIM and values.dtype == torch.float32
-    assert values.isfinite().all() and all(
-        isinstance(entry, str) and "\n" not in entry for entry in entries)
-    scores, indices = cache_module.search(torch.ones(1, DIM), rows, 3)
-    assert indices.max() < len(entries) and torch.equal(
-        (torch.ones(1, DIM) @ values.T)[0, indices[0]], scores[0])
+    assert len(entries) == len(rows) == len(values)
+    assert values.shape[1] == DIM and values.dtype == torch.float32 and values.isfinite().all()
+    assert all(isinstance(entry, str) and "\n" not in entry for entry in entries)
+    query = torch.ones(1, DIM)
+    scores, indices = cache_module.search(query, rows, 3)
+    assert indices.max() < len(entries)
+    assert torch.equal((query @ values.T)[0, indices[0]], scores[0])
 
 
 @pytest.mark.parametrize("name", ["c.txt", "c.npy", "c.npy.json"])
@@ -202,15 +203,15 @@ def test_a_cache_of_mutated_bytes(folder, name, checked):
     @given(BYTE_EDITS)
     def run(edits):
         content = mutate(files[name], edits)
-        told = json.loads(files["c.npy.json"])
         for other, data in files.items():
             (folder / other).write_bytes(data)
         if not checked and name != "c.npy.json":
             (folder / "c.npy.json").unlink()
-        elif name == "c.txt":  # as if that were its text, so that more than the digest is tried
+        elif name == "c.txt":  # described with the right digest, so that the other checks are tried
             (folder / name).write_bytes(content)
-            (folder / "c.npy.json").write_text(
-                json.dumps(told | {"text_sha256": file_sha256(folder / name)}))
+            description = json.loads(files["c.npy.json"])
+            description["text_sha256"] = file_sha256(folder / name)
+            (folder / "c.npy.json").write_text(json.dumps(description))
         outcome(f"cache {name}", folder / name, content, lambda _: read_cache(folder))
     run()
 
@@ -228,7 +229,8 @@ def test_a_cache_with_a_description_of_mutated_values(folder):
     run()
 
 
-SIDES = st.integers(-9, 99) | st.sampled_from([1 << 31, 1 << 62, 1 << 64, 10**18, -10**30, True])
+SIDES = st.integers(-9, 99)
+SIDES |= st.sampled_from([1 << 31, 1 << 62, 1 << 64, 10 ** 18, -10 ** 30, True])
 DTYPES = ["<f4", ">f4", "<f2", "<f8", "<f16", "|O", "<U3", "|V0", "<c8", "|b1", "<i4", "<M8[s]"]
 
 
@@ -236,26 +238,23 @@ DTYPES = ["<f4", ">f4", "<f2", "<f8", "<f16", "|O", "<U3", "|V0", "<c8", "|b1", 
 @given(st.lists(SIDES, max_size=4), st.sampled_from(DTYPES), st.booleans(), st.binary(max_size=600))
 def test_a_cache_whose_array_has_any_header(folder, shape, descr, fortran, data):
     made_cache(folder)
-    header = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {tuple(shape)}}}\n".encode(
-    )
-    content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
+    header = f"{{'descr': {descr!r}, 'fortran_order': {fortran}, 'shape': {tuple(shape)}}}\n"
+    content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
     outcome("cache header", folder / "c.npy", content, lambda _: read_cache(folder))
 
 
 # ------------------------------------------------------------------------------------ JSON and text
 
 def read_annotations(path):
-    listed = {
-        picture.id: picture[1:]
-        for picture in datasets.read_coco(path.parents[1], "val2017", need_images=False)
-    }
-    for pictures in (datasets.read_annotations(path), listed):
-        for image, (place, captions) in pictures.items():
-            assert type(image) in (int, str) and ".." not in Path(place).parts
+    pictures = datasets.read_coco(path.parents[1], "val2017", need_images=False)
+    by_id = {picture.id: picture[1:] for picture in pictures}
+    for listing in (datasets.read_annotations(path), by_id):
+        for image_id, (name, captions) in listing.items():
+            assert type(image_id) in (int, str) and ".." not in Path(name).parts
             assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT
                        for caption in captions if caption)
-            utils.seed_of(0, image)
-            os.fsencode(path.parent / place)
+            utils.seed_of(0, image_id)
+            os.fsencode(path.parent / name)
 
 
 def read_results(path):
@@ -271,40 +270,50 @@ def read_captions(path):
 def read_records(path):
     pictures = [Picture(record["image_id"], Path(record["file"])) for record in RECORDS]
     done = resume(path, 2)
-    kept = list(read_sealed(path))
-    assert kept == RECORDS[:done] and done % 2 == 0
-    if kept:
+    records = list(read_sealed(path))
+    assert records == RECORDS[:done] and done % 2 == 0
+    if records:
         write_results(path.parent, path, pictures[:done], 9, as_csv=True)
 
 
 RECORDS = [RECORD | {"image_id": f"{name}.png", "file": f"{name}.png"} for name in "abcdef"]
 COCO = {
     "info": {"year": 2017},
-    "images": [{"id": i, "file_name": f"{i}.png", "width": 9} for i in range(5)], "annotations": [
-        {"id": i, "image_id": i % 5, "caption": f"a dog and {i} cats"} for i in range(12)
-    ]
-}
+    "images": [{"id": i, "file_name": f"{i}.png", "width": 9} for i in range(5)],
+    "annotations": [{"id": i, "image_id": i % 5, "caption": f"a dog and {i} cats"}
+                    for i in range(12)]}
 RESULTS = [{"image_id": i, "caption": f"a dog and {i} cats"} for i in range(5)]
 TEXT = "a dog\nnaïve café\n\n two  cats \r\n".encode()
-DOCUMENTS = {  # name: (file, its values or None, a line each: True, or how it is written; reader)
+def read_predictions(path):
+    return datasets.read_texts(path, "captions file")
+
+
+def read_words(path):
+    return [line.encode() for line in files.read_lines(path, "list of words")]
+
+
+# {name: (file; its values, or None for TEXT; whether there is a line for each, or seal; reader)}
+DOCUMENTS = {
     "annotations": ("annotations/captions_val2017.json", COCO, False, read_annotations),
     "results of the scorer": ("captions.json", RESULTS, False, read_results),
     "captions.json of stories": ("captions.json", RESULTS, False, read_captions),
     "details.jsonl of stories": ("details.jsonl", RECORDS, True, read_captions),
     "details.jsonl.part": ("details-0.jsonl.part", RECORDS, seal, read_records),
     "captions.txt": ("captions.txt", None, True, read_captions),
-    "preds.txt": ("preds.txt", None, True, lambda path: datasets.read_texts(path, "captions file")),
-    "words.txt": ("words.txt", None, True, lambda path: [line.encode() for line in files.read_lines(path, "list of words")]),
+    "preds.txt": ("preds.txt", None, True, read_predictions),
+    "words.txt": ("words.txt", None, True, read_words),
 }
 
 
 def document(values, by_line):
+    """The bytes of a document, see DOCUMENTS."""
     if values is None:
         return TEXT
     if by_line is seal:
         return b"".join(map(seal, values))
-    return b"".join(json.dumps(record).encode() + b"\n"
-                    for record in values) if by_line else json.dumps(values).encode()
+    if by_line:
+        return b"".join(json.dumps(record).encode() + b"\n" for record in values)
+    return json.dumps(values).encode()
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -329,9 +338,8 @@ def test_a_document_of_mutated_values(tmp_path, name):
     def run(edits, line):
         if by_line:
             lines = document(values, by_line).splitlines(keepends=True)
-            digits = lines[line][:DIGITS +
-                                 1] if by_line is seal else b""  # the seal of what was written
-            lines[line] = digits + mutate_json(values[line], edits) + b"\n"
+            checksum = lines[line][:DIGITS + 1] if by_line is seal else b""  # of the true record
+            lines[line] = checksum + mutate_json(values[line], edits) + b"\n"
             content = b"".join(lines)
         else:
             content = mutate_json(values, edits)
@@ -349,33 +357,30 @@ def captioner():
 def load_checkpoint(captioner):
     def read(path):
         settings = checkpoints.load_checkpoint(path, captioner)
-        assert all(
-            type(settings[name]) is int and settings[name] > 0
-            for name in ("topk", "maxlen_enc", "maxlen_dec"))
+        for name in ("topk", "maxlen_enc", "maxlen_dec"):
+            assert type(settings[name]) is int and settings[name] > 0
         assert all(parameter.isfinite().all() for parameter in captioner.model.parameters())
     return read
 
 
 def openai_weights(vocabulary):
-    """A small CLIP's, by OpenAI's names."""
+    """Zeros in the shapes of a small CLIP, by OpenAI's names."""
     def tower(prefix):
         shapes = {
-            "ln_1.weight": (64, ), "ln_1.bias": (64, ), "ln_2.weight": (64, ), "ln_2.bias": (64, ),
-            "attn.in_proj_weight": (192, 64), "attn.in_proj_bias": (192, ),
-            "attn.out_proj.weight": (64, 64), "attn.out_proj.bias": (64, ),
-            "mlp.c_fc.weight": (256, 64), "mlp.c_fc.bias": (256, ), "mlp.c_proj.weight": (64, 256),
-            "mlp.c_proj.bias": (64, )
-        }
+            "ln_1.weight": (64,), "ln_1.bias": (64,), "ln_2.weight": (64,), "ln_2.bias": (64,),
+            "attn.in_proj_weight": (192, 64), "attn.in_proj_bias": (192,),
+            "attn.out_proj.weight": (64, 64), "attn.out_proj.bias": (64,),
+            "mlp.c_fc.weight": (256, 64), "mlp.c_fc.bias": (256,),
+            "mlp.c_proj.weight": (64, 256), "mlp.c_proj.bias": (64,)}
         return {f"{prefix}transformer.resblocks.0.{name}": shape for name, shape in shapes.items()}
 
     shapes = tower("") | tower("visual.") | {
-        "visual.class_embedding": (64, ), "visual.positional_embedding": (5, 64),
-        "visual.conv1.weight": (64, 3, 16, 16), "visual.ln_pre.weight": (64, ),
-        "visual.ln_pre.bias": (64, ), "visual.ln_post.weight": (64, ),
-        "visual.ln_post.bias": (64, ), "visual.proj": (64, 32), "logit_scale": (),
-        "token_embedding.weight": (vocabulary, 64), "positional_embedding": (77, 64),
-        "ln_final.weight": (64, ), "ln_final.bias": (64, ), "text_projection": (64, 32)
-    }
+        "visual.class_embedding": (64,), "visual.positional_embedding": (5, 64),
+        "visual.conv1.weight": (64, 3, 16, 16), "visual.ln_pre.weight": (64,),
+        "visual.ln_pre.bias": (64,), "visual.ln_post.weight": (64,), "visual.ln_post.bias": (64,),
+        "visual.proj": (64, 32), "logit_scale": (), "token_embedding.weight": (vocabulary, 64),
+        "positional_embedding": (77, 64), "ln_final.weight": (64,), "ln_final.bias": (64,),
+        "text_projection": (64, 32)}
     return {name: torch.zeros(shape).half() for name, shape in shapes.items()}
 
 
@@ -396,25 +401,24 @@ def state_of():
 
 @pytest.fixture(scope="module")
 def torch_files(captioner, checkpoint, tmp_path_factory):
-    """{name: (file, bytes, reader)} of all that holds tensors."""
-    folder = tmp_path_factory.mktemp("made")
-    weights = {
-        f"model.{name}": weight.detach() for name, weight in captioner.model.named_parameters()
-        if checkpoints.is_layernorm(name)
-    }
-    lightning = {
-        "epoch": 5, "state_dict": weights, "hyper_parameters": {"topk": 24, "note": (1, "a")}
-    }
+    """{name: (file, bytes, reader)} of all files with tensors."""
+    folder = tmp_path_factory.mktemp("tensors")
+    weights = {f"model.{name}": weight.detach()
+               for name, weight in captioner.model.named_parameters()
+               if checkpoints.is_layernorm(name)}
+    lightning = {"epoch": 5, "state_dict": weights,
+                 "hyper_parameters": {"topk": 24, "note": (1, "a")}}
     tokenizer = model.load_tokenizer(CLIP, "tokenizer")
     trained, optimizer, progress = state_of()
     checkpoints.save_state(folder / "state-0.pt", trained, optimizer, progress)
     features.write_features(folder / "features.safetensors", torch.eye(8)[:5], {2: "damaged"})
 
     def read_features(path):
-        found = features.read_features(path, 6, 8)
-        if found is None:
+        result = features.read_features(path, 6, 8)
+        if result is None:  # the file is refused, and its features are computed again
             raise InputError("computed again")
-        assert found[0].shape == (6 - len(found[1]), 8) and set(found[1]) <= set(range(6))
+        vectors, bad = result
+        assert vectors.shape == (6 - len(bad), 8) and set(bad) <= set(range(6))
 
     def read_openai(path):
         with pytest.MonkeyPatch.context() as patch:
@@ -457,20 +461,20 @@ def test_tensors_with_a_header_of_mutated_values(tmp_path, torch_files, name):
 
     @fuzz
     @given(JSON_EDITS, JSON_EDITS, st.booleans())
-    def run(edits, inner, both):
+    def run(edits, inner, only_settings):
         changed = copy.deepcopy(header)
         for key, text in changed["__metadata__"].items():
-            if both:  # the settings, which are JSON in a text of the header
+            if only_settings:  # they are JSON in a text of the header
                 changed["__metadata__"][key] = mutate_json(json.loads(text), inner).decode()
-        made = json.dumps(changed).encode() if both else mutate_json(changed, edits)
-        outcome(f"{name}, values", tmp_path / file,
-                struct.pack("<Q", len(made)) + made + data, read)
+        mutated = json.dumps(changed).encode() if only_settings else mutate_json(changed, edits)
+        mutated = struct.pack("<Q", len(mutated)) + mutated + data
+        outcome(f"{name}, values", tmp_path / file, mutated, read)
     run()
 
 
 @pytest.mark.parametrize("name", FILES[2:])
 def test_a_zip_with_a_mutated_pickle(tmp_path, torch_files, name):
-    """In an archive that is whole, with the right sums."""
+    """The archive is whole, with the right checksums."""
     file, content, read = torch_files[name]
     with zipfile.ZipFile(io.BytesIO(content)) as old:
         members = {info.filename: old.read(info) for info in old.infolist()}
@@ -481,8 +485,9 @@ def test_a_zip_with_a_mutated_pickle(tmp_path, torch_files, name):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for member, data in members.items():
-                archive.writestr(member,
-                                 mutate(data, edits) if member.endswith("/data.pkl") else data)
+                if member.endswith("/data.pkl"):
+                    data = mutate(data, edits)
+                archive.writestr(member, data)
         outcome(f"{name}, pickle", tmp_path / file, buffer.getvalue(), read)
     run()
 
@@ -490,12 +495,17 @@ def test_a_zip_with_a_mutated_pickle(tmp_path, torch_files, name):
 # ------------------------------------------------------------------------------------------- images
 
 def encoded(format, mode="RGB", **options):
+    """The bytes of an image of noise, with an EXIF orientation where the format has one."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).convert(mode) if mode != "I;16" else Image.fromarray(
-        noise[:, :, 0].astype(np.uint16) * 257)
-    buffer, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6
-    image.save(buffer, format, **({} if format in ("BMP", "GIF") else {"exif": exif}), **options)
+    if mode == "I;16":
+        image = Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(noise).convert(mode)
+    if format not in ("BMP", "GIF"):
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -523,14 +533,14 @@ IMAGES = {
 
 
 def with_right_sums(data):
-    """A PNG whose chunks have the sums of what they hold, so that a mutated one is read further."""
-    found, at = [data[:8]], 8
+    """A mutated PNG with right checksums of its chunks, so that a reader gets further."""
+    parts, at = [data[:8]], 8
     while at + 12 <= len(data):
         length, = struct.unpack(">I", data[at:at + 4])
         body = data[at + 4:at + 8 + length]
-        found += [data[at:at + 4], body, struct.pack(">I", zlib.crc32(body))]
+        parts += [data[at:at + 4], body, struct.pack(">I", zlib.crc32(body))]
         at += 12 + length
-    return b"".join(found)
+    return b"".join(parts)
 
 
 @pytest.mark.parametrize("name", IMAGES)
