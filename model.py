@@ -16,7 +16,6 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
-from transformers.utils import logging
 
 from antarctic.cache import (
     Embeddings,
@@ -30,8 +29,8 @@ from antarctic.cache import (
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
 from antarctic.errors import InputError
-from antarctic.files import existing_file, one_line
-from antarctic.images import read_image
+from antarctic.files import existing_file, one_line, read_words
+from antarctic.images import read_image, to_rgb
 from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
@@ -50,9 +49,6 @@ from utils import (
 )
 
 MANY = 4096  # images whose tables are worth a bfloat16 copy of the embeddings
-
-logging.disable_progress_bar()
-logging.set_verbosity_error()
 
 
 # --------------------------------------------------------------------------------------------- CLIP
@@ -233,6 +229,20 @@ class Captioner:
         return [" ".join(text.split()) for text in texts]
 
 
+def as_list(values):
+    """A list of values; None stays None. A text, a path or an image is one value."""
+    if values is None or isinstance(values, list):
+        return values
+    return [values] if isinstance(values, str | Path | Image) else list(values)
+
+
+def likeliest(samples):
+    """{text: likelihood} of (text, likelihood, ...) tuples. Two token sequences can spell one text:
+    the likelier one counts."""
+    ascending = sorted(samples, key=lambda sample: sample[1])
+    return {text: likelihood for text, likelihood, *_ in ascending}
+
+
 def rescore(clip, features, candidates):
     """CLIP's cosine of each candidate with its image: B lists of floats.
 
@@ -289,12 +299,18 @@ class Model:
              maxlen_dec=None, device="auto", dtype="auto", **decoding):
         """Loads a Model. The arguments are the sampler's flags, with the same defaults.
 
-        textfile, embfile: lists of paths. ckpt: "none" for BART as pretrained. only, ban: lists of
-        words. topk, maxlen_enc, maxlen_dec: None takes the checkpoint's. decoding: the fields of
-        utils.Decoding. Raises InputError where a file is missing or does not fit the others.
+        textfile, embfile: a path, or a list of paths. ckpt: "none" for BART as pretrained. only,
+        ban: the path of a file, as the flags, or a list of words. topk, maxlen_enc, maxlen_dec:
+        None takes the checkpoint's. decoding: the fields of utils.Decoding. Raises InputError where
+        a setting cannot work, or a file is missing or does not fit the others.
         """
         decoding = Decoding(**decoding)
-        textfile, embfile = choose_cache(textfile, embfile, isfile)
+        for name, size in (("topk", topk), ("maxlen_enc", maxlen_enc), ("maxlen_dec", maxlen_dec)):
+            if size is not None and size < 1:
+                raise InputError(f"{name} must be at least 1, not {size}")
+        only, ban = (read_words(words) if isinstance(words, str | Path) else words
+                     for words in (only, ban))
+        textfile, embfile = choose_cache(as_list(textfile), as_list(embfile), isfile)
         ckpt = choose_checkpoint(ckpt, isfile)
         device = choose_device(device)
         settings = {"topk": TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
@@ -323,9 +339,13 @@ class Model:
     def add_words(self, words):
         """Lays entries over the cache, in memory only. Returns the new ones, a list.
 
-        words: texts, such as ["Geoff Hinton"]. CLIP encodes them with the cache's prefix. Raises
-        InputError where a word is banned, or longer than an entry may be.
+        words: a text, or texts, such as ["Geoff Hinton"]. CLIP encodes them with the cache's
+        prefix. Raises InputError where a word is no text, is banned, or is longer than an entry
+        may be.
         """
+        words = as_list(words)
+        if wrong := [word for word in words if not isinstance(word, str)]:
+            raise InputError(f"a word must be a text, not {wrong[0]!r:.100}")
         words = dict.fromkeys(one_line(word, "add_words") for word in words)
         if banned := [word for word in words if self.banned and self.banned.search(word)]:
             raise InputError(f'"{banned[0]}" is banned')
@@ -340,22 +360,25 @@ class Model:
     def features(self, images):
         """CLIP's unit vectors, float32 (n, dim). images: n paths or PIL images, one batch.
 
-        Raises InputError where a file cannot be read as an image.
+        A PIL image is turned upright and laid on white, as a file is. Raises InputError where an
+        image cannot be read.
         """
         pictures = []
-        for image in images:
+        for image in as_list(images):
+            if not isinstance(image, str | Path | Image):
+                raise InputError(f"an image must be a path or a PIL image, not "
+                                 f"{type(image).__name__}")
             try:
-                picture = image if isinstance(image, Image) else read_image(image)
+                pictures.append(to_rgb(image) if isinstance(image, Image) else read_image(image))
             except OSError as error:
                 raise InputError(f"cannot read the image {image} "
                                  f"({error.strerror or error})") from error
-            pictures.append(picture.convert("RGB"))
         return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
 
     def tables(self, features):
         """The topk entries nearest to each image, best first: n lists of (entry, cosine).
 
-        features: unit vectors, float32 (n, dim).
+        features: unit vectors, a float32 tensor (n, dim).
         """
         find = self.search
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
@@ -385,6 +408,8 @@ class Model:
         """
         decoding = replace(self.decoding, **changes)
         ids = range(len(tables)) if ids is None else ids
+        if len(ids) != len(tables):
+            raise InputError(f"got {len(ids)} ids but {len(tables)} images")
         seeds = [seed_of(decoding.seed, image_id) for image_id in ids]
         tokens, n = self.tokenize(tables), decoding.num_return_sequences
         if decoding.do_sample:
@@ -395,9 +420,7 @@ class Model:
             drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
         if self.banned:
             drafts = [self.without_banned(*each) for each in zip(drafts, tokens, seeds)]
-        # Two token sequences can spell one text: the likelier one comes last and counts.
-        drafts = [sorted(draft, key=lambda each: each[1]) for draft in drafts]
-        return [{text: likelihood for text, likelihood, *_ in draft} for draft in drafts]
+        return [likeliest(draft) for draft in drafts]
 
     def without_banned(self, candidates, table, seed, attempts=9):
         """The candidates without a banned word. If none is left, samples are drawn anew, up to so
@@ -430,14 +453,19 @@ class Model:
         return captions
 
     def caption(self, images, ids=None, batch_size=16, **changes):
-        """Captions images by the four steps: n Captions. images: n paths or PIL images.
+        """Captions images by the four steps: n Captions. images: n paths or PIL images, or one.
 
         ids: see candidates() (default: the paths, as in the sampler; of PIL images 0, 1, ...).
-        changes: fields of self.decoding, such as do_sample=True, num_return_sequences=100.
+        changes: fields of self.decoding, such as do_sample=True, num_return_sequences=100. Raises
+        InputError where an image cannot be read.
         """
-        images = list(images)
+        images = as_list(images)
         if ids is None:
             ids = [i if isinstance(image, Image) else image for i, image in enumerate(images)]
+        ids = list(ids)
+        if len(ids) != len(images) or batch_size < 1:
+            raise InputError(f"got {len(ids)} ids but {len(images)} images, in batches of "
+                             f"{batch_size}")
         captions = []
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import list_images, read_coco
+from antarctic.datasets import list_images, read_coco, report_bad_images
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
-from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import append, file_sha256, fingerprint, output_folder, read_lines
+from antarctic.errors import InputError, counted, escape_control, print_safely
+from antarctic.files import append, file_sha256, fingerprint, output_folder, read_words
+from antarctic.results import check_sidecars, write_results, write_sidecars
 from antarctic.runtime import run
 from antarctic.sealed import resume, seal
 from utils import (
@@ -96,17 +97,15 @@ def check(args):
         raise InputError("exactly one of --datadir and --images says what is captioned")
     require_at_least(1, args, "topk", "batch_size")
     require_at_least(0, args, "gallery")
+    ignored = [f"--{name}" for name in ("temperature", "top_p")
+               if getattr(args, name) != 1 and not args.do_sample]
+    ignored += ["--overwrite"] * (args.overwrite and not args.sidecar)
+    if ignored and rank_and_world()[0] == 0:
+        print(f"warning: {' and '.join(ignored)} do nothing without --do_sample or --sidecar",
+              file=sys.stderr)
     decoding = Decoding(**{name: getattr(args, name) for name in Decoding.__dataclass_fields__})
     find_inputs(args)
     return decoding
-
-
-def read_words(path):
-    """The lines of --only or --ban; None without the flag. Raises InputError: there is no line."""
-    words = read_lines(path, "list of words") if path else None
-    if words == []:
-        raise InputError(f"there is no word in {path}")
-    return words
 
 
 def name_of_run(args, model, features, pictures):
@@ -130,57 +129,14 @@ def record_of(picture, result):
     return {"image_id": picture.id, "file": str(picture.path), **result._asdict()}
 
 
-def report(records, empty, bad, seconds, args):
-    """Prints where the results are, and the first captions of a user's own images.
+def caption_all(model, features, pictures, part, args):
+    """Captions the pictures that part has no record of, and appends their records to it.
 
-    records, empty: see write_results. bad: images that could not be read. seconds: per image.
+    features: float32 (n, dim), of n pictures. Each process captions every world-th batch. Returns
+    seconds per image.
     """
-    from antarctic.images import report_bad_images
-    report_bad_images(bad)
-    if empty:
-        print(f"{empty} images have an empty caption: every candidate held a banned word",
-              file=sys.stderr)
-    if args.images:
-        for record in records[:ON_SCREEN]:
-            print_safely(f"{escape_control(record['file'])}: {escape_control(record['caption'])}")
-        if len(records) > ON_SCREEN:
-            path = escape_control(Path(args.savedir) / "preds.txt")
-            print_safely(f"... and {len(records) - ON_SCREEN:,} more in {path}")
-    page = escape_control(Path(args.savedir) / "gallery.html")
-    print_safely(f"captioned {len(records)} images ({seconds:.3f} s an image); wrote preds.txt, "
-                 f"captions.json, details.jsonl and {page}")
-
-
-def main():
-    args = parse()
-    decoding = check(args)
-    pictures = list_images(args.images) if args.images else read_coco(args.datadir, args.split)
-    only, ban = read_words(args.only), read_words(args.ban)
-    savedir, device, dtype = start_run(args)
-    # Libraries take seconds to load, so they are imported only after the arguments are checked.
-    from antarctic.features import image_features
-    from antarctic.images import report_bad_images
-    from antarctic.results import check_sidecars, write_results
-    from model import Model
-
-    model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
-                       args.index, only, ban, args.topk, device=device, dtype=dtype,
-                       **asdict(decoding))
     rank, world = rank_and_world()
-    if rank == 0:
-        print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
-    if args.sidecar:  # a stopped run may have written some of them
-        check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
-    features, pictures, bad = image_features(model.clip, pictures,
-                                             output_folder(args.features or savedir))
-    if not pictures:
-        report_bad_images(bad)
-        raise InputError("none of the images can be read")
-
-    name = on_rank0(lambda: name_of_run(args, model, features, pictures))
-    part = savedir / f"details-{name}.jsonl.part"
     done = on_rank0(lambda: resume(part, args.batch_size, len(pictures)))
-
     start_time = time.perf_counter()
     with tqdm(total=len(pictures), initial=done, desc="captioning", unit="image",
               disable=rank > 0) as bar:
@@ -192,12 +148,68 @@ def main():
             records = gather_lists(list(map(record_of, pictures[batch], captions)))
             if rank == 0:
                 append(part, b"".join(map(seal, records)))
+                if args.sidecar:  # now, so that a stop keeps them
+                    write_sidecars(records, args.overwrite)
             bar.update(len(records))
-    if rank > 0:
-        return
-    seconds = (time.perf_counter() - start_time) / max(1, len(pictures) - done)
-    records, empty = write_results(savedir, part, pictures, args.gallery, args.csv, args.sidecar)
-    report(records, empty, bad, seconds, args)
+    return (time.perf_counter() - start_time) / max(1, len(pictures) - done)
+
+
+def report(records, empty, bad, left, seconds, args):
+    """Prints where the results are, and the first captions of a user's own images.
+
+    records, empty: see write_results. bad: images that could not be read. left: see write_sidecars.
+    seconds: per image.
+    """
+    report_bad_images(bad)
+    for path, reason in list(left.items())[:ON_SCREEN]:
+        print(f"left {escape_control(path)} as it is: {escape_control(reason)}", file=sys.stderr)
+    if len(left) > ON_SCREEN:
+        print(f"... and {len(left) - ON_SCREEN:,} more .txt files", file=sys.stderr)
+    if empty:
+        print(f"an empty caption for {counted(empty, 'image')}: every candidate held a banned word",
+              file=sys.stderr)
+    if args.images:
+        for record in records[:ON_SCREEN]:
+            print_safely(f"{escape_control(record['file'])}: {escape_control(record['caption'])}")
+        if len(records) > ON_SCREEN:
+            path = escape_control(Path(args.savedir) / "preds.txt")
+            print_safely(f"... and {len(records) - ON_SCREEN:,} more in {path}")
+    files = ["preds.txt", "captions.json", "details.jsonl", *["captions.csv"] * args.csv]
+    print_safely(f"captioned {counted(len(records), 'image')} ({seconds:.3f} s each); wrote "
+                 f"{', '.join(files)} and gallery.html to {escape_control(args.savedir)}")
+
+
+def main():
+    args = parse()
+    decoding = check(args)
+    pictures = list_images(args.images) if args.images else read_coco(args.datadir, args.split)
+    only, ban = (path and read_words(path) for path in (args.only, args.ban))
+    savedir, device, dtype = start_run(args)
+    # torch and transformers take seconds to load, so they wait until the arguments are checked.
+    from antarctic.features import image_features
+    from model import Model
+
+    model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
+                       args.index, only, ban, args.topk, device=device, dtype=dtype,
+                       **asdict(decoding))
+    rank, _ = rank_and_world()
+    if rank == 0:
+        print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
+    features, pictures, bad = image_features(model.clip, pictures,
+                                             output_folder(args.features or savedir))
+    if not pictures:
+        report_bad_images(bad)
+        raise InputError("none of the images can be read")
+    if args.sidecar:
+        check_sidecars(pictures)
+
+    name = on_rank0(lambda: name_of_run(args, model, features, pictures))
+    part = savedir / f"details-{name}.jsonl.part"
+    seconds = caption_all(model, features, pictures, part, args)
+    if rank == 0:
+        records, empty = write_results(savedir, part, pictures, args.gallery, args.csv)
+        left = write_sidecars(records, args.overwrite) if args.sidecar else {}
+        report(records, empty, bad, left, seconds, args)
 
 
 if __name__ == "__main__":

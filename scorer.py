@@ -12,7 +12,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import Picture, list_images, read_annotations, read_results, read_texts
+from antarctic.datasets import (
+    Picture,
+    list_images,
+    read_annotations,
+    read_results,
+    read_texts,
+    report_bad_images,
+)
 from antarctic.errors import InputError
 from antarctic.files import output_folder, write_json
 from antarctic.metrics import (
@@ -181,7 +188,6 @@ def clip_scores(clip, captions, references, paths, folder, batch_size):
     Returns ({metric: score}, n images that were read). Raises InputError where none can be read.
     """
     from antarctic.features import image_features
-    from antarctic.images import report_bad_images
     from model import rescore
     pictures = [Picture(*row) for row in enumerate(paths)]
     features, pictures, bad = image_features(clip, pictures, folder, batch_size)  # (n, dim)

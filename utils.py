@@ -135,6 +135,8 @@ def choose_cache(textfile, embfile, exists):
     original's. textfile, embfile: lists of paths, or None. exists: a function of a path. Raises
     InputError where there is none.
     """
+    if [] in (textfile, embfile):
+        raise InputError("a cache is two files, and no file is named")
     if textfile is None and embfile is None:
         textfile, embfile = default_cache(exists)
     elif embfile is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from antarctic.distributed import rank_and_world
-from antarctic.errors import InputError, escape_control
+from antarctic.errors import InputError, counted, escape_control
 from antarctic.files import one_line, read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -167,3 +167,13 @@ def read_coco(datadir, split, need_images=True):
     if need_images and not (datadir / split).is_dir():
         raise InputError(f"there is no image folder at {datadir / split}")
     return pictures
+
+
+def report_bad_images(bad):
+    """Lists and counts the images that could not be read, on rank 0. bad: (path, reason) pairs."""
+    if rank_and_world()[0] > 0:
+        return
+    for path, reason in bad:
+        print(f"skipped {escape_control(path)}: {escape_control(reason)}", file=sys.stderr)
+    if bad:
+        print(f"{counted(len(bad), 'image')} could not be read and were skipped", file=sys.stderr)

@@ -39,3 +39,8 @@ def print_safely(text):
             os.dup2(devnull.fileno(), sys.stdout.fileno())
         return error
     return None
+
+
+def counted(number, noun, plural=None):
+    """A number with its noun: "1 image", "1,200 images". plural: where it is not noun + "s"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

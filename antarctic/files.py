@@ -1,5 +1,6 @@
 """Files that are never half-written, locks, and texts that are read with bounds."""
 
+import errno
 import hashlib
 import json
 import os
@@ -32,10 +33,19 @@ def writing(path):
         if error.errno is None:
             raise
         # The error may be of another file, which the code reads meanwhile.
-        if error.filename and Path(path).name not in str(error.filename):
+        names = Path(path).name, temporary_path(path).name
+        if error.filename and not any(name in str(error.filename) for name in names):
             raise
         raise InputError(f"cannot write {path} ({error.strerror}); finished files are whole, so "
                          "rerun the same command to resume once this is fixed") from error
+
+
+def temporary_path(path):
+    """Where this process writes a file before it is whole. The name has no more than 80 characters,
+    since path's may be as long as the file system allows."""
+    path = Path(path)
+    digits = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".{path.name[:40]}-{digits}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -47,7 +57,7 @@ def atomic(path, mode="w"):
     where the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     options = {} if "b" in mode else TEXT
     with writing(path):
         try:
@@ -58,6 +68,25 @@ def atomic(path, mode="w"):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def create(path, text):
+    """Writes a new file, whole or not at all. Raises OSError: FileExistsError where path exists."""
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "w", **TEXT) as file:
+            file.write(text)
+        os.link(temporary, path)  # unlike a rename, it never replaces a file
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        with open(path, "x", **TEXT) as file:  # a file system without links
+            file.write(text)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def append(path, data):
@@ -240,3 +269,11 @@ def read_lines(path, kind, most=LONGEST_TEXT):
     """
     lines = read_text(path, kind).split("\n")
     return [one_line(line, path, most) for line in lines if line.strip()]
+
+
+def read_words(path):
+    """The lines of a list of words, see read_lines. Raises InputError where there is none."""
+    words = read_lines(path, "list of words")
+    if not words:
+        raise InputError(f"there is no word in {path}")
+    return words

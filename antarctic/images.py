@@ -2,14 +2,11 @@
 
 import os
 import stat
-import sys
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
-
-from antarctic.distributed import rank_and_world
-from antarctic.errors import escape_control
 
 # Files are recognized by content, not by name. EPS is left out: Pillow would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -28,17 +25,24 @@ def read_image(path):
     Raises OSError where the file is not a whole image of one of FORMATS, or its header says that it
     is too large to be read in a GB of memory.
     """
+    with decoding_errors():
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
+            raise OSError("it is no regular file")
+        if status.st_size > MOST_BYTES:
+            raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
+        with Image.open(path, formats=FORMATS) as file:
+            return upright_rgb(file)
+
+
+@contextmanager
+def decoding_errors():
+    """Around the decoding of an image: OSError with the reason for whatever Pillow raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of invalid metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
-                raise OSError("it is no regular file")
-            if status.st_size > MOST_BYTES:
-                raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
-            with Image.open(path, formats=FORMATS) as file:
-                return upright_rgb(file)
+            yield
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             millions = MOST_PIXELS // 10**6
             raise OSError(f"the image is too large: more than {millions} million pixels") from error
@@ -47,11 +51,20 @@ def read_image(path):
             raise OSError(f"the image is damaged: {error}") from error
 
 
+def to_rgb(image):
+    """A PIL image as read_image gives a file: upright, on white, in RGB. The image itself stays as
+    it is. Raises OSError where it is too large or damaged."""
+    with decoding_errors():
+        return upright_rgb(image.copy())
+
+
 def upright_rgb(file):
     """An image that Pillow has opened, upright and in RGB. Raises what Pillow raises, and OSError
     or DecompressionBombError where the image is too large."""
     if file.width * file.height > MOST_PIXELS:
         raise Image.DecompressionBombError
+    if not min(file.size):
+        raise OSError("the image has no pixels")
     if max(file.size) > LONGEST_SIDE * min(file.size):
         raise OSError(f"the image is too long for its width: {file.width} x {file.height} pixels")
     ImageOps.exif_transpose(file, in_place=True)
@@ -74,13 +87,3 @@ def on_white(image):
         image = Image.merge("LA", bands)
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def report_bad_images(bad):
-    """Lists and counts the images that could not be read, on rank 0. bad: (path, reason) pairs."""
-    if rank_and_world()[0] > 0:
-        return
-    for path, reason in bad:
-        print(f"skipped {escape_control(path)}: {escape_control(reason)}", file=sys.stderr)
-    if bad:
-        print(f"{len(bad)} images could not be read and were skipped", file=sys.stderr)

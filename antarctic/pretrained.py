@@ -256,6 +256,9 @@ def first_sentence(error):
 def load(loader, name, kind, **options):
     """loader.from_pretrained of a folder or of a name on the hub. kind: see fetch. Raises
     InputError."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # of loading; fetch() shows those of downloads
+    logging.set_verbosity_error()
     parts = {"AutoConfig": "config", "AutoTokenizer": "tokenizer",
              "AutoImageProcessor": "processor"}
     folder = fetch(name, kind, (parts.get(loader.__name__, "weights"),))

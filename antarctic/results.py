@@ -2,38 +2,57 @@
 
 import csv
 import json
-from collections import Counter
 from itertools import count, takewhile
 from pathlib import Path
 
 from antarctic.errors import InputError
-from antarctic.files import atomic, write_json, write_lines
-from antarctic.gallery import write_gallery
+from antarctic.files import atomic, create, write_json, write_lines
 from antarctic.sealed import read_sealed
 
 COLUMNS = "image_id", "file", "caption", "score"
 
 
-def check_sidecars(pictures, overwrite):
-    """Raises InputError where two pictures would share a .txt file, or a file would be replaced."""
-    paths = [picture.path.with_suffix(".txt") for picture in pictures]
-    if len(set(paths)) < len(paths):
-        [(twice, _)] = Counter(paths).most_common(1)
-        raise InputError(f"two images would have the same --sidecar {twice}; rename one of them")
-    existing = [path for path in paths if path.exists()]
-    if existing and not overwrite:
-        raise InputError(f"{len(existing)} files that --sidecar would write exist, such as "
-                         f"{existing[0]}; --overwrite replaces them")
+def check_sidecars(pictures):
+    """Raises InputError where two images would share a .txt file, or it is one of the images."""
+    images = {picture.path: picture.path for picture in pictures}
+    for picture in pictures:
+        sidecar = picture.path.with_suffix(".txt")
+        if sidecar in images:
+            raise InputError(f"{picture.path} and {images[sidecar]} would have the same --sidecar, "
+                             f"or one is that of the other; rename one of them")
+        images[sidecar] = picture.path
 
 
-def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=False):
+def write_sidecars(records, overwrite):
+    """Writes the caption of each image beside it: dog.txt for dog.jpg.
+
+    Without overwrite a file that exists stays, also one that somebody makes at this moment. Returns
+    {path: reason} of the files that hold something else than the caption.
+    """
+    left = {}
+    for record in records:
+        path, text = Path(record["file"]).with_suffix(".txt"), record["caption"] + "\n"
+        try:
+            if not path.exists():
+                create(path, text)
+            elif path.read_bytes().decode(errors="replace") != text:
+                if overwrite:
+                    write_lines(path, [record["caption"]])
+                else:
+                    left[path] = "it exists; --overwrite replaces it"
+        except (OSError, InputError) as error:
+            left[path] = getattr(error, "strerror", None) or str(error)
+    return left
+
+
+def write_results(savedir, part, pictures, gallery=200, as_csv=False):
     """Writes all results from the sealed records in part, which is removed at the end.
 
     They are preds.txt, ref*.txt, captions.json, details.jsonl and gallery.html. as_csv: also
-    captions.csv. sidecar: also a .txt file beside each image. pictures: a Picture for each record.
-    gallery: images on the page at most. Returns (a dict of COLUMNS for each image; the number of
-    images without a candidate).
+    captions.csv. pictures: a Picture for each record. gallery: images on the page at most. Returns
+    (a dict of COLUMNS for each image; the number of images without a candidate).
     """
+    from antarctic.gallery import write_gallery  # Pillow
     records, shown, empty = [], [], 0  # shown: on the gallery
     with atomic(savedir / "details.jsonl") as details:
         for record in read_sealed(part):
@@ -48,9 +67,6 @@ def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=Fa
         write_captions(savedir, records, as_csv)
         references = [picture.captions for picture in pictures]
         write_references(savedir, references)
-        if sidecar:
-            for picture, record in zip(pictures, records):
-                write_lines(picture.path.with_suffix(".txt"), [record["caption"]])
         remark = f"{len(records)} images"
         if len(shown) < len(records):
             remark += f", the first {len(shown)} of them"

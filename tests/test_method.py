@@ -2,11 +2,14 @@
 on disk."""
 
 import json
+import subprocess
+import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from conftest import BART, CLIP
+from conftest import BART, CLIP, ROOT
 from PIL import Image
 
 import model as models
@@ -180,3 +183,68 @@ def test_both_models_run_on_the_device_that_is_chosen(load, monkeypatch):
     models.read_cache.return_value = [], []
     load(device="auto")
     assert models.Clip.call_args.args[1] is models.Captioner.call_args.args[1] is gpu
+
+
+def test_one_value_is_a_list_of_one(load, method, paths, cache, checkpoint):
+    one = load(textfile=str(cache.textfile), embfile=None)
+    assert one.add_words("a penguin") == ["a penguin"]
+    [result] = method.caption(paths[:1])
+    assert method.caption(str(paths[0])) == method.caption(paths[0]) == [result]
+    [picture] = method.caption(Image.open(paths[0]))
+    assert picture.caption == result.caption
+
+
+def test_words_of_a_file_are_read_as_the_flags_do(load, tmp_path):
+    (tmp_path / "words.txt").write_text("red\nblue\n")
+    for words in (tmp_path / "words.txt", str(tmp_path / "words.txt")):
+        assert load(only=words).entries == load(only=["red", "blue"]).entries
+        assert load(ban=words).entries == load(ban=["red", "blue"]).entries
+    for words in ("red", tmp_path / "none.txt"):
+        with pytest.raises(InputError, match="there is no list of words"):
+            load(ban=words)
+
+
+@pytest.mark.parametrize("call", [
+    lambda method, paths: method.add_words([1]), lambda method, paths: method.add_words(["red", None]),
+    lambda method, paths: method.caption([b"bytes"]), lambda method, paths: method.caption([5]),
+    lambda method, paths: method.caption(paths[:2], ids=[1]),
+    lambda method, paths: method.caption(paths[:2], ids=[1], do_sample=True),
+    lambda method, paths: method.caption(paths[:2], batch_size=0),
+    lambda method, paths: method.caption(paths[:2], batch_size=-1),
+    lambda method, paths: method.caption(Image.new("RGB", (0, 9)))], ids=range(9))
+def test_what_cannot_be_captioned_or_added_is_one_sentence(method, paths, call):
+    with pytest.raises(InputError) as error:
+        call(method, paths)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("changes", [
+    {"topk": 0}, {"topk": -3}, {"maxlen_enc": 0}, {"textfile": []}, {"embfile": []}], ids=str)
+def test_sizes_and_files_that_cannot_work_are_refused(load, changes):
+    with pytest.raises(InputError):
+        load(**changes)
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "clear.png", "grey16.png"])
+def test_an_opened_image_is_captioned_as_its_file(method, tmp_path, paths, name):
+    path, picture = tmp_path / name, read_image(paths[0])
+    if name == "turned.jpg":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(path, exif=exif)
+    elif name == "clear.png":
+        picture.putalpha(picture.convert("L"))
+        picture.save(path)
+    else:
+        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        Image.fromarray(grey).save(path)
+    with Image.open(path) as file:
+        assert torch.equal(method.features([file]), method.features([path]))
+        assert torch.equal(method.features([file]), method.features([path]))  # it stays as it is
+
+
+def test_nothing_of_transformers_is_changed_by_the_import():
+    code = ("from transformers.utils import logging; level = logging.get_verbosity(); "
+            "import model; assert logging.get_verbosity() == level "
+            "and logging.is_progress_bar_enabled()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

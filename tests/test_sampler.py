@@ -1,7 +1,9 @@
 """The sampler's results in every form, and that batches and stopped runs do not change them."""
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -133,7 +135,7 @@ def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, ca
     images = sorted((world / "out").glob("*.png"))[:2]
     run = run_sampler(script, cache, tmp_path / "r", "--images", *images, "--ckpt", "none",
                       "--ban", tmp_path / "ban.txt")
-    assert run.code == 0 and "1 images have an empty caption" in run.err
+    assert run.code == 0 and "an empty caption for 1 image" in run.err
     assert (tmp_path / "r" / "preds.txt").read_text() == "\na cat\n"
 
 
@@ -147,43 +149,104 @@ def test_sidecars_and_csv_hold_the_captions(script, world, cache, checkpoint, tm
     with open(tmp_path / "r" / "captions.csv", newline="") as file:
         rows = [(row["file"], row["caption"]) for row in csv.DictReader(file)]
     assert rows == [(r["file"], r["caption"]) for r in records]
-    mine = folder / f"{Path(records[0]['file']).stem}.txt"
+    mine = Path(records[0]["file"]).with_suffix(".txt")
     mine.write_text("written by hand")
-    run = run_sampler(script, cache, tmp_path / "s", *flags)
-    assert run.code == 2 and "--overwrite" in run.err and mine.read_text() == "written by hand"
-    sample(script, cache, tmp_path / "t", *flags, "--overwrite")
-    assert mine.read_text() == records[0]["caption"] + "\n"
-    shutil.copy(records[0]["file"], folder / f"{mine.stem}.webp")
-    run = run_sampler(script, cache, tmp_path / "u", *flags, "--overwrite")
-    assert run.code == 2 and str(mine) in run.err
+    run = run_sampler(script, cache, tmp_path / "r", *flags)  # the same command once more
+    assert run.code == 0 and f"left {mine} as it is" in run.err and run.err.count("left ") == 1
+    assert mine.read_text() == "written by hand"
+    run = run_sampler(script, cache, tmp_path / "r", *flags, "--overwrite")
+    assert run.code == 0 and mine.read_text() == records[0]["caption"] + "\n"
 
 
-@pytest.mark.parametrize("sampling", [(), ("--do_sample", "--num_return_sequences", "5")])
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(script, world, cache, checkpoint,
-                                                                tmp_path, monkeypatch, sampling):
-    flags = ("--datadir", world, "--ckpt", checkpoint, "--batch_size", "3", *sampling)
-    sample(script, cache, tmp_path / "whole", *flags)
-    sizes = []  # of the batches that are rescored
+def photos(world, folder, n=4):
+    """A folder of n photos of the world."""
+    folder.mkdir()
+    for i, path in enumerate(sorted((world / "near").glob("*.png"))[:n]):
+        shutil.copy(path, folder / f"{i}.png")
+    return folder
 
-    def rescore_or_stop(clip, features, candidates):
-        sizes.append(len(features))
-        if len(sizes) in (2, 4):
+
+def test_a_text_that_another_run_or_a_person_wrote_stays(script, world, cache, checkpoint, tmp_path,
+                                                        monkeypatch):
+    folder = photos(world, tmp_path / "photos")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "details-0.jsonl.part").touch()  # of another run that was stopped
+    (folder / "0.txt").write_text("by hand")
+    typed = iter(["", "", "typed meanwhile", "", ""])
+
+    def slow_rescore(*how):
+        if text := next(typed):
+            (folder / "2.txt").write_text(text)
+        return rescore(*how)
+    monkeypatch.setattr("model.rescore", slow_rescore)
+    run = run_sampler(script, cache, tmp_path / "r", "--images", folder, "--ckpt", checkpoint,
+                      "--sidecar", "--batch_size", "1")
+    assert run.code == 0, run.err
+    texts = [(folder / f"{i}.txt").read_text() for i in range(4)]
+    captions = (tmp_path / "r" / "preds.txt").read_text().splitlines(keepends=True)
+    assert texts == ["by hand", captions[1], "typed meanwhile", captions[3]]
+    assert run.err.count("as it is: it exists") == 2
+
+
+def test_a_stop_keeps_the_sidecars_that_are_written(script, world, cache, checkpoint, tmp_path,
+                                                   monkeypatch):
+    folder = photos(world, tmp_path / "photos")
+    calls = []
+
+    def stops(*how):
+        calls.append(1)
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        return rescore(clip, features, candidates)
+        return rescore(*how)
+    monkeypatch.setattr("model.rescore", stops)
+    command = ("--images", folder, "--ckpt", checkpoint, "--sidecar", "--batch_size", "1")
+    assert run_sampler(script, cache, tmp_path / "r", *command).code == 130
+    assert sorted(path.name for path in folder.glob("*.txt")) == ["0.txt", "1.txt"]
+    assert run_sampler(script, cache, tmp_path / "r", *command).code == 0 and len(calls) == 5
+    assert len(list(folder.glob("*.txt"))) == 4
 
-    monkeypatch.setattr("model.rescore", rescore_or_stop)
-    for _ in range(2):
-        assert run_sampler(script, cache, tmp_path / "cut", *flags).code == 130
-        [part] = (tmp_path / "cut").glob("*.part")
-        with open(part, "a") as file:
-            file.write('{"image_id": 10000003, "capt')  # as a kill leaves it
-        assert not (tmp_path / "cut" / "details.jsonl").exists()
-    sample(script, cache, tmp_path / "cut", *flags)
-    assert sizes == [3, 3, 3, 2, 2]  # only the batches that were cut are repeated
-    for name in ("details.jsonl", "preds.txt", "captions.json", "gallery.html", "ref0.txt"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
-    assert not list((tmp_path / "cut").glob("*.part"))
+
+def test_a_folder_that_is_read_only_costs_the_sidecars_alone(script, world, cache, checkpoint,
+                                                            tmp_path, monkeypatch):
+    folder = photos(world, tmp_path / "photos")
+
+    def refused(path, text):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    monkeypatch.setattr("antarctic.results.create", refused)
+    run = run_sampler(script, cache, tmp_path / "r", "--images", folder, "--ckpt", checkpoint,
+                      "--sidecar")
+    assert run.code == 0 and run.err.count("as it is: Permission denied") == 4
+    assert len((tmp_path / "r" / "preds.txt").read_text().splitlines()) == 4
+
+
+def test_no_image_becomes_a_caption(script, world, cache, checkpoint, tmp_path):
+    folder = photos(world, tmp_path / "photos", 2)
+    shutil.copy(folder / "0.png", folder / "x.txt")  # a PNG by content
+    flags = ("--images", folder / "x.txt", folder / "0.png", "--ckpt", checkpoint, "--sidecar")
+    run = run_sampler(script, cache, tmp_path / "r", *flags)
+    assert run.code == 2 and "same --sidecar" in run.err
+    assert (folder / "x.txt").read_bytes() == (folder / "0.png").read_bytes()
+    (folder / "x.txt").unlink()
+    shutil.copy(folder / "0.png", folder / "0.jpeg")
+    run = run_sampler(script, cache, tmp_path / "r", "--images", folder, "--ckpt", checkpoint,
+                      "--sidecar")
+    assert run.code == 2 and "0.jpeg" in run.err and "0.png" in run.err
+    (folder / "0.jpeg").unlink()
+    for _ in range(2):  # the second time the shell names the texts, too
+        run = run_sampler(script, cache, tmp_path / "r", "--images", *sorted(folder.iterdir()),
+                          "--ckpt", checkpoint, "--sidecar")
+        assert run.code == 0 and len(list(folder.glob("*.txt"))) == 2, run.err
+
+
+def test_a_name_as_long_as_can_be_has_a_sidecar(script, world, cache, checkpoint, tmp_path):
+    folder = photos(world, tmp_path / "photos", 1)
+    path = (folder / "0.png").rename(folder / ("x" * 251 + ".png"))
+    run = run_sampler(script, cache, tmp_path / "r", "--images", folder, "--ckpt", checkpoint,
+                      "--sidecar")
+    assert run.code == 0 and path.with_suffix(".txt").is_file(), run.err
+    run = run_sampler(script, cache, tmp_path / "r", "--images", folder, "--ckpt", checkpoint,
+                      "--sidecar", "--overwrite", "--do_sample", "--top_p", "0.5")
+    assert run.code == 0 and len(list(folder.iterdir())) == 2, run.err
 
 
 def test_a_stopped_run_of_other_settings_is_not_gone_on_with(script, world, cache, checkpoint,
