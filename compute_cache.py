@@ -67,10 +67,10 @@ def parse():
                         help="captions to mine, drawn by --seed; 0: all (default %(default)s)")
     mining.add_argument("--seed", type=int, default=0,
                         help="seed of --ncaptions (default %(default)s)")
-    mining.add_argument("--topk", type=int, default=25000, help="unigrams, and as many bigrams, "
-                        "kept at most (default %(default)s)")
+    mining.add_argument("--topk", type=int, default=25000, help="n-grams to keep: so many "
+                        "unigrams and so many bigrams at most (default %(default)s)")
     mining.add_argument("--min_count", type=int, default=3,
-                        help="occurrences of a bigram at least (default %(default)s)")
+                        help="bigrams that occur less often are left out (default %(default)s)")
 
     output = parser.add_argument_group("files")
     output.add_argument("--textfile", metavar="FILE", help="entries to write or change, one a line "

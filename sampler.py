@@ -45,7 +45,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("images: one of two")
-    group.add_argument("--datadir", help="folder in COCO's layout (annotations/, val2017/)")
+    group.add_argument("--datadir", metavar="DIR", help="folder in COCO's layout (annotations/, val2017/)")
     group.add_argument("--split", default="val2017", help="split of --datadir (default "
                        "%(default)s)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
@@ -58,7 +58,7 @@ def parse():
     group = parser.add_argument_group("models")
     add_clip_flag(group)
     add_lm_flag(group)
-    group.add_argument("--ckpt", help="checkpoint of trainer.py, or a .ckpt of the original; none: "
+    group.add_argument("--ckpt", metavar="FILE", help="checkpoint of trainer.py, or a .ckpt of the original; none: "
                        "the language model as pretrained (default: checkpoints/best.safetensors, "
                        "else the original's)")
     group.add_argument("--topk", type=int, help="entries of a table (default: as in training; 10 "
@@ -66,21 +66,22 @@ def parse():
     group = parser.add_argument_group("candidates")
     group.add_argument("--num_beams", type=int, default=3, help="width of beam search (default "
                        "%(default)s)")
-    group.add_argument("--num_return_sequences", type=int, default=3, help="candidates per image "
-                       "(default %(default)s)")
+    group.add_argument("--num_return_sequences", type=int, default=3, help="candidates per image; "
+                       "beam search has at most --num_beams (default %(default)s)")
     group.add_argument("--do_sample", action="store_true", help="sample instead of beam search")
-    add_sampling_flags(group)
+    add_sampling_flags(group, when=", with --do_sample")
     group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language "
                        "model's mean log-probability per token beside CLIP's cosine in the choice "
                        "(default %(default)s: CLIP alone)")
     group = parser.add_argument_group("results")
-    group.add_argument("--savedir", default="results", help="folder for preds.txt, ref0.txt ..., "
-                       "captions.json, details.jsonl and gallery.html (default %(default)s)")
+    group.add_argument("--savedir", default="results", metavar="DIR", help="folder for preds.txt, "
+                       "ref0.txt ..., captions.json, details.jsonl and gallery.html, whose earlier "
+                       "ones are replaced (default %(default)s)")
     group.add_argument("--csv", action="store_true", help="also write captions.csv")
     group.add_argument("--sidecar", action="store_true", help="also write each caption beside its "
                        "image: dog.txt for dog.jpg")
     group.add_argument("--overwrite", action="store_true", help="let --sidecar replace .txt files")
-    group.add_argument("--features", help="folder where image features are kept for later runs "
+    group.add_argument("--features", metavar="DIR", help="folder where image features are kept for later runs "
                        "(default: --savedir)")
     group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most "
                        "(default %(default)s)")

@@ -76,8 +76,8 @@ def parse():
                           "from 0, at most a quarter of all steps (default %(default)s)")
     training.add_argument("--epochs", type=int, default=6, help="passes over the images, one "
                           "caption each time (default %(default)s)")
-    training.add_argument("--tmax", type=int, default=100000, help="steps at most; the rate falls "
-                          "as a cosine to 0 at the last step (default %(default)s)")
+    training.add_argument("--tmax", type=int, default=100000, help="training steps at "
+                          "most; the rate falls to 0 at the last one (default %(default)s)")
     training.add_argument("--save_seconds", type=float, default=30, help="seconds between saves of "
                           "the state to resume from (default %(default)s)")
     training.add_argument("--seed", type=int, default=0, help="seed of the order of images and "
@@ -226,11 +226,11 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
             require_finite("validation loss", val_loss, step, args)
             history.append((step, sum(recent) / len(recent), val_loss, group["lr"]))
             if rank == 0:
-                settings |= {"step": step, "epoch": epoch + 1, "val_loss": round(val_loss, 6)}
-                save_checkpoint(savedir / "last.safetensors", trained, settings)
+                progress = {"step": step, "epoch": epoch + 1, "val_loss": round(val_loss, 6)}
+                save_checkpoint(savedir / "last.safetensors", trained, settings | progress)
                 if val_loss < best:
                     best = val_loss
-                    save_checkpoint(savedir / "best.safetensors", trained, settings)
+                    save_checkpoint(savedir / "best.safetensors", trained, settings | progress)
                 write_curve(savedir, history)
                 save_state(state, trained, optimizer, (best, step, recent, history))
                 bar.write(f"epoch {epoch + 1}: step {step}, validation loss {val_loss:.4f}, "

@@ -45,12 +45,12 @@ class Renamed(argparse.Action):
 
 def add_cache_flags(parser):
     """--textfile, --embfile and --index of a script that reads caches, see find_inputs."""
-    parser.add_argument("--textfile", nargs="+", help="entries of one cache or more (.txt; "
+    parser.add_argument("--textfile", nargs="+", metavar="FILE", help="entries of one cache or more (.txt; "
                         "default: cache.txt, else the original's)")
-    parser.add_argument("--embfile", nargs="+", help="their embeddings (.npy), in the same order "
+    parser.add_argument("--embfile", nargs="+", metavar="FILE", help="their embeddings (.npy), in the same order "
                         "(default: the .npy beside --textfile)")
-    parser.add_argument("--index", metavar="FILE", help="search a cache by this index of "
-                        "compute_cache.py, approximately (default: exact search)")
+    parser.add_argument("--index", metavar="FILE", help="approximate index of one of the caches, "
+                        "which compute_cache.py --index built (default: exact search)")
 
 
 def add_clip_flag(parser, default="ViT-B/16", remark=""):
@@ -78,13 +78,14 @@ def add_device_flags(parser, dtype="auto", what="arithmetic of the language mode
                         "(default %(default)s)")
 
 
-def add_sampling_flags(parser, top_p=1.0):
-    parser.add_argument("--temperature", type=float, default=1.0,
-                        help="of sampling (default %(default)s)")
+def add_sampling_flags(parser, top_p=1.0, when=""):
+    """--temperature, --top_p and --seed. top_p: its default. when: the flag that they need."""
+    parser.add_argument("--temperature", type=float, default=1.0, help=f"of sampling{when} "
+                        "(default %(default)s)")
     parser.add_argument("--top_p", type=float, default=top_p, help="probability mass of nucleus "
-                        "sampling (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="seed of sampling (default %(default)s)")
+                        f"sampling{when} (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of sampling{when} (default "
+                        "%(default)s)")
 
 
 def require_at_least(least, args, *names):

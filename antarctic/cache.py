@@ -248,7 +248,8 @@ def read_one_cache(textfile, embfile, clip_model):
     rows = Rows(embfile)
     if len(lines) != len(rows):
         raise InputError(f"{textfile} has {len(lines)} entries, but {embfile} has {len(rows)} "
-                         "rows: they are not the same cache")
+                         "rows: they are not the same cache (compute_cache.py --add adds entries, "
+                         "and a text that was edited by hand no longer fits its rows)")
     description = cache_description(embfile)
     if description is None:
         print(f"warning: {embfile}.json is missing, so it is not checked that {embfile} was made "

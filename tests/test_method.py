@@ -205,7 +205,8 @@ def test_words_of_a_file_are_read_as_the_flags_do(load, tmp_path):
 
 
 @pytest.mark.parametrize("call", [
-    lambda method, paths: method.add_words([1]), lambda method, paths: method.add_words(["red", None]),
+    lambda method, paths: method.add_words([1]),
+    lambda method, paths: method.add_words(["red", None]),
     lambda method, paths: method.caption([b"bytes"]), lambda method, paths: method.caption([5]),
     lambda method, paths: method.caption(paths[:2], ids=[1]),
     lambda method, paths: method.caption(paths[:2], ids=[1], do_sample=True),
