@@ -45,7 +45,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("images: one of two")
-    group.add_argument("--datadir", metavar="DIR", help="folder in COCO's layout (annotations/, val2017/)")
+    group.add_argument("--datadir", metavar="DIR", help="folder in COCO's layout (annotations/, "
+                       "val2017/)")
     group.add_argument("--split", default="val2017", help="split of --datadir (default "
                        "%(default)s)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
@@ -58,9 +59,9 @@ def parse():
     group = parser.add_argument_group("models")
     add_clip_flag(group)
     add_lm_flag(group)
-    group.add_argument("--ckpt", metavar="FILE", help="checkpoint of trainer.py, or a .ckpt of the original; none: "
-                       "the language model as pretrained (default: checkpoints/best.safetensors, "
-                       "else the original's)")
+    group.add_argument("--ckpt", metavar="FILE", help="checkpoint of trainer.py, or a .ckpt of the "
+                       "original; none: the language model as pretrained (default: "
+                       "checkpoints/best.safetensors, else the original's)")
     group.add_argument("--topk", type=int, help="entries of a table (default: as in training; 10 "
                        "with --ckpt none)")
     group = parser.add_argument_group("candidates")
@@ -81,8 +82,8 @@ def parse():
     group.add_argument("--sidecar", action="store_true", help="also write each caption beside its "
                        "image: dog.txt for dog.jpg")
     group.add_argument("--overwrite", action="store_true", help="let --sidecar replace .txt files")
-    group.add_argument("--features", metavar="DIR", help="folder where image features are kept for later runs "
-                       "(default: --savedir)")
+    group.add_argument("--features", metavar="DIR", help="folder where image features are kept for "
+                       "later runs (default: --savedir)")
     group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most "
                        "(default %(default)s)")
     group = parser.add_argument_group("computation")
