@@ -31,7 +31,7 @@ from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
 from antarctic.errors import InputError
 from antarctic.files import existing_file, one_line
-from antarctic.images import read_image
+from antarctic.images import read_image, to_rgb
 from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
@@ -340,16 +340,16 @@ class Model:
     def features(self, images):
         """CLIP's unit vectors, float32 (n, dim). images: n paths or PIL images, one batch.
 
-        Raises InputError where a file cannot be read as an image.
+        PIL images are taken as they stand, on white where they are transparent. Raises InputError
+        where an image cannot be read, or does not say what is white (modes I and F).
         """
         pictures = []
         for image in images:
             try:
-                picture = image if isinstance(image, Image) else read_image(image)
+                pictures.append(to_rgb(image) if isinstance(image, Image) else read_image(image))
             except OSError as error:
                 raise InputError(f"cannot read the image {image} "
                                  f"({error.strerror or error})") from error
-            pictures.append(picture.convert("RGB"))
         return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
 
     def tables(self, features):

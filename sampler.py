@@ -15,6 +15,7 @@ import hashlib
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,6 +50,11 @@ def parse():
                        "%(default)s)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
                        "subfolders) and patterns")
+    group.add_argument("--max_pixels", type=int, default=64_000_000, help="pixels of an image at "
+                       "most; larger ones are skipped (default %(default)s, which reading needs 1 "
+                       "GB of memory for: 16 bytes a pixel)")
+    group.add_argument("--truncated", action="store_true", help="read JPEGs and PNGs that are cut "
+                       "off as far as they go, the rest grey, instead of skipping them")
     group = parser.add_argument_group("vocabulary")
     add_cache_flags(group)
     group.add_argument("--only", metavar="FILE", help="use only the lines of this file as entries")
@@ -94,7 +100,7 @@ def check(args):
     """The Decoding. Raises InputError for settings that cannot work, before anything is loaded."""
     if (args.datadir is None) == (args.images is None):
         raise InputError("exactly one of --datadir and --images says what is captioned")
-    require_at_least(1, args, "topk", "batch_size")
+    require_at_least(1, args, "topk", "batch_size", "max_pixels")
     require_at_least(0, args, "gallery")
     decoding = Decoding(**{name: getattr(args, name) for name in Decoding.__dataclass_fields__})
     find_inputs(args)
@@ -159,7 +165,7 @@ def main():
     savedir, device, dtype = start_run(args)
     # Libraries take seconds to load, so they are imported only after the arguments are checked.
     from antarctic.features import image_features
-    from antarctic.images import report_bad_images
+    from antarctic.images import read_image, report_bad_images
     from antarctic.results import check_sidecars, write_results
     from model import Model
 
@@ -171,8 +177,9 @@ def main():
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
     if args.sidecar:  # a stopped run may have written some of them
         check_sidecars(pictures, args.overwrite or any(savedir.glob("details-*.jsonl.part")))
-    features, pictures, bad = image_features(model.clip, pictures,
-                                             output_folder(args.features or savedir))
+    reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
+    features, pictures, bad = image_features(
+        model.clip, pictures, output_folder(args.features or savedir), **reading)
     if not pictures:
         report_bad_images(bad)
         raise InputError("none of the images can be read")
@@ -196,7 +203,8 @@ def main():
     if rank > 0:
         return
     seconds = (time.perf_counter() - start_time) / max(1, len(pictures) - done)
-    records, empty = write_results(savedir, part, pictures, args.gallery, args.csv, args.sidecar)
+    records, empty = write_results(savedir, part, pictures, args.gallery, args.csv, args.sidecar,
+                                   partial(read_image, **reading))
     report(records, empty, bad, seconds, args)
 
 

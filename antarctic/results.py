@@ -9,6 +9,7 @@ from pathlib import Path
 from antarctic.errors import InputError
 from antarctic.files import atomic, write_json, write_lines
 from antarctic.gallery import write_gallery
+from antarctic.images import read_image
 from antarctic.sealed import read_sealed
 
 COLUMNS = "image_id", "file", "caption", "score"
@@ -26,13 +27,14 @@ def check_sidecars(pictures, overwrite):
                          f"{existing[0]}; --overwrite replaces them")
 
 
-def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=False):
+def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=False,
+                  read=read_image):
     """Writes all results from the sealed records in part, which is removed at the end.
 
     They are preds.txt, ref*.txt, captions.json, details.jsonl and gallery.html. as_csv: also
     captions.csv. sidecar: also a .txt file beside each image. pictures: a Picture for each record.
-    gallery: images on the page at most. Returns (a dict of COLUMNS for each image; the number of
-    images without a candidate).
+    gallery: images on the page at most, which read(path) gives. Returns (a dict of COLUMNS for
+    each image; the number of images without a candidate).
     """
     records, shown, empty = [], [], 0  # shown: on the gallery
     with atomic(savedir / "details.jsonl") as details:
@@ -55,7 +57,7 @@ def write_results(savedir, part, pictures, gallery=200, as_csv=False, sidecar=Fa
         if len(shown) < len(records):
             remark += f", the first {len(shown)} of them"
         section = "Captions", remark, shown, references
-        write_gallery(savedir / "gallery.html", "Captions", [section])
+        write_gallery(savedir / "gallery.html", "Captions", [section], read)
     # Last, since a stopped run resumes from part. Others were left by runs with other settings.
     for finished in savedir.glob("details-*.jsonl.part"):
         finished.unlink()
