@@ -1,5 +1,7 @@
 """TIFF files, whose pixels may be deep, signed, floating-point, or begin at white."""
 
+from contextlib import suppress
+
 import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
@@ -36,7 +38,8 @@ class PlainTiff(TiffImageFile):
             self.palette.palette = bytes(tags[320])
 
     def load_end(self):
-        pass
+        with suppress(Exception):  # of anything that is odd in it
+            self.getexif()  # kept: after this the file cannot be read any more
 
 
 def grey_tiff(file):
