@@ -30,7 +30,7 @@ from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
 from antarctic.errors import InputError
 from antarctic.files import existing_file, one_line, read_words
-from antarctic.images import read_image, to_rgb
+from antarctic.images import read_image, read_opened
 from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
@@ -369,7 +369,8 @@ class Model:
                 raise InputError(f"an image must be a path or a PIL image, not "
                                  f"{type(image).__name__}")
             try:
-                pictures.append(to_rgb(image) if isinstance(image, Image) else read_image(image))
+                read = read_opened if isinstance(image, Image) else read_image
+                pictures.append(read(image))
             except OSError as error:
                 raise InputError(f"cannot read the image {image} "
                                  f"({error.strerror or error})") from error

@@ -51,6 +51,11 @@ def parse():
                        "%(default)s)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
                        "subfolders) and patterns")
+    group.add_argument("--max_pixels", type=int, default=64_000_000, help="pixels of an image at "
+                       "most; larger ones are skipped (default %(default)s, which reading needs 1 "
+                       "GB of memory for: 16 bytes a pixel)")
+    group.add_argument("--truncated", action="store_true", help="read JPEGs and PNGs that are cut "
+                       "off as far as they go, the rest grey, instead of skipping them")
     group = parser.add_argument_group("vocabulary")
     add_cache_flags(group)
     group.add_argument("--only", metavar="FILE", help="use only the lines of this file as entries")
@@ -97,7 +102,7 @@ def check(args):
     """The Decoding. Raises InputError for settings that cannot work, before anything is loaded."""
     if (args.datadir is None) == (args.images is None):
         raise InputError("exactly one of --datadir and --images says what is captioned")
-    require_at_least(1, args, "topk", "batch_size")
+    require_at_least(1, args, "topk", "batch_size", "max_pixels")
     require_at_least(0, args, "gallery")
     ignored = [f"--{name}" for name in ("temperature", "top_p")
                if getattr(args, name) != 1 and not args.do_sample]
@@ -197,8 +202,9 @@ def main():
     rank, _ = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
+    reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
     features, pictures, bad = image_features(model.clip, pictures,
-                                             output_folder(args.features or savedir))
+                                             output_folder(args.features or savedir), **reading)
     if not pictures:
         report_bad_images(bad)
         raise InputError("none of the images can be read")
@@ -209,7 +215,8 @@ def main():
     part = savedir / f"details-{name}.jsonl.part"
     seconds = caption_all(model, features, pictures, part, args)
     if rank == 0:
-        records, empty = write_results(savedir, part, pictures, args.gallery, args.csv)
+        records, empty = write_results(savedir, part, pictures, args.gallery, args.csv,
+                                       **reading)
         left = write_sidecars(records, args.overwrite) if args.sidecar else {}
         report(records, empty, bad, left, seconds, args)
 

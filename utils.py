@@ -45,8 +45,8 @@ class Renamed(argparse.Action):
 
 def add_cache_flags(parser):
     """--textfile, --embfile and --index of a script that reads caches, see find_inputs."""
-    parser.add_argument("--textfile", nargs="+", metavar="FILE", help="entries of one cache or more "
-                        "(.txt; default: cache.txt, else the original's)")
+    parser.add_argument("--textfile", nargs="+", metavar="FILE", help="entries of one cache or "
+                        "more (.txt; default: cache.txt, else the original's)")
     parser.add_argument("--embfile", nargs="+", metavar="FILE", help="their embeddings (.npy), in "
                         "the same order (default: the .npy beside --textfile)")
     parser.add_argument("--index", metavar="FILE", help="approximate index of one of the caches, "

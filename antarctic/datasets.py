@@ -1,5 +1,6 @@
 """Images with their captions: COCO's layout, folders and patterns."""
 
+import fnmatch
 import json
 import os
 import sys
@@ -10,7 +11,17 @@ from antarctic.distributed import rank_and_world
 from antarctic.errors import InputError, counted, escape_control
 from antarctic.files import one_line, read_text
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# What looks like an image. Files that cannot be read are named in the end, not passed over.
+IMAGE_SUFFIXES = frozenset("""
+.jpg .jpeg .jpe .jfif .jif .pjpeg .pjp .mpo .png .apng .webp .bmp .dib .tif .tiff .gif .avif .avifs
+.heic .heif .heics .heifs .hif .jp2 .j2k .j2c .jpc .jpf .jpx .jxl .jxr .hdp .wdp .jls
+.psd .psb .xcf .svg .svgz .ico .icns .cur .tga .icb .vda .vst .pcx .dcx .ppm .pgm .pbm .pnm .pfm
+.pam .qoi .dds .sgi .xbm .xpm .exr .hdr .eps .wmf .emf .fits
+.dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .pef .srw .raw .rwl .3fr .iiq .x3f .kdc
+.dcr .mrw .erf .mef .mos
+""".split())
+# Folders of thumbnails, of deleted files and of what other systems note beside files.
+ASIDE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information"}
 
 
 class Picture(NamedTuple):
@@ -25,9 +36,10 @@ def list_images(paths):
     Returns a list of Picture, sorted within each path, each image once. Nothing is fetched: URLs
     are not paths. Links inside a folder are followed only within it, so that a folder from
     elsewhere cannot show a file of this computer. A warning counts the others, which can be named
-    as paths. Raises InputError where a path has no image.
+    as paths. Hidden images (see is_hidden) are read only where a path names them or their folder,
+    and a warning counts the others. Raises InputError where a path has no image.
     """
-    images = {}  # as an ordered set
+    images, hidden = {}, []  # a dict as an ordered set
     for path in map(Path, paths):
         # pathlib's ** does not follow links: two links of a folder to itself would double the
         # number of ways at each step.
@@ -35,22 +47,55 @@ def list_images(paths):
         matches = [path] if path.exists() else sorted(Path(path.anchor).glob(pattern))
         if not matches:
             raise InputError(f"there is no image or folder at {path}; only local files are read")
-        for match in matches:
-            images |= dict.fromkeys(folder_images(match) if match.is_dir() else [match])
+        named = [match for match in matches if not is_hidden(match, path.parts)]
+        hidden += [match for match in matches if match not in named]
+        for match in named:
+            if match.is_dir():
+                found, passed_over = folder_images(match)
+                hidden += passed_over
+            else:
+                found = [match]
+            images |= dict.fromkeys(found)
+    hidden = sorted(set(hidden) - set(images))
+    example = f"such as {hidden[0]}" if hidden else ""
+    if not images:
+        raise InputError(f"there are only hidden images and folders at {', '.join(map(str, paths))}"
+                         f", {example}; name them to read them")
+    if hidden and rank_and_world()[0] == 0:
+        print(escape_control(f"warning: {len(hidden)} hidden images and thumbnails, {example}, are "
+                             f"passed over; name them or their folder to read them"),
+              file=sys.stderr)
     return [Picture(str(path), path) for path in images]
 
 
+def is_hidden(path, pattern=()):
+    """Whether a path is hidden, or in a folder of thumbnails or deleted files, unless a part of
+    pattern names it."""
+    def aside(part):
+        return part.startswith(".") and part not in (".", "..") or part.lower() in ASIDE
+
+    named = [part for part in pattern if aside(part)]
+    return any(aside(part) and not any(fnmatch.fnmatch(part, name) for name in named)
+               for part in path.parts)
+
+
 def folder_images(folder):
-    """The paths of a folder's images, sorted. Raises InputError where there are none.
+    """The paths of a folder's images: (those to read, sorted; hidden ones, see is_hidden). Raises
+    InputError where there are none to read.
 
     Links that lead out of the folder are left out, with a warning.
     """
     walk = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES or p.is_dir()]
+    hidden = [p for p in walk if is_hidden(p.relative_to(folder))]
+    walk = sorted(set(walk) - set(hidden))
+    hidden = [p for p in hidden if not p.is_dir()]
     root = os.path.realpath(folder)
     outside = {p for p in walk
                if p.is_symlink() and not Path(os.path.realpath(p)).is_relative_to(root)}
-    inside = sorted(p for p in walk if not p.is_dir() and p not in outside)
-    message = f"the folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+    inside = [p for p in walk if not p.is_dir() and p not in outside]
+    message = f"the folder {folder} holds no images (.jpg, .png, .heic ...)"
+    if hidden:
+        message += f" but {len(hidden)} hidden ones, such as {min(hidden)}; name them to read them"
     if outside:
         message = (f"{len(outside)} links, such as {min(outside)}, lead out of the folder {folder} "
                    f"and are not followed; name them to read them, as with {folder / '*'}")
@@ -58,7 +103,7 @@ def folder_images(folder):
         raise InputError(message)
     if outside and rank_and_world()[0] == 0:
         print(f"warning: {escape_control(message)}", file=sys.stderr)
-    return inside
+    return inside, hidden
 
 
 def read_annotations(path):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.files import append, atomic, fingerprint, locked, writing
-from antarctic.images import read_image
+from antarctic.images import HEIF_SUFFIXES, MOST_PIXELS, read_image, reads_heif
 
 CHUNK = 2048  # texts that a process encodes between two writes
 # Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
@@ -20,14 +20,15 @@ BATCH_PIXELS = 1 << 25
 
 # ----------------------------------------------------------------------------------------- images
 
-def image_features(clip, pictures, folder, batch_size=64, shard=512):
+def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=MOST_PIXELS,
+                   truncated=False):
     """CLIP's vectors of all images that can be read, from a file in folder if an earlier run wrote
     one.
 
     The file is keyed by the CLIP model and by each image's path, size and time of change. Until it
     is complete, each shard of `shard` images is a file of its own, so that a killed run loses at
-    most one shard. Returns (features, float32 (n, dim); their n Pictures; bad, a list of (path,
-    reason)).
+    most one shard. max_pixels, truncated: see read_image. Returns (features, float32 (n, dim);
+    their n Pictures; bad, a list of (path, reason)).
     """
     stats = []
     for picture in pictures:
@@ -37,12 +38,13 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
         except OSError:
             stats.append((str(picture.path), 0, 0))
     # Rank 0's key, since another host's files may have other times.
-    key = on_rank0(lambda: fingerprint([clip.identity, stats]))
+    reading = {"max_pixels": max_pixels, "truncated": truncated}
+    key = on_rank0(lambda: fingerprint([clip.identity, stats, *changes(reading, pictures)]))
     path = Path(folder) / f"features-{key}.safetensors"
     stored = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
     if stored is None:
         with locked(path.with_name(f".{path.name}.lock")):
-            encode_shards(clip, pictures, path, batch_size, shard)
+            encode_shards(clip, pictures, path, batch_size, shard, reading)
         stored = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
     if rank_and_world()[0] == 0:
         # A run that was killed after it wrote the file leaves shards, too.
@@ -53,9 +55,19 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512):
     return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
 
 
-def encode_shards(clip, pictures, path, batch_size, shard):
+def changes(reading, pictures):
+    """What else decides which images are read, for the key of their file: a list that is empty
+    where it is as usual, so that files of earlier runs keep their keys."""
+    usual = {"max_pixels": MOST_PIXELS, "truncated": False}
+    found = [[name, value] for name, value in reading.items() if value != usual[name]]
+    if any(p.path.suffix.lower() in HEIF_SUFFIXES for p in pictures) and not reads_heif():
+        found.append("no HEIC")
+    return found
+
+
+def encode_shards(clip, pictures, path, batch_size, shard, reading):
     """Writes the features file of image_features from its shards. Each process encodes every
-    world-th shard."""
+    world-th shard. reading: settings of read_image."""
     rank, world = rank_and_world()
     shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard]
               for start in range(0, len(pictures), shard)}
@@ -73,7 +85,7 @@ def encode_shards(clip, pictures, path, batch_size, shard):
             encoded = []
             for part in batch[rank:rank + 1]:
                 paths = [picture.path for picture in shards[part]]
-                encoded.append((part, *encode_files(clip, paths, batch_size, bar)))
+                encoded.append((part, *encode_files(clip, paths, batch_size, bar, **reading)))
             for part, features, bad in gather_lists(encoded):
                 if rank == 0:
                     write_features(part, features, bad)
@@ -110,15 +122,15 @@ def write_features(path, features, bad):
         file.write(save({"features": features}, {"bad": json.dumps(bad)}))
 
 
-def encode_files(clip, paths, batch_size, bar):
-    """CLIP's vectors of image files. bar: a tqdm that counts images.
+def encode_files(clip, paths, batch_size, bar, **reading):
+    """CLIP's vectors of image files. bar: a tqdm that counts images. reading: see read_image.
 
     Returns (vectors of the images that can be read, float32 (n, dim); {row of a bad one: reason}).
     """
     vectors, bad, batch = [torch.empty(0, clip.dim)], {}, []
     for row, path in enumerate(paths):
         try:
-            batch.append(read_image(path))
+            batch.append(read_image(path, **reading))
         except OSError as error:
             bad[row] = error.strerror or " ".join(str(error).split()) or type(error).__name__
         pixels = sum(image.width * image.height for image in batch)

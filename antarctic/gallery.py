@@ -44,11 +44,11 @@ outlined.</p>
 """
 
 
-def thumbnail(path, side=296):
+def thumbnail(path, read=read_image, side=296):
     """An image as a data URI, a JPEG of at most `side` pixels each way; an empty one where the file
-    cannot be read any more."""
+    cannot be read any more. read: read_image, or the same with other settings."""
     try:
-        image = read_image(path)
+        image = read(path)
     except OSError:
         return "data:,"
     image.thumbnail((side, side))
@@ -89,10 +89,11 @@ def folded_list(count, kind, items):
     return f"<details><summary>{count} {kind}</summary><ul>{rows}</ul></details>"
 
 
-def gallery_card(record, references):
+def gallery_card(record, references, read=read_image):
     """One image of the gallery as HTML: the picture, its caption, and the evidence.
 
-    record: a line of details.jsonl. references: the image's captions in the data set.
+    record: a line of details.jsonl. references: the image's captions in the data set. read: see
+    thumbnail.
     """
     candidates = folded_list(
         len(record["candidates"]), "candidates",
@@ -103,18 +104,18 @@ def gallery_card(record, references):
         listed = folded_list(len(references), "references", map(as_text, references))
     name = as_text(str(record["image_id"]))
     return (f'<div class="card"><div class="top">'
-            f'<img alt="" src="{thumbnail(record["file"])}"><div>'
+            f'<img alt="" src="{thumbnail(record["file"], read)}"><div>'
             f'<div class="caption">{as_text(record["caption"])}</div>'
             f'<div class="small">{name} · CLIP {record["score"]:.3f}</div></div></div>'
             f'<div class="entries">{entry_tags(record["table"], record["caption"])}</div>'
             f'{candidates}{listed}</div>\n')
 
 
-def write_gallery(path, title, sections):
+def write_gallery(path, title, sections, read=read_image):
     """Writes one self-contained HTML page, which shows every text of a user as text.
 
     sections: (heading, remark, records, references) each. records: as in details.jsonl. references:
-    a list of tuples, one a record.
+    a list of tuples, one a record. read: see thumbnail.
     """
     with atomic(path) as file:
         file.write(HEAD % (html.escape(title), html.escape(title)))
@@ -122,6 +123,6 @@ def write_gallery(path, title, sections):
         for heading, remark, records, references in sections:
             file.write(f"<h2>{as_text(heading)}</h2><p>{as_text(remark)}</p><div class=grid>\n")
             for record, captions in zip(records, references):
-                file.write(gallery_card(record, captions))
+                file.write(gallery_card(record, captions, read))
             file.write("</div>\n")
         file.write("</html>\n")

@@ -1,81 +1,273 @@
-"""Image files of any origin: read upright, in RGB, within bounds."""
+"""Image files of any origin: read upright, in RGB, within bounds, as a viewer shows them."""
 
+import importlib.util
+import io
 import os
+import re
 import stat
+import struct
 import warnings
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
-# Files are recognized by content, not by name. EPS is left out: Pillow would start Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+from antarctic.tiffs import PlainTiff, grey_tiff, strips
+
+# Files are recognized by content, not by name. Beside these, JPEG (MPO too), TIFF and HEIC are
+# read, see open_image. Each of them says its size before it is decoded, and is decoded by a library
+# that browsers use as well. EPS, PDF and WMF are left out, which would start other programs, and
+# what is rare in albums or has no such bounds: PSD, JPEG 2000, SVG, cameras' raw files.
+FORMATS = ("PNG", "WEBP", "BMP", "GIF", "AVIF")
+READABLE = "JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF or HEIC"
+HEIF_SUFFIXES = (".heic", ".heif", ".heics", ".heifs", ".hif")
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1",
+               b"msf1"}
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Of an image. Pillow needs up to 16 bytes a pixel, and CLIP's preprocessing 14.
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 1 << 29  # of an image file: some formats are read whole
 # As a multiple of the short side, which CLIP's preprocessing resizes to some hundred pixels.
 LONGEST_SIDE = 200
-STRIP = 128  # rows of pixels that are laid on white at a time
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(path):
+def read_image(path, max_pixels=MOST_PIXELS, truncated=False):
     """An image file as an upright RGB picture: EXIF rotation applied, transparency laid on white,
     first frame.
 
-    Raises OSError where the file is not a whole image of one of FORMATS, or its header says that it
-    is too large to be read in a GB of memory.
+    truncated: a JPEG or PNG that is cut off is read as far as it goes, and the rest is grey. Raises
+    OSError, with the reason as its text, where the file is not a whole image of a READABLE format,
+    its pixels have no defined brightness, or its header says that it has more than max_pixels. With
+    another max_pixels or truncated, Pillow's settings, which all threads share, change meanwhile.
     """
-    with decoding_errors():
+    with decoding_errors(max_pixels):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
             raise OSError("it is no regular file")
         if status.st_size > MOST_BYTES:
             raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
-        with Image.open(path, formats=FORMATS) as file:
-            return upright_rgb(file)
+        with open(path, "rb") as stream, pillow_settings(max_pixels, False):
+            try:
+                image, orientation = decode(stream, max_pixels)
+            except Exception:
+                if not truncated:
+                    raise
+                with pillow_settings(max_pixels, True):
+                    image, orientation = decode(stream, max_pixels, truncated)
+        return turned(image, orientation)
+
+
+def read_opened(image):
+    """A PIL image as read_image gives its file: upright, on white, in RGB. The image itself stays
+    as it is. Raises OSError as read_image."""
+    with decoding_errors(MOST_PIXELS):
+        check_size(image, MOST_PIXELS)
+        copy = image.copy()
+        copy.format = image.format
+        return turned(to_rgb(copy), orientation_of(copy))
 
 
 @contextmanager
-def decoding_errors():
-    """Around the decoding of an image: OSError with the reason for whatever Pillow raises."""
+def decoding_errors(max_pixels):
+    """Around the decoding of an image: OSError with the reason for whatever a library raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of invalid metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             yield
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            millions = MOST_PIXELS // 10**6
-            raise OSError(f"the image is too large: more than {millions} million pixels") from error
-        except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
-                OverflowError) as error:
-            raise OSError(f"the image is damaged: {error}") from error
+            raise OSError(f"the image is too large: more than {max_pixels / 1e6:g} million "
+                          f"pixels") from error
+        except UnidentifiedImageError as error:
+            raise OSError(f"cannot identify it as {READABLE}") from error
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # it costs one image and not the run
+            text = str(error) or type(error).__name__
+            raise OSError(f"the image is damaged: {text}") from error
 
 
-def to_rgb(image):
-    """A PIL image as read_image gives a file: upright, on white, in RGB. The image itself stays as
-    it is. Raises OSError where it is too large or damaged."""
-    with decoding_errors():
-        return upright_rgb(image.copy())
+def turned(image, orientation):
+    """An image turned upright. Pillow's exif_transpose would also rewrite the EXIF, and fail at any
+    tag that is odd."""
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
-def upright_rgb(file):
-    """An image that Pillow has opened, upright and in RGB. Raises what Pillow raises, and OSError
-    or DecompressionBombError where the image is too large."""
-    if file.width * file.height > MOST_PIXELS:
+@contextmanager
+def pillow_settings(max_pixels, truncated):
+    """Pillow's limit of pixels and its patience with truncated files, while one image is read."""
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        if max_pixels > MOST_PIXELS:
+            Image.MAX_IMAGE_PIXELS = max_pixels
+        if truncated:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+        yield
+    finally:
+        if max_pixels > MOST_PIXELS or truncated:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def decode(stream, max_pixels, truncated=False):
+    """(an open file's picture in RGB as it is stored, its orientation as in EXIF). Raises what the
+    libraries raise, and OSError or DecompressionBombError where the image is too large."""
+    file = open_image(stream, truncated)
+    check_size(file, max_pixels)
+    shade = png_shade(file) if file.format == "PNG" else None
+    if truncated:
+        file.im = Image.new(file.mode, file.size, grey_of(file)).im
+    file.load()
+    check_size(file, max_pixels)  # HEIC has it twice
+    if shade is not None:
+        file.info["transparency"] = shade
+    orientation = orientation_of(file)
+    return to_rgb(grey_tiff(file) if file.format == "TIFF" else file), orientation
+
+
+def check_size(file, max_pixels):
+    if file.width * file.height > max_pixels:
         raise Image.DecompressionBombError
     if not min(file.size):
         raise OSError("the image has no pixels")
     if max(file.size) > LONGEST_SIDE * min(file.size):
         raise OSError(f"the image is too long for its width: {file.width} x {file.height} pixels")
-    ImageOps.exif_transpose(file, in_place=True)
-    is_grey16 = file.mode.startswith("I;16")
-    if not (is_grey16 or file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info):
-        return file.convert("RGB")
-    image = Image.new("RGB", file.size)
-    for top in range(0, file.height, STRIP):  # the intermediate copies need memory
-        strip = file.crop((0, top, file.width, min(top + STRIP, file.height)))
-        image.paste(on_white(strip), (0, top))
-    return image
+
+
+# ---------------------------------------------------------------------------------------- formats
+
+def open_image(stream, truncated=False):
+    """A file as Pillow's image, told by its content and not yet decoded. truncated: JPEG and PNG
+    alone. Raises what Pillow raises."""
+    stream.seek(0)
+    head = stream.read(1024)
+    stream.seek(0)
+    if head.startswith(b"\xff\xd8\xff"):
+        return PlainJpeg(stream)
+    if truncated:
+        return Image.open(stream, formats=["PNG"])
+    if head.startswith(TIFF_HEADS):
+        return PlainTiff(stream)
+    if head[4:8] != b"ftyp":
+        return Image.open(stream, formats=FORMATS)
+    length = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[i:i + 4] for i in (8, *range(16, length, 4))}
+    opener = open_avif
+    if not brands & {b"avif", b"avis"} and brands & HEIF_BRANDS:
+        opener = open_heif
+    try:
+        return opener(stream)
+    except Exception:
+        # Both libraries read the EXIF, which may be odd, though it has no say in how to turn these.
+        stream.seek(0)
+        hidden = re.sub(rb"(?s)(infe[\2\3].{7,9}?)Exif", rb"\1none", stream.read())
+        return opener(io.BytesIO(hidden))
+
+
+def open_avif(stream):
+    return Image.open(stream, formats=["AVIF"])
+
+
+def open_heif(stream):
+    if not reads_heif():
+        raise OSError("HEIC is read by the package pillow-heif, which is not installed")
+    # Not registered in Pillow, whose other users in this process did not ask for it.
+    from pillow_heif.as_plugin import HeifImageFile
+    return HeifImageFile(stream)
+
+
+def reads_heif():
+    """Whether the package that reads HEIC is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+class PlainJpeg(JpegImageFile):
+    """The first picture of a JPEG, whatever its tables of other pictures (MPO) and its EXIF
+    hold."""
+
+    def _read_dpi_from_exif(self):
+        pass
+
+
+def png_shade(file):
+    """The transparent shade or colour of a PNG, as its pixels of 8 bits have it; None where that is
+    what Pillow says."""
+    shade, rawmode = file.info.get("transparency"), file.tile[0].args if file.tile else None
+    if isinstance(shade, int) and rawmode in ("L;2", "L;4"):
+        return shade * {"L;2": 85, "L;4": 17}[rawmode]
+    if isinstance(shade, tuple) and rawmode == "RGB;16B":
+        return tuple(value >> 8 for value in shade)
+    return None
+
+
+def grey_of(file):
+    """A pixel of medium grey for an image that Pillow has opened, or the nearest one that it
+    has."""
+    if file.mode == "P":
+        colours = np.frombuffer(file.palette.palette, np.uint8).reshape(-1, 3).astype(int)
+        return int(np.abs(colours - 128).sum(1).argmin())
+    return {"1": 1, "L": 128, "I;16": 1 << 15, "LA": (128, 255), "RGB": (128,) * 3,
+            "RGBA": (128, 128, 128, 255), "CMYK": (0, 0, 0, 127)}[file.mode]
+
+
+# ------------------------------------------------------------------------------------ orientation
+
+def orientation_of(file):
+    """The orientation of a decoded file as in EXIF: 2 to 8 ask for a turn. What cannot be read asks
+    for none."""
+    if file.format == "HEIF":  # its library has turned it
+        return 1
+    if file.format == "AVIF":
+        file.info.pop("xmp", None)  # has no say: Pillow's EXIF tells the container's own turn
+    else:
+        try:
+            return exif_orientation(file.info["exif"])
+        except (LookupError, struct.error, TypeError):
+            pass
+    try:  # a TIFF's own tag, or XMP
+        return file.getexif().get(ORIENTATION, 1)
+    except Exception:  # of anything that Pillow cannot read in it
+        return 1
+
+
+def exif_orientation(exif):
+    """The orientation in the bytes of an EXIF, whatever else these hold: Pillow stops reading at
+    the first tag that points outside. Raises LookupError or struct.error where there is none."""
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    order = {b"II": "<", b"MM": ">"}[exif[:2]]
+    start, = struct.unpack_from(order + "I", exif, 4)
+    number, = struct.unpack_from(order + "H", exif, start)
+    for at in range(start + 2, start + 2 + 12 * number, 12):
+        if struct.unpack_from(order + "HHI", exif, at) == (ORIENTATION, 3, 1):
+            return struct.unpack_from(order + "H", exif, at + 8)[0]
+    raise LookupError("no orientation")
+
+
+# ------------------------------------------------------------------------------------------- modes
+
+def to_rgb(image):
+    """A Pillow image of any mode in RGB, on white where it is transparent. Raises OSError where its
+    mode does not say what is white."""
+    if image.mode in ("I", "F"):  # Pillow's conversion would cut them off at 0 and 255
+        raise OSError(f"pixels of Pillow's mode {image.mode} do not say which are black and white")
+    if not (image.mode.startswith("I;16") or image.has_transparency_data):
+        return image.convert("RGB")
+    picture = Image.new("RGB", image.size)
+    for top, strip in strips(image):
+        picture.paste(on_white(strip), (0, top))
+    return picture
 
 
 def on_white(image):
@@ -85,5 +277,7 @@ def on_white(image):
         alpha = np.where(shades == image.info.get("transparency", -1), 0, 255)
         bands = [Image.fromarray(band.astype(np.uint8)) for band in (shades >> 8, alpha)]
         image = Image.merge("LA", bands)
+    if image.mode == "La":  # its shades are multiplied by alpha
+        image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -45,14 +46,16 @@ def write_sidecars(records, overwrite):
     return left
 
 
-def write_results(savedir, part, pictures, gallery=200, as_csv=False):
+def write_results(savedir, part, pictures, gallery=200, as_csv=False, **reading):
     """Writes all results from the sealed records in part, which is removed at the end.
 
     They are preds.txt, ref*.txt, captions.json, details.jsonl and gallery.html. as_csv: also
-    captions.csv. pictures: a Picture for each record. gallery: images on the page at most. Returns
-    (a dict of COLUMNS for each image; the number of images without a candidate).
+    captions.csv. pictures: a Picture for each record. gallery: images on the page at most. reading:
+    settings of read_image. Returns (a dict of COLUMNS for each image; the number of images without
+    a candidate).
     """
-    from antarctic.gallery import write_gallery  # Pillow
+    from antarctic.gallery import write_gallery
+    from antarctic.images import read_image  # Pillow
     records, shown, empty = [], [], 0  # shown: on the gallery
     with atomic(savedir / "details.jsonl") as details:
         for record in read_sealed(part):
@@ -71,7 +74,8 @@ def write_results(savedir, part, pictures, gallery=200, as_csv=False):
         if len(shown) < len(records):
             remark += f", the first {len(shown)} of them"
         section = "Captions", remark, shown, references
-        write_gallery(savedir / "gallery.html", "Captions", [section])
+        read = partial(read_image, **reading)
+        write_gallery(savedir / "gallery.html", "Captions", [section], read)
     # Last, since a stopped run resumes from part. Others were left by runs with other settings.
     for finished in savedir.glob("details-*.jsonl.part"):
         finished.unlink()

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from conftest import BART, CLIP
@@ -505,7 +506,10 @@ def encoded(format, mode="RGB", **options):
         options["exif"] = Image.Exif()
         options["exif"][0x0112] = 6
     buffer = io.BytesIO()
-    image.save(buffer, format, **options)
+    if format == "HEIF":
+        pillow_heif.from_pillow(image).save(buffer)
+    else:
+        image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -529,6 +533,9 @@ IMAGES = {
     "jpeg.tif": encoded("TIFF", compression="jpeg"),
     "deflate.tif": encoded("TIFF", "RGBA", compression="tiff_deflate"),
     "fax.tif": encoded("TIFF", "1", compression="group4"),
+    "grey16.tif": encoded("TIFF", "I;16", compression="tiff_lzw"),
+    "a.avif": encoded("AVIF"),
+    "a.heic": encoded("HEIF"),
 }
 
 
