@@ -8,11 +8,13 @@ function that needs it imports it.
 import io
 import json
 import re
+from collections import Counter
 from contextlib import redirect_stdout
 from typing import NamedTuple
 
 from antarctic.errors import InputError
 from antarctic.files import one_line, read_text
+from antarctic.pairs import warn_of
 
 METRICS = ("CHAIRs", "CHAIRi", "object recall")
 
@@ -67,7 +69,7 @@ NOUNS = {
     "handbag": "hand bag, purse, pocketbook, shoulder bag, tote bag",
     "tie": "necktie, neck tie, bowtie",
     "suitcase": "suit case, luggage, baggage",
-    "frisbee": "flying disc, flying disk",
+    "frisbee": "disc, flying disc, flying disk",
     "skis": "ski",
     "snowboard": "snow board",
     "sports ball": "ball, basket ball, foot ball, volley ball",
@@ -120,28 +122,27 @@ NOUNS = {
     "toothbrush": "tooth brush",
 }
 # Phrases that hold one of the nouns and name no such object.
-OTHER_THINGS = """couple of, family of, pitcher of, family room, gingerbread man, snow
-    man, man made, baby carriage, baby stroller, child s toy, crowd control, bus stop, bus station,
-    bus lane, bus depot, bus terminal, bus shelter, train station, train track, train platform,
-    train yard, train depot, train set, train terminal, boat dock, boat house, boat ramp, jet ski,
-    jet engine, jet stream, paper plane, paper airplane, car seat, car park, bike lane, bike path,
-    bike rack, bike trail, bicycle lane, bicycle path, bicycle rack, bird house, bird feeder,
-    bird cage, bird bath, rubber duck, dog house, dog bed, dog food, dog bowl, corn dog, cat bed,
-    cat food, cat toy, pet bed, rocking horse, saw horse, carousel horse, battering ram, cow print,
-    zebra print, zebra crossing, umbrella stand, zip tie, railroad tie, ski lift, ski slope,
-    ski pole, ski resort, ski jacket, ski boot, ski suit, ski hill, ski run, ski trail, ski lodge,
-    ski mask, ski goggle, jet skis, ball game, ball park, ball field, ball cap, meat ball,
-    snow ball, cotton ball, disco ball, at bat, to bat, oven mitt, bottle cap, bottle opener,
-    fork lift, world cup, super bowl, apple logo, pizza box, pizza cutter, pizza shop, pizza parlor,
-    pizza place, pizza pan, crab cake, rice cake, cake stand, chair lift, wheel chair, flower bed,
-    truck bed, river bed, garden bed, bed sheet, bed spread, bed room, bed of, pool table,
-    ping pong table, table tennis, table cloth, changing table, night table, toilet paper,
-    toilet tissue, toilet roll, toilet brush, tv show, tv stand, tv station, tv tray, laptop bag,
-    laptop case, mickey mouse, minnie mouse, mouse pad, remote area, remote location, remote place,
-    remote road, remote island, remote beach, remote controlled, piano keyboard, phone booth,
-    pay phone, phone pole, microwave dinner, dutch oven, book shelf,
-    book case, book store, o clock, scissor lift, horse shoe,
-    lady bug, visitor center, record player, mp3 player, cd player, dvd player, music player, screw driver"""
+OTHER_THINGS = """couple of, family of, pitcher of, family room, gingerbread man, snow man, man
+    made, baby carriage, baby stroller, child s toy, crowd control, bus stop, bus station, bus lane,
+    bus depot, bus terminal, bus shelter, train station, train track, train platform, train yard,
+    train depot, train set, train terminal, boat dock, boat house, boat ramp, jet ski, jet engine,
+    jet stream, paper plane, paper airplane, car seat, car park, bike lane, bike path, bike rack,
+    bike trail, bicycle lane, bicycle path, bicycle rack, bird house, bird feeder, bird cage, bird
+    bath, rubber duck, dog house, dog bed, dog food, dog bowl, corn dog, cat bed, cat food, cat toy,
+    pet bed, rocking horse, saw horse, carousel horse, battering ram, cow print, zebra print, zebra
+    crossing, umbrella stand, zip tie, railroad tie, ski lift, ski slope, ski pole, ski resort, ski
+    jacket, ski boot, ski suit, ski hill, ski run, ski trail, ski lodge, ski mask, ski goggle, jet
+    skis, ball game, ball park, ball field, ball cap, meat ball, snow ball, cotton ball, disco ball,
+    at bat, to bat, oven mitt, bottle cap, bottle opener, fork lift, world cup, super bowl, apple
+    logo, pizza box, pizza cutter, pizza shop, pizza parlor, pizza place, pizza pan, crab cake, rice
+    cake, cake stand, chair lift, wheel chair, flower bed, truck bed, river bed, garden bed, bed
+    sheet, bed spread, bed room, bed of, pool table, ping pong table, table tennis, table cloth,
+    changing table, night table, toilet paper, toilet tissue, toilet roll, toilet brush, tv show, tv
+    stand, tv station, tv tray, laptop bag, laptop case, mickey mouse, minnie mouse, mouse pad,
+    remote area, remote location, remote place, remote road, remote island, remote beach, remote
+    controlled, piano keyboard, phone booth, pay phone, phone pole, microwave dinner, dutch oven,
+    book shelf, book case, book store, o clock, scissor lift, horse shoe, lady bug, visitor center,
+    record player, mp3 player, cd player, dvd player, music player, screw driver"""
 # Phrases that begin like an object and name another one.
 OTHER_OBJECTS = {"bus driver": "person", "train conductor": "person", "boat captain": "person",
                  "ball player": "person", "pizza chef": "person", "dog walker": "person",
@@ -232,9 +233,12 @@ class Instances(NamedTuple):
     objects: dict  # {image id: set of names}; an image may have none
 
 
-def read_instances(path):
-    """The Instances of a file in the layout of COCO's instances_val2017.json. Raises InputError
-    where the file is something else."""
+def read_instances(path, rows):
+    """The Instances of a file in the layout of COCO's instances_val2017.json.
+
+    rows: a list of pairs.Scored. A warning names the images of these that the file lacks. Raises
+    InputError where it lacks all of them, or is something else.
+    """
     from pycocotools.coco import COCO
     coco = COCO()
     try:
@@ -251,6 +255,11 @@ def read_instances(path):
     if not any(objects.values()):
         raise InputError(f"there is no object in {path}; it must be a COCO instances file, with "
                          "images, annotations and categories")
+    without = [row.id for row in rows if row.id not in objects]
+    if len(without) == len(rows):
+        raise InputError(f"none of the {len(rows)} images of the captions, such as "
+                         f"{without[0]!r}, is in {path}")
+    warn_of(without, f"images are not in {path} and are left out of CHAIR")
     return Instances(set(names.values()), objects)
 
 
@@ -263,6 +272,26 @@ def class_name(text, path):
 
 
 # ------------------------------------------------------------------------------------------ scores
+
+def named_and_present(rows, instances):
+    """{row: (the objects that its caption names, those that its image holds)}. An image holds its
+    instances and what its references name. rows: a list of pairs.Scored; those whose image the
+    instances lack are left out."""
+    phrases = lexicon(instances.classes)
+    objects = {}
+    for i, row in enumerate(rows):
+        if row.id in instances.objects:
+            named, *others = named_objects([row.caption, *row.references], phrases)
+            objects[i] = named, instances.objects[row.id].union(*others)
+    return objects
+
+
+def hallucinated(objects):
+    """{object: captions that name it though their images lack it}, the most frequent first.
+    objects: of named_and_present."""
+    counts = Counter(name for named, present in objects.values() for name in named - present)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
 
 class Counts(NamedTuple):
     captions: int

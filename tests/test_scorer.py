@@ -18,6 +18,7 @@ from antarctic import metrics
 from antarctic.datasets import read_coco
 from antarctic.files import write_lines
 from antarctic.images import read_image
+from antarctic.pairs import Scored
 from model import Clip
 
 # The example of https://github.com/jmhessel/clipscore, and its scores in that README.
@@ -176,13 +177,21 @@ def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
     references = [["back", "reference"], ["far"], ["back"], ["reference", "back"]]
     # The cosines are .6 with the image and .48 + .48 with the better reference.
     first_image = 2 * 1.5 * 0.96 / (1.5 + 0.96)
-    scores, images = scorer.clip_scores(Plane(), captions, references, [None] * 4, tmp_path, 3)
-    assert images == 4
-    assert scores["CLIPScore"] == pytest.approx(2.5 * (0.6 + 0 + 0.6 + 0) / 4)
-    assert scores["RefCLIPScore"] == pytest.approx(first_image / 4)
-    both_zero, _ = scorer.clip_scores(Plane(), ["left"] * 4, [["reference"]] * 4, [None] * 4,
-                                      tmp_path, 3)
-    assert both_zero == {"CLIPScore": 0, "RefCLIPScore": 0}
+
+    def values(captions, references):
+        rows = [Scored(i, *texts, tmp_path) for i, texts in enumerate(zip(captions, references))]
+        return scorer.clip_values(Plane(), rows, tmp_path, 3)
+
+    assert values(captions, references) == {
+        "CLIPScore": pytest.approx(dict(enumerate([1.5, 0, 1.5, 0]))),
+        "RefCLIPScore": pytest.approx(dict(enumerate([first_image, 0, 0, 0])))}
+    references[0] = []  # the other images keep their scores
+    assert values(captions, references) == {
+        "CLIPScore": pytest.approx(dict(enumerate([1.5, 0, 1.5, 0]))),
+        "RefCLIPScore": {1: 0, 2: 0, 3: 0}}
+    zeros = dict.fromkeys(range(4), 0)
+    both_zero = values(["left"] * 4, [["reference"]] * 4)
+    assert both_zero == {"CLIPScore": zeros, "RefCLIPScore": zeros}
 
 
 @pytest.fixture(scope="module")
@@ -372,11 +381,9 @@ def test_files_of_other_lengths_are_refused(script, tmp_path, extra):
     refused(script, tmp_path, arguments, "preds.txt has 2 lines", "ref1.txt has 3")
 
 
-def test_a_caption_without_reference_is_refused(script, tmp_path):
-    refused(script, tmp_path, lines(tmp_path, GOOD, [REFERENCES[0], ["", "", ""]]), "caption 2",
-            "preds.txt")
-    refused(script, tmp_path, coco(tmp_path, GOOD, [[], REFERENCES[1]]), "caption 1",
-            "captions.json")
+def test_captions_of_which_none_has_a_reference_are_refused(script, tmp_path):
+    arguments = coco(tmp_path, GOOD, [[None], []])
+    refused(script, tmp_path, arguments, "captions.json", "no caption", "has a reference")
 
 
 @pytest.mark.parametrize("name", ["captions.json", "references.json"])
