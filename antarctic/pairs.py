@@ -44,6 +44,9 @@ def by_image(results, annotations, folder, alone):
         raise InputError(no_images(results, [path for path in paths if path], folder))
     if not there:
         paths = [None] * len(paths)
+    else:
+        warn_of([image for image, path in zip(captions, paths) if path is None],
+                f"images of {results} have no path and are left out of CLIPScore")
     scored = [Scored(image, caption, path=path)
               for (image, (caption, _)), path in zip(captions.items(), paths)]
     if annotations:
@@ -54,10 +57,13 @@ def by_image(results, annotations, folder, alone):
 
 def find_image(name, folder):
     """The path of an image: name as it stands, or in folder where only that is a file. None where
-    name is no path."""
-    if not isinstance(name, str) or not name:
+    no file can have that name."""
+    try:
+        if not name or b"\0" in os.fsencode(name):
+            return None
+    except (TypeError, UnicodeEncodeError):  # a number, half a surrogate pair
         return None
-    # os.path.isfile, unlike pathlib's, takes names that no file can have.
+    # os.path.isfile, unlike pathlib's, takes a name that is too long.
     in_folder = folder and not os.path.isfile(name) and os.path.isfile(Path(folder) / name)
     return Path(folder) / name if in_folder else Path(name)
 
