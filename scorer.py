@@ -1,6 +1,8 @@
-"""Scores captions: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE, CLIPScore, RefCLIPScore, and their words.
+"""Scores captions: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE, CLIPScore, RefCLIPScore, CHAIR, and their
+words.
 
     python scorer.py --results captions.json --annotations coco/annotations/captions_val2017.json
+    python scorer.py --results results/details.jsonl
     python scorer.py --preds results/preds.txt --refs results/ref*.txt --images coco/val2017
 
 It prints a table for people and writes scores.json for programs. Metrics that cannot be computed
@@ -12,14 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import (
-    Picture,
-    list_images,
-    read_annotations,
-    read_results,
-    read_texts,
-    report_bad_images,
-)
+from antarctic import chair, pairs
+from antarctic.datasets import DOMAINS, Picture, read_annotations, read_texts, report_bad_images
 from antarctic.errors import InputError
 from antarctic.files import output_folder, write_json
 from antarctic.metrics import (
@@ -35,7 +31,8 @@ from antarctic.runtime import run
 from utils import Renamed, add_clip_flag, add_device_flag, choose_device, require_at_least
 
 PROMPT = "A photo depicts "  # before every text for CLIP, as CLIPScore's authors have it
-TABLE = (*BY_WORDS, "CLIPScore", "RefCLIPScore", "distinct captions", "novel words", "mean length")
+BY_CLIP = ("CLIPScore", "RefCLIPScore")
+TABLE = (*BY_WORDS, *BY_CLIP, *chair.METRICS, "distinct captions", "novel words", "mean length")
 
 
 def parse():
@@ -43,17 +40,21 @@ def parse():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     pair = parser.add_argument_group("captions and their references: one of two pairs")
     pair.add_argument("--results", metavar="FILE", help="captions in COCO's results format, of all "
-                      "annotated images or of a part")
-    pair.add_argument("--annotations", metavar="FILE", help="references: COCO's caption file")
+                      "annotated images or of a part; or the sampler's details.jsonl, which also "
+                      "names the image files")
+    pair.add_argument("--annotations", metavar="FILE", help="references: COCO's caption file, or "
+                      "nocaps', which is also scored by domain")
     pair.add_argument("--preds", metavar="FILE", help="captions, one a line")
     pair.add_argument("--refs", nargs="+", default=[], metavar="FILE", help="references: "
                       "files of as many lines")
 
     inputs = parser.add_argument_group("images and training captions")
     inputs.add_argument("--images", metavar="DIR", help="folder of images, for CLIPScore: with "
-                        "--results those that --annotations names; with --preds all of them and "
-                        "of the subfolders, sorted by path, one for each line, as sampler.py "
-                        "writes them")
+                        "--results those that --annotations names, or else the image ids, which "
+                        "are paths, as they stand or in DIR; with --preds all of them and of the "
+                        "subfolders, sorted by path, one for each line")
+    inputs.add_argument("--instances", metavar="FILE", help="objects of the images of --results, "
+                        "for CHAIR: COCO's instances file")
     inputs.add_argument("--train_captions", metavar="FILE", help="training captions, for the share "
                         "of novel words: COCO's caption file (.json), or text with one a line")
 
@@ -79,9 +80,14 @@ def check(args):
     """Raises InputError for arguments that do not go together."""
     if (args.preds is None) == (args.results is None):
         raise InputError("give the captions with exactly one of --results and --preds")
-    if (args.results is None) != (args.annotations is None) or (args.results and args.refs):
-        raise InputError("--results goes with --annotations, and --preds with --refs")
-    if not (args.annotations or args.refs or args.images):
+    if (args.preds and (args.annotations or args.instances)) or (args.results and args.refs):
+        raise InputError("--results goes with --annotations and --instances, and --preds with "
+                         "--refs")
+    if args.results and not (args.annotations or args.images or args.instances
+                             or args.results.endswith(".jsonl")):
+        raise InputError("--results goes with --annotations, --images or --instances; only "
+                         "details.jsonl, which names the images, needs none")
+    if args.preds and not (args.refs or args.images):
         raise InputError("there is nothing to compare the captions with: give --refs or --images, "
                          "or both")
     if args.json and args.savedir:
@@ -89,47 +95,23 @@ def check(args):
     require_at_least(1, args, "batch_size")
 
 
-def read_by_image(args):
-    """read_scored() for --results, --annotations and --images."""
-    captions, images = read_results(args.results), read_annotations(args.annotations)
-    unknown = [image for image in captions if image not in images]
-    if unknown:
-        raise InputError(f"{len(unknown)} of {len(captions)} images of {args.results}, such as "
-                         f"{unknown[0]!r}, are not in {args.annotations}")
-    names, references = zip(*(images[image] for image in captions))
-    paths = [Path(args.images) / name for name in names] if args.images else []
-    if paths and not any(path.is_file() for path in paths):
-        raise InputError(f"none of the images, such as {paths[0]}, is in the folder {args.images}")
-    return list(captions.values()), references, paths
-
-
-def read_by_line(args):
-    """read_scored() for --preds, --refs and --images."""
-    captions = read_texts(args.preds, "captions file")
-    columns = [read_texts(path, "references file") for path in args.refs]
-    for path, lines in zip(args.refs, columns):
-        if len(lines) != len(captions):
-            raise InputError(f"{args.preds} has {len(captions)} lines, but {path} has {len(lines)}")
-    paths = [picture.path for picture in list_images([args.images])] if args.images else []
-    if args.images and len(paths) != len(captions):
-        raise InputError(f"{args.preds} has {len(captions)} lines, but {args.images} has "
-                         f"{len(paths)} images")
-    return captions, list(zip(*columns)) or [()] * len(captions), paths
-
-
 def read_scored(args):
-    """Returns (captions, N texts; references, N lists of texts; N image paths).
-
-    The lists of texts are empty without references, and there are no paths without --images.
-    Raises InputError where a file cannot be read, two files do not belong together, or an image has
-    no reference.
-    """
-    captions, references, paths = read_by_image(args) if args.results else read_by_line(args)
-    references = [[text for text in texts if text] for texts in references]
-    if (args.annotations or args.refs) and not all(references):
-        raise InputError(f"caption {references.index([]) + 1} of {args.results or args.preds} has "
-                         f"no reference")
-    return captions, references, paths
+    """A list of pairs.Scored, and warnings of what is missing. Raises InputError where a file
+    cannot be read or two do not belong together, or where nothing is left to compare with."""
+    if args.results:
+        alone = not (args.annotations or args.instances)
+        rows = pairs.by_image(args.results, args.annotations, args.images, alone)
+    else:
+        rows = pairs.by_line(args.preds, args.refs, args.images)
+    images = "images" if args.results else "lines"
+    pairs.warn_of([row.id for row in rows if not row.caption], f"{images} have an empty caption")
+    if args.annotations or args.refs:
+        without = [row.id for row in rows if not row.references]
+        if len(without) == len(rows) and not (args.images or args.instances):
+            raise InputError(f"no caption of {args.results or args.preds} has a reference")
+        pairs.warn_of(without, f"{images} have no reference and are left out of the scores that "
+                      "need one")
+    return rows
 
 
 def read_training_captions(path):
@@ -163,93 +145,150 @@ def choose_tokenizer(name, java):
     return "ptb" if java else "treebank"
 
 
-def unavailable(args, java, captions):
+def unavailable(args, java, rows):
     """{metric: the reason why it cannot be computed}, as far as it is known before any work."""
     corenlp = missing_corenlp()
+    flag = "--annotations" if args.results else "--refs"
+    given = args.annotations or args.refs
+    references = sum(bool(row.references) for row in rows)
     needs = (
         (not corenlp, ["SPICE"], corenlp),
         (java, ["METEOR", "SPICE"], "there is no Java here"),
-        (len(captions) > 1, ["CIDEr-D"],
+        (references > 1, ["CIDEr-D"],
          "it weighs n-grams by how rare they are among images, and there is one image"),
-        (args.annotations or args.refs, [*BY_WORDS, "RefCLIPScore"], "no --refs"),
-        (args.images, ["CLIPScore", "RefCLIPScore"], "no --images"),
+        (references, [*BY_WORDS, "RefCLIPScore"],
+         "no image has a reference" if given else f"no {flag}"),
+        (any(row.path for row in rows), BY_CLIP, "no --images"),
+        (args.instances, chair.METRICS, "no --instances"),
         (args.train_captions, ["novel words"], "no --train_captions"))
     return {metric: reason
             for available, metrics, reason in needs if not available for metric in metrics}
 
 
-def clip_scores(clip, captions, references, paths, folder, batch_size):
-    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718).
+def clip_values(clip, rows, folder, batch_size):
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718) of each
+    caption whose image can be read: {metric: {row: score}}.
 
-    Both are means over the images that can be read. CLIPScore is 2.5 max(cos(image, caption), 0);
-    RefCLIPScore is its harmonic mean with the best max(cos(caption, reference), 0), and is left out
-    where a list of references is empty. captions: N texts. references: N lists of texts. paths: N
-    images, whose features are saved in folder.
-    Returns ({metric: score}, n images that were read). Raises InputError where none can be read.
+    CLIPScore is 2.5 max(cos(image, caption), 0); RefCLIPScore is its harmonic mean with the best
+    max(cos(caption, reference), 0), where there are references. The images' features are saved in
+    folder. Raises InputError where no image can be read.
     """
     from antarctic.features import image_features
     from model import rescore
-    pictures = [Picture(*row) for row in enumerate(paths)]
+    pictures = [Picture(i, row.path) for i, row in enumerate(rows) if row.path]
     features, pictures, bad = image_features(clip, pictures, folder, batch_size)  # (n, dim)
     report_bad_images(bad)
     if not pictures:
         raise InputError("none of the images can be read")
-    texts = [PROMPT + captions[picture.id] for picture in pictures]
-    vectors = clip.encode_texts(texts, batch_size, "encoding captions")  # (n, dim)
+    read = [picture.id for picture in pictures]
+    vectors = clip.encode_texts([PROMPT + rows[i].caption for i in read], batch_size,
+                                "encoding captions")  # (n, dim)
     clip_score = 2.5 * (vectors * features).sum(1).clamp(min=0)  # (n,)
-    scores = {"CLIPScore": clip_score.mean().item()}
-    if all(references):
-        texts = [[PROMPT + text for text in references[picture.id]] for picture in pictures]
-        best = []
-        for i in tqdm(range(0, len(texts), batch_size), "encoding references", unit="batch"):
-            part = slice(i, i + batch_size)
-            best += map(max, rescore(clip, vectors[part], texts[part]))
-        best = vectors.new_tensor(best).clamp(min=0)  # (n,)
-        mean = 2 * clip_score * best / (clip_score + best).clamp(min=1e-9)  # 0 where both are
-        scores["RefCLIPScore"] = mean.mean().item()
-    return scores, len(pictures)
+    values = {"CLIPScore": dict(zip(read, clip_score.tolist())), "RefCLIPScore": {}}
+    chosen = [j for j, i in enumerate(read) if rows[i].references]
+    for start in tqdm(range(0, len(chosen), batch_size), "encoding references", unit="batch",
+                      disable=not chosen):
+        part = chosen[start:start + batch_size]
+        texts = [[PROMPT + text for text in rows[read[j]].references] for j in part]
+        best = vectors.new_tensor([max(row) for row in rescore(clip, vectors[part], texts)])
+        best = best.clamp(min=0)
+        # 0 where both are
+        mean = 2 * clip_score[part] * best / (clip_score[part] + best).clamp(min=1e-9)
+        values["RefCLIPScore"] |= zip((read[j] for j in part), mean.tolist())
+    return values
+
+
+def tokenized(rows, train, tokenizer):
+    """(rows with tokenized texts, tokenized texts of train). One call tokenizes all texts: Java
+    takes as long to start as for thousands of them."""
+    texts = [text for row in rows for text in (row.caption, *row.references)]
+    tokens = iter(tokenize(texts + train, tokenizer))
+    rows = [row._replace(caption=next(tokens), references=[next(tokens) for _ in row.references])
+            for row in rows]
+    return rows, list(tokens)
+
+
+def score(part, rows, values, objects, train, left_out):
+    """Scores some of the captions. part: their rows. rows: all Scored, tokenized. values: of
+    clip_values. objects: of chair.named_and_present. train: tokenized texts. left_out: {metric:
+    reason}. Returns ({metric: score}; all that is left out; {novel word: count})."""
+    scores = {}
+    for metric, by_row in values.items():
+        known = [by_row[i] for i in part if i in by_row]
+        if known:
+            scores[metric] = sum(known) / len(known)
+    compared = [rows[i] for i in part if rows[i].references]
+    by_words, failed = word_scores([row.caption for row in compared],
+                                   [row.references for row in compared], left_out)
+    statistics, novel = word_statistics([rows[i].caption for i in part], train)
+    pairs_of = [objects[i] for i in part if i in objects]
+    by_objects = chair.chair_scores(chair.object_counts(*zip(*pairs_of))) if pairs_of else {}
+    scores |= by_words | by_objects | statistics
+    reasons = dict.fromkeys(TABLE, "there is nothing to count") | left_out | failed
+    return ({name: scores[name] for name in TABLE if name in scores},
+            {name: reasons[name] for name in TABLE if name not in scores}, novel)
+
+
+def print_table(scores, left_out, domains):
+    """Prints a row for each metric, with a column for each domain. domains: {domain: scores}."""
+    if domains:
+        print(f"{'':18}{'all':>8}", *(f"{domain:>11}" for domain in domains))
+    for name in TABLE:
+        if name not in scores:
+            print(f"{name:18}       - {left_out[name]}")
+            continue
+        others = (f"{d[name]:11.4f}" if name in d else f"{'-':>11}" for d in domains.values())
+        print(f"{name:18}{scores[name]:8.4f}", *others)
 
 
 def main():
     args = parse()
     check(args)
-    captions, references, paths = read_scored(args)
+    rows = read_scored(args)
+    instances = chair.read_instances(args.instances, rows) if args.instances else None
     train = read_training_captions(args.train_captions)
     path = output_file(args)
     java = has_java()
     tokenizer = choose_tokenizer(args.tokenizer, java)
-    left_out = unavailable(args, java, captions)
-    report = {"captions": len(captions), "references": sum(map(len, references)),
-              "tokenizer": tokenizer}
-    headline = (f"{len(captions)} captions, {report['references']} references; words by "
+    report = {"captions": len(rows), "references": sum(len(row.references) for row in rows),
+              "without_reference": sum(not row.references for row in rows),
+              "empty_captions": sum(not row.caption for row in rows), "tokenizer": tokenizer}
+    headline = (f"{len(rows)} captions, {report['references']} references; words by "
                 f"{TOKENIZERS[tokenizer]}")
-    scores = {}
+    left_out = unavailable(args, java, rows)
 
-    if paths:  # first, so that a wrong --clip_model is reported early
+    values = {}
+    if any(row.path for row in rows):  # first, so that a wrong --clip_model is reported early
         from model import Clip  # torch and transformers take seconds to load
-        clip = Clip(args.clip_model, choose_device(args.device))
-        scores, images = clip_scores(clip, captions, references, paths, path.parent,
-                                     args.batch_size)
-        report |= {"clip_model": clip.identity, "clip_images": images}
-        headline += f"; CLIP {clip.identity}, {images} images"
+        try:
+            clip = Clip(args.clip_model, choose_device(args.device))
+            values = clip_values(clip, rows, path.parent, args.batch_size)
+            images = len(values["CLIPScore"])
+            report |= {"clip_model": clip.identity, "clip_images": images}
+            headline += f"; CLIP {clip.identity}, {images} images"
+        except InputError as error:
+            # details.jsonl names images that nobody asked for.
+            if args.images or not (args.annotations or args.instances):
+                raise
+            left_out |= dict.fromkeys(BY_CLIP, str(error))
+    objects = chair.named_and_present(rows, instances) if instances else {}
+    rows, train = tokenized(rows, train, tokenizer)
 
-    # One call tokenizes all texts: Java takes as long to start as for thousands of them.
-    texts = captions + [text for texts in references for text in texts] + train
-    tokens = iter(tokenize(texts, tokenizer))
-    captions = [next(tokens) for _ in captions]
-    references = [[next(tokens) for _ in texts] for texts in references]
-    by_words, failed = word_scores(captions, references, left_out)
-    statistics, novel = word_statistics(captions, list(tokens))
-    scores |= by_words | statistics
-    left_out |= failed
+    scores, left_out, novel = score(range(len(rows)), rows, values, objects, train, left_out)
+    domains = {}
+    for domain in DOMAINS:
+        part = [i for i, row in enumerate(rows) if row.domain == domain]
+        if part:
+            reasons = left_out | unavailable(args, java, [rows[i] for i in part])
+            domains[domain], _, _ = score(part, rows, values, objects, train, reasons)
+    print(headline)
+    print_table(scores, left_out, domains)
     if train:
         report["novel_words"] = novel
-
-    print(headline)
-    for name in TABLE:
-        value = f"{scores[name]:8.4f}" if name in scores else f"       - {left_out[name]}"
-        print(f"{name:18}{value}")
-    scores = {name: scores[name] for name in TABLE if name in scores}
+    if instances:
+        report |= {"chair_images": len(objects), "hallucinated": chair.hallucinated(objects)}
+    if domains:
+        report["domains"] = domains
     write_json(path, {"scores": scores, "left_out": left_out} | report, indent=1)
     print(f"scores: {path}")
 

@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = frozenset("""
 """.split())
 # Folders of thumbnails, of deleted files and of what other systems note beside files.
 ASIDE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information"}
+DOMAINS = ("in-domain", "near-domain", "out-domain")  # of images in nocaps' annotations
 
 
 class Picture(NamedTuple):
@@ -106,12 +107,23 @@ def folder_images(folder):
     return inside, hidden
 
 
+class Annotated(NamedTuple):
+    file_name: str
+    captions: list
+    domain: str | None  # one of DOMAINS, where the file is nocaps'
+
+
 def read_annotations(path):
     """The captions of a COCO caption file: {image id: (file name, [captions])}.
 
     Raises InputError where the file is something else, an image is listed twice, or a file name
     leads out of the image folder, which is not a mistake but an attack.
     """
+    return {image: (name, captions) for image, (name, captions, _) in read_annotated(path).items()}
+
+
+def read_annotated(path):
+    """read_annotations with domains: {image id: Annotated}. A null caption is none."""
     images = {}
     try:
         data = json.loads(read_text(path, "caption file"))
@@ -126,11 +138,12 @@ def read_annotations(path):
             if Path(name).anchor or ".." in Path(name).parts or "\0" in name:
                 raise InputError(f"{path} has the file name {name!r}, which is no path inside the "
                                  "folder of images")
-            images[number] = name, []
+            domain = image.get("domain")
+            images[number] = Annotated(name, [], domain if domain in DOMAINS else None)
         for annotation in data["annotations"]:
-            if annotation["image_id"] in images:
-                _, captions = images[annotation["image_id"]]
-                captions.append(one_line(annotation["caption"], path))
+            caption = annotation["caption"] if annotation["image_id"] in images else None
+            if caption is not None:
+                images[annotation["image_id"]].captions.append(one_line(caption, path))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a COCO caption file "
                          f"({type(error).__name__}: {error})") from error
@@ -143,16 +156,28 @@ def read_captions(path, other=".txt"):
 
     .json: COCO's results format, a list of {"image_id", "caption"}. .jsonl: one such object a line.
     Other keys are ignored. .txt: one caption a line. other: which of these any other suffix means.
+    A caption that is missing or null is an empty text, unless all are missing.
     """
+    return [(image, caption) for image, caption, _ in read_records(path, other)]
+
+
+def read_records(path, other):
+    """read_captions with image files: a list of (image id or None, caption, file or None)."""
     path = Path(path)
     text = read_text(path, "captions file")
     suffix = path.suffix if path.suffix in (".json", ".jsonl") else other
     if suffix == ".txt":
-        return [(None, one_line(line, path)) for line in text.split("\n")]
+        return [(None, one_line(line, path), None) for line in text.split("\n")]
     try:
         parts = [text] if suffix == ".json" else [f"[{line}]" for line in text.split("\n")]
         records = [record for part in parts for record in json.loads(part)]
-        return [(record.get("image_id"), one_line(record["caption"], path)) for record in records]
+        if records and not any("caption" in record.keys() for record in records):
+            raise KeyError("caption")
+        captions = [record.get("caption") for record in records]
+        captions = [one_line("" if text is None else text, path) for text in captions]
+        files = [record.get("file") for record in records]
+        return [(record.get("image_id"), caption, file if isinstance(file, str) else None)
+                for record, caption, file in zip(records, captions, files)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} does not hold captions as sampler.py writes them in {suffix} "
                          f"files") from error
@@ -161,15 +186,21 @@ def read_captions(path, other=".txt"):
 def read_results(path):
     """The captions of a file in COCO's results format: {image id: caption}. Raises InputError where
     the file is something else, or an image has two captions."""
+    return {image: caption for image, (caption, _) in read_captioned(path).items()}
+
+
+def read_captioned(path):
+    """read_results with image files: {image id: (caption, file or None)}. details.jsonl names the
+    files."""
     captions = {}
-    for image, caption in read_captions(path, other=".json"):
+    for image, caption, file in read_records(path, ".json"):
         if not isinstance(image, (int, float, str)):
             raise InputError(f"{path} is not in COCO's results format: no image_id belongs to the "
                              f"caption {caption[:60]!r}")
         if image in captions:
             raise InputError(f"{path} has more than one caption of the image {image!r}")
-        captions[image] = caption
-    if not any(captions.values()):
+        captions[image] = caption, file
+    if not any(caption for caption, _ in captions.values()):
         raise InputError(f"there is no text in the results file {path}")
     return captions
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
+from antarctic.chair import object_counts
 from antarctic.datasets import read_coco
 from antarctic.files import write_json
 from antarctic.gallery import write_gallery
@@ -75,17 +76,13 @@ def objects(captions, described):
 
     captions: texts. described: their scenes, as in scenes_{split}.json.
     """
-    correct = drawn = named = correct_new = drawn_new = 0
-    for text, scene in zip(captions, described):
-        kinds, names = {group[0] for group in scene["groups"]}, scenes.named(text)
-        new = kinds & set(scenes.HELD_OUT)
-        correct += len(kinds & names)
-        drawn += len(kinds)
-        named += len(names)
-        correct_new += len(new & names)
-        drawn_new += len(new)
-    held_out = correct_new / drawn_new if drawn_new else None
-    return correct / drawn, correct / max(1, named), held_out
+    named = [scenes.named(text) for text in captions]
+    kinds = [{group[0] for group in scene["groups"]} for scene in described]
+    counts = object_counts(named, kinds)
+    new = object_counts(named, [names & set(scenes.HELD_OUT) for names in kinds])
+    held_out = new.recalled / new.present if new.present else None
+    precision = (counts.named - counts.hallucinated) / max(1, counts.named)
+    return counts.recalled / counts.present, precision, held_out
 
 
 def score_run(captions, references, described):

@@ -1,6 +1,7 @@
 """Scores against published values and formulas, in both forms of input. Metrics that cannot be
 computed are listed with the reason, and the others still run."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -12,12 +13,14 @@ from conftest import CLIP, VAL, commands
 from pycocoevalcap.spice import get_stanford_models
 from pycocoevalcap.spice.spice import Spice
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+from test_chair import instances
 
 import scorer
 from antarctic import metrics
 from antarctic.datasets import read_coco
 from antarctic.files import write_lines
 from antarctic.images import read_image
+from antarctic.pairs import Scored
 from model import Clip
 
 # The example of https://github.com/jmhessel/clipscore, and its scores in that README.
@@ -176,13 +179,21 @@ def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
     references = [["back", "reference"], ["far"], ["back"], ["reference", "back"]]
     # The cosines are .6 with the image and .48 + .48 with the better reference.
     first_image = 2 * 1.5 * 0.96 / (1.5 + 0.96)
-    scores, images = scorer.clip_scores(Plane(), captions, references, [None] * 4, tmp_path, 3)
-    assert images == 4
-    assert scores["CLIPScore"] == pytest.approx(2.5 * (0.6 + 0 + 0.6 + 0) / 4)
-    assert scores["RefCLIPScore"] == pytest.approx(first_image / 4)
-    both_zero, _ = scorer.clip_scores(Plane(), ["left"] * 4, [["reference"]] * 4, [None] * 4,
-                                      tmp_path, 3)
-    assert both_zero == {"CLIPScore": 0, "RefCLIPScore": 0}
+
+    def values(captions, references):
+        rows = [Scored(i, *texts, tmp_path) for i, texts in enumerate(zip(captions, references))]
+        return scorer.clip_values(Plane(), rows, tmp_path, 3)
+
+    assert values(captions, references) == {
+        "CLIPScore": pytest.approx(dict(enumerate([1.5, 0, 1.5, 0]))),
+        "RefCLIPScore": pytest.approx(dict(enumerate([first_image, 0, 0, 0])))}
+    references[0] = []  # the other images keep their scores
+    assert values(captions, references) == {
+        "CLIPScore": pytest.approx(dict(enumerate([1.5, 0, 1.5, 0]))),
+        "RefCLIPScore": {1: 0, 2: 0, 3: 0}}
+    zeros = dict.fromkeys(range(4), 0)
+    both_zero = values(["left"] * 4, [["reference"]] * 4)
+    assert both_zero == {"CLIPScore": zeros, "RefCLIPScore": zeros}
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +282,204 @@ def test_captions_without_references_are_held_against_their_images(
                       world / "val2017", "--clip_model", CLIP)
     assert set(report["scores"]) == {"CLIPScore", "distinct captions", "mean length"}
     assert report["left_out"]["CIDEr-D"] == report["left_out"]["RefCLIPScore"] == "no --refs"
+
+
+# ----------------------------------------------------------------------- photos of a user's own
+
+@pytest.fixture(scope="module")
+def photos(script, world, cache, checkpoint, tmp_path_factory):
+    """A folder with photos/, one of them broken, and the sampler's results on them in runs/, by
+    relative paths and in another order than the sorted one."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copytree(world / "val2017", folder / "photos")
+    names = sorted(path.name for path in (folder / "photos").iterdir())
+    (folder / "photos" / names[3]).write_bytes(b"no picture")
+    (folder / "photos" / "more").mkdir()
+    (folder / "photos" / names[5]).rename(folder / "photos" / "more" / names[5])
+    options = commands(world, cache, checkpoint)["sampler"](folder / "runs", datadir=None)
+    with contextlib.chdir(folder):
+        result = script("sampler", *options, "--images", "photos/more",
+                        *(f"photos/{name}" for name in reversed(names) if name != names[5]))
+    assert result.code == 0, result.err
+    return folder
+
+
+def test_photos_are_found_by_their_paths_whatever_their_order_and_whichever_was_skipped(
+        script, world, photos, no_java, tmp_path, monkeypatch):
+    runs, clip = photos / "runs", Clip(CLIP)
+    rows = json.loads((runs / "captions.json").read_text())
+    assert len(rows) == VAL - 1 and rows != sorted(rows, key=lambda row: row["image_id"])
+    images = clip.encode_images([read_image(photos / row["image_id"]) for row in rows])
+    texts = clip.encode_texts([scorer.PROMPT + row["caption"] for row in rows])
+    expected = 2.5 * (images * texts).sum(1).clamp(min=0).mean().item()
+
+    shuffled = tmp_path / "shuffled.json"
+    shuffled.write_text(json.dumps(rows[::-1]))
+    monkeypatch.chdir(photos)  # paths as they stand
+    for arguments in (["--results", runs / "captions.json", "--images", "photos"],
+                      ["--results", shuffled, "--images", tmp_path],
+                      ["--results", runs / "details.jsonl"]):
+        report, _ = score(script, tmp_path, *arguments, "--clip_model", CLIP)
+        assert report["scores"]["CLIPScore"] == pytest.approx(expected, abs=1e-6), arguments
+        assert report["clip_images"] == VAL - 1
+        assert report["left_out"]["CIDEr-D"] == "no --annotations"
+    monkeypatch.chdir(tmp_path)  # paths in the folder of images
+    for name in ("captions.json", "details.jsonl"):
+        report, _ = score(script, tmp_path, "--results", runs / name, "--images", photos,
+                          "--clip_model", CLIP)
+        assert report["scores"]["CLIPScore"] == pytest.approx(expected, abs=1e-6), name
+        (tmp_path / "out").mkdir(exist_ok=True)
+        refused(script, tmp_path, ["--results", runs / name, "--images", tmp_path],
+                "none of the 7 images", "photos/more/", tmp_path)
+    refused(script, tmp_path, ["--results", runs / "details.jsonl"], "none of the 7 images")
+    refused(script, tmp_path, ["--preds", runs / "preds.txt", "--images", photos / "photos"],
+            "7 lines", "8 images", "--results")
+
+
+def test_a_photo_that_has_gone_is_named_and_the_others_are_scored(
+        script, photos, no_java, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos)
+    rows = json.loads((photos / "runs" / "captions.json").read_text())
+    gone = ["photos/gone.png", "x" * 5000, "a\x1b[2Jb.png", "a\0b", "\ud800", "", 7]
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps(rows + [{"image_id": name, "caption": "a"} for name in gone]))
+    result = script("scorer", "--results", captions, "--images", "photos", "--clip_model", CLIP)
+    assert result.code == 0, result.err
+    assert "skipped photos/gone.png: " in result.err and "\x1b" not in result.err
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["captions"] == VAL + 6 and report["clip_images"] == VAL - 1
+    assert f"warning: 4 images of {captions} have no path" in result.err
+
+
+def test_results_without_paths_are_refused_with_images_alone(script, tmp_path):
+    arguments = coco(tmp_path, GOOD, REFERENCES)[:2]
+    refused(script, tmp_path, [*arguments, "--images", tmp_path], "holds no paths", "--annotations")
+    details = tmp_path / "details.jsonl"
+    details.write_text('{"image_id": 1, "caption": "a dog"}\n')
+    refused(script, tmp_path, ["--results", details], "details.jsonl", "holds no paths")
+
+
+def test_details_need_no_folder_of_images_with_references_either(
+        script, world, sampled, no_java, tmp_path):
+    arguments = ["--results", sampled / "details.jsonl", "--annotations",
+                 world / "annotations" / "captions_val2017.json"]
+    named, _ = score(script, tmp_path, *arguments, "--images", world / "val2017",
+                     "--clip_model", CLIP)
+    report, _ = score(script, tmp_path, *arguments, "--clip_model", CLIP)
+    assert report == named and "RefCLIPScore" in report["scores"]
+    # Nobody asked for a CLIP, so that a missing one costs no other score.
+    without, _ = score(script, tmp_path, *arguments, "--clip_model", "no/clip")
+    assert "no/clip" in without["left_out"]["CLIPScore"]
+    assert without["scores"]["CIDEr-D"] == report["scores"]["CIDEr-D"]
+
+
+# ------------------------------------------------------------------- what is missing, and domains
+
+WORDS = {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D"}
+
+
+def test_images_without_references_are_named_and_the_others_scored_alike_in_both_forms(
+        script, no_java, tmp_path):
+    full, _ = score(script, tmp_path, *lines(tmp_path, GOOD, REFERENCES))
+    captions = [GOOD[0], "a bus", GOOD[1], "a train"]
+    references = [REFERENCES[0], ["", "", ""], REFERENCES[1], ["", "", ""]]
+    nulls = [REFERENCES[0], [None, ""], REFERENCES[1], []]
+    for arguments, ids in ((lines(tmp_path, captions, references), "2, 4"),
+                           (coco(tmp_path, captions, nulls), "10, 30")):
+        result = script("scorer", *arguments, "--savedir", tmp_path)
+        assert result.code == 0, result.err
+        [warning] = [line for line in result.err.splitlines() if line.startswith("warning")]
+        assert warning.startswith("warning: 2 ") and "no reference" in warning
+        assert warning.endswith(f": {ids}")
+        report = json.loads((tmp_path / "scores.json").read_text())
+        assert {name: report["scores"][name] for name in WORDS} == pytest.approx(
+            {name: full["scores"][name] for name in WORDS})
+        assert report["captions"] == 4 and report["without_reference"] == 2
+        assert report["references"] == 6 and report["scores"]["mean length"] == 31 / 4
+
+
+def test_images_without_references_keep_their_clipscore(script, world, sampled, no_java, tmp_path):
+    data = json.loads((world / "annotations" / "captions_val2017.json").read_text())
+    first = data["images"][0]["id"]
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] != first]
+    (tmp_path / "part.json").write_text(json.dumps(data))
+    options = "--images", world / "val2017", "--clip_model", CLIP
+    full, _ = score(script, tmp_path, "--results", sampled / "captions.json", "--annotations",
+                    world / "annotations" / "captions_val2017.json", *options)
+    part, _ = score(script, tmp_path, "--results", sampled / "captions.json", "--annotations",
+                    tmp_path / "part.json", *options)
+    assert part["scores"]["CLIPScore"] == pytest.approx(full["scores"]["CLIPScore"])
+    assert part["scores"]["RefCLIPScore"] != full["scores"]["RefCLIPScore"]
+    data["annotations"] = []
+    (tmp_path / "part.json").write_text(json.dumps(data))
+    none, _ = score(script, tmp_path, "--results", sampled / "captions.json", "--annotations",
+                    tmp_path / "part.json", *options)
+    assert none["scores"]["CLIPScore"] == part["scores"]["CLIPScore"]
+    assert none["left_out"]["CIDEr-D"] == "no image has a reference"
+
+
+@pytest.mark.parametrize("missing", [{}, {"caption": ""}, {"caption": " \n"}, {"caption": None}])
+def test_a_caption_that_is_missing_is_named_and_counts_as_an_empty_one(
+        script, no_java, tmp_path, missing):
+    by_line, _ = score(script, tmp_path, *lines(tmp_path, [GOOD[0], ""], REFERENCES))
+    arguments = coco(tmp_path, GOOD, REFERENCES)
+    records = [{"image_id": 0, "caption": GOOD[0]}, {"image_id": 10} | missing]
+    for name, text in (("captions.json", json.dumps(records)),
+                       ("details.jsonl", "\n".join(map(json.dumps, records)))):
+        (tmp_path / name).write_text(text)
+        result = script("scorer", "--results", tmp_path / name, *arguments[2:])
+        assert result.code == 0, result.err
+        assert "warning: 1 images have an empty caption: 10\n" in result.err
+        assert json.loads((tmp_path / "scores.json").read_text()) == by_line
+    assert by_line["empty_captions"] == 1
+
+
+def test_nocaps_domains_are_scored_as_if_each_were_alone(
+        script, world, sampled, no_java, tmp_path):
+    names = ("out-domain", "in-domain", "near-domain", None, "elsewhere", 5, "in-domain",
+             "near-domain")
+    data = json.loads((world / "annotations" / "captions_val2017.json").read_text())
+    domains = {image["id"]: domain for image, domain in zip(data["images"], names)}
+    for image in data["images"]:
+        image["domain"] = domains[image["id"]]
+    (tmp_path / "nocaps.json").write_text(json.dumps(data))
+    options = ("--annotations", tmp_path / "nocaps.json", "--images", world / "val2017",
+               "--clip_model", CLIP)
+    report, out = score(script, tmp_path, "--results", sampled / "captions.json", *options)
+    assert list(report["domains"]) == ["in-domain", "near-domain", "out-domain"]
+    assert out.splitlines()[1].split() == ["all", *report["domains"]]
+    [row] = [line.split() for line in out.splitlines() if line.startswith("BLEU-1 ")]
+    assert row == [row[0], *(f"{scores['BLEU-1']:.4f}"
+                             for scores in (report["scores"], *report["domains"].values()))]
+    assert "CIDEr-D" not in report["domains"]["out-domain"]  # there is one image
+    rows = json.loads((sampled / "captions.json").read_text())
+    for domain, scores in report["domains"].items():
+        (tmp_path / "part.json").write_text(
+            json.dumps([row for row in rows if domains[row["image_id"]] == domain]))
+        alone, _ = score(script, tmp_path, "--results", tmp_path / "part.json", *options)
+        assert scores == pytest.approx(alone["scores"], abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------- CHAIR
+
+def test_chair_is_scored_beside_the_others_or_alone(script, no_java, tmp_path):
+    objects = {0: ["cat"], 10: ["dog"]}
+    path = instances(tmp_path, objects)
+    arguments = coco(tmp_path, ["two cats and a kite", "a man"], [["a cat"], ["a puppy"]])
+    for part in (arguments, arguments[:2]):
+        report, out = score(script, tmp_path, *part, "--instances", path)
+        chair = {name: report["scores"][name] for name in ("CHAIRs", "CHAIRi", "object recall")}
+        assert chair == {"CHAIRs": 1, "CHAIRi": 2 / 3, "object recall": 1 / 2}
+        assert report["hallucinated"] == {"kite": 1, "person": 1} and report["chair_images"] == 2
+        assert re.search(r"^CHAIRi +0\.6667$", out, re.M)
+    report, _ = score(script, tmp_path, *coco(tmp_path, ["a tree", "grass"], REFERENCES)[:2],
+                      "--instances", path)
+    assert report["scores"]["CHAIRs"] == 0
+    assert report["left_out"]["CHAIRi"] == "there is nothing to count"
+    refused(script, tmp_path, [*lines(tmp_path, GOOD, REFERENCES), "--instances", path],
+            "goes with")
+    refused(script, tmp_path, [*arguments, "--instances", tmp_path / "references.json"],
+            "references.json", "not a COCO instances file")
 
 
 # ------------------------------------------------------------------------ metrics that are left out
@@ -372,11 +581,9 @@ def test_files_of_other_lengths_are_refused(script, tmp_path, extra):
     refused(script, tmp_path, arguments, "preds.txt has 2 lines", "ref1.txt has 3")
 
 
-def test_a_caption_without_reference_is_refused(script, tmp_path):
-    refused(script, tmp_path, lines(tmp_path, GOOD, [REFERENCES[0], ["", "", ""]]), "caption 2",
-            "preds.txt")
-    refused(script, tmp_path, coco(tmp_path, GOOD, [[], REFERENCES[1]]), "caption 1",
-            "captions.json")
+def test_captions_of_which_none_has_a_reference_are_refused(script, tmp_path):
+    arguments = coco(tmp_path, GOOD, [[None], []])
+    refused(script, tmp_path, arguments, "captions.json", "no caption", "has a reference")
 
 
 @pytest.mark.parametrize("name", ["captions.json", "references.json"])

@@ -153,3 +153,17 @@ def test_captions_are_read_from_every_file_that_holds_them(tmp_path, name, text,
         assert captions == [(None, "a dog"), (None, "two cats")]
     else:  # by the scorer also under a suffix of its own
         assert datasets.read_results(tmp_path / name) == {7: "a dog", "b": "two cats"}
+
+
+def test_a_caption_that_is_missing_is_empty_and_a_null_reference_is_none(tmp_path):
+    records = [{"image_id": 1, "caption": "a dog"}, {"image_id": 2},
+               {"image_id": 3, "caption": None}]
+    for name, text in (("a.json", json.dumps(records)),
+                       ("a.jsonl", "\n".join(map(json.dumps, records)))):
+        (tmp_path / name).write_text(text)
+        assert datasets.read_captions(tmp_path / name) == [(1, "a dog"), (2, ""), (3, "")]
+    (tmp_path / "a.json").write_text(json.dumps(
+        {"images": [{"id": i, "file_name": f"{i}.png"} for i in (1, 2)],
+         "annotations": [{"image_id": 1, "caption": "a dog"}, {"image_id": 2, "caption": None}]}))
+    assert datasets.read_annotations(tmp_path / "a.json") == {1: ("1.png", ["a dog"]),
+                                                              2: ("2.png", [])}

@@ -4,6 +4,7 @@ It never takes more than 10 seconds or a GB. The mutations are the same in every
 makes so many of each kind.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -26,11 +27,12 @@ from test_hostile import DEEP, RECORD, bounded
 import model
 import utils
 from antarctic import cache as cache_module
-from antarctic import checkpoints, datasets, features, files, images
+from antarctic import chair, checkpoints, datasets, features, files, images
 from antarctic.datasets import Picture
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.openai_clip import load_openai_clip
+from antarctic.pairs import Scored
 from antarctic.results import write_results
 from antarctic.sealed import DIGITS, read_sealed, resume, seal
 
@@ -285,6 +287,21 @@ COCO = {
                     for i in range(12)]}
 RESULTS = [{"image_id": i, "caption": f"a dog and {i} cats"} for i in range(5)]
 TEXT = "a dog\nnaïve café\n\n two  cats \r\n".encode()
+INSTANCES = {
+    "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+    "annotations": [{"id": i, "image_id": i % 3, "category_id": i % 2, "bbox": [0, 0, 2.5, 2]}
+                    for i in range(5)],
+    "categories": [{"id": 0, "name": "dog"}, {"id": 1, "name": "hair drier"}]}
+
+
+def read_instances(path):
+    rows = [Scored(i, "a puppy and a hair dryer", ["a dog"]) for i in range(3)]
+    with contextlib.redirect_stderr(io.StringIO()):
+        instances = chair.read_instances(path, rows)
+    objects = chair.named_and_present(rows, instances)
+    chair.chair_scores(chair.object_counts(*zip(*objects.values())))
+
+
 def read_predictions(path):
     return datasets.read_texts(path, "captions file")
 
@@ -296,6 +313,7 @@ def read_words(path):
 # {name: (file; its values, or None for TEXT; whether there is a line for each, or seal; reader)}
 DOCUMENTS = {
     "annotations": ("annotations/captions_val2017.json", COCO, False, read_annotations),
+    "instances of the scorer": ("instances.json", INSTANCES, False, read_instances),
     "results of the scorer": ("captions.json", RESULTS, False, read_results),
     "captions.json of stories": ("captions.json", RESULTS, False, read_captions),
     "details.jsonl of stories": ("details.jsonl", RECORDS, True, read_captions),
