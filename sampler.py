@@ -12,7 +12,6 @@ what ./download.sh --original puts into original/. Rerun the same command to res
 
 import argparse
 import hashlib
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -117,7 +116,7 @@ def name_of_run(args, model, features, pictures):
     weights = [captioner.identity, args.ckpt and trained_sha256(args.ckpt, captioner),
                str(captioner.dtype)]
     words = [model.entries, [Path(path).stat().st_mtime_ns for path in args.embfile],
-             args.index and file_sha256(args.index), model.banned and model.banned.pattern]
+             args.index and file_sha256(args.index), model.banned and model.banned.lines]
     settings = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec, asdict(model.decoding),
                 args.batch_size]
     images = [hashlib.sha256(features.numpy().tobytes()).hexdigest(),
@@ -138,8 +137,8 @@ def report(records, empty, bad, seconds, args):
     from antarctic.images import report_bad_images
     report_bad_images(bad)
     if empty:
-        print(f"{empty} images have an empty caption: every candidate held a banned word",
-              file=sys.stderr)
+        print_safely(f"{empty} images have an empty caption: every candidate held a banned word",
+                     "stderr")
     if args.images:
         for record in records[:ON_SCREEN]:
             print_safely(f"{escape_control(record['file'])}: {escape_control(record['caption'])}")

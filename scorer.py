@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from antarctic.datasets import Picture, list_images, read_annotations, read_results, read_texts
-from antarctic.errors import InputError
+from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import output_folder, write_json
 from antarctic.metrics import (
     BY_WORDS,
@@ -239,13 +239,13 @@ def main():
     if train:
         report["novel_words"] = novel
 
-    print(headline)
-    for name in TABLE:
-        value = f"{scores[name]:8.4f}" if name in scores else f"       - {left_out[name]}"
-        print(f"{name:18}{value}")
     scores = {name: scores[name] for name in TABLE if name in scores}
     write_json(path, {"scores": scores, "left_out": left_out} | report, indent=1)
-    print(f"scores: {path}")
+    print_safely(escape_control(headline))
+    for name in TABLE:
+        value = f"{scores[name]:8.4f}" if name in scores else f"       - {left_out[name]}"
+        print_safely(escape_control(f"{name:18}{value}"))
+    print_safely(escape_control(f"scores: {path}"))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from antarctic.distributed import rank_and_world
-from antarctic.errors import InputError, escape_control
+from antarctic.distributed import warn
+from antarctic.errors import InputError
 from antarctic.files import one_line, read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -29,15 +28,33 @@ def list_images(paths):
     """
     images = {}  # as an ordered set
     for path in map(Path, paths):
-        # pathlib's ** does not follow links: two links of a folder to itself would double the
-        # number of ways at each step.
-        pattern = str(path.relative_to(path.anchor))
-        matches = [path] if path.exists() else sorted(Path(path.anchor).glob(pattern))
+        matches = matching(path)
         if not matches:
             raise InputError(f"there is no image or folder at {path}; only local files are read")
         for match in matches:
             images |= dict.fromkeys(folder_images(match) if match.is_dir() else [match])
     return [Picture(str(path), path) for path in images]
+
+
+def matching(path):
+    """The files and folders that a path means, sorted: itself where it exists.
+
+    Otherwise the parts that do not exist are patterns, so a bracket or star in a folder's name
+    stands for itself.
+    """
+    matches = [Path(path.anchor)]
+    for part in path.relative_to(path.anchor).parts:
+        deeper = {}  # as an ordered set
+        for folder in matches:
+            # os.path.exists raises nothing where a name is too long.
+            if os.path.exists(folder / part):
+                deeper[folder / part] = None
+            elif any(c in part for c in "*?["):
+                # pathlib's ** does not follow links: two links of a folder to itself would double
+                # the number of ways at each step.
+                deeper |= dict.fromkeys(folder.glob(part))
+        matches = list(deeper)
+    return sorted(match for match in matches if os.path.exists(match))
 
 
 def folder_images(folder):
@@ -56,8 +73,8 @@ def folder_images(folder):
                    f"and are not followed; name them to read them, as with {folder / '*'}")
     if not inside:
         raise InputError(message)
-    if outside and rank_and_world()[0] == 0:
-        print(f"warning: {escape_control(message)}", file=sys.stderr)
+    if outside:
+        warn(message)
     return inside
 
 

@@ -2,14 +2,13 @@
 
 import os
 import stat
-import sys
 import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from antarctic.distributed import rank_and_world
-from antarctic.errors import escape_control
+from antarctic.errors import escape_control, print_safely
 
 # Files are recognized by content, not by name. EPS is left out: Pillow would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -81,6 +80,6 @@ def report_bad_images(bad):
     if rank_and_world()[0] > 0:
         return
     for path, reason in bad:
-        print(f"skipped {escape_control(path)}: {escape_control(reason)}", file=sys.stderr)
+        print_safely(f"skipped {escape_control(path)}: {escape_control(reason)}", "stderr")
     if bad:
-        print(f"{len(bad)} images could not be read and were skipped", file=sys.stderr)
+        print_safely(f"{len(bad)} images could not be read and were skipped", "stderr")
