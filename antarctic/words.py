@@ -9,21 +9,19 @@ import ahocorasick
 
 from antarctic.distributed import warn
 
-# Characters that change how others look, not which word is there: soft hyphen, variation selectors.
-INVISIBLE = dict.fromkeys([0xAD, *range(0xFE00, 0xFE10)])
 START, END = "\1", "\2"  # where a word may begin and end
+# Soft hyphens and variation selectors change how other characters look, not which word is there.
+CLEANED = dict.fromkeys([0xAD, *range(0xFE00, 0xFE10)]) | {ord(START): " ", ord(END): " "}
 
 
 def fold(text):
     """A text in the form in which equal words are equal.
 
     Case and white space do not count, and a letter with its marks is the same composed and
-    decomposed (canonical caseless matching, https://www.unicode.org/versions/latest/core-spec
-    chapter 3.13).
+    decomposed (Unicode's canonical caseless matching, chapter 3.13 of its standard).
     """
-    if not text.isascii():
-        text = normalize("NFD", normalize("NFD", text.translate(INVISIBLE)).casefold())
-    return " ".join(text.casefold().split())
+    text = normalize("NFD", normalize("NFD", text.translate(CLEANED)).casefold())
+    return " ".join(text.split())
 
 
 @cache
@@ -44,7 +42,6 @@ def with_boundaries(text):
     """A folded text with marks where a word may begin and end. So a text holds another one as
     whole words if its marked form holds the marked form of the other one."""
     begins, ends = boundaries()
-    text = text.replace(START, " ").replace(END, " ")
     return ends.sub(END, begins.sub(START, text))
 
 
