@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from antarctic.datasets import read_coco
 from antarctic.distributed import rank_and_world
-from antarctic.errors import InputError
+from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import (
     existing_caches,
     existing_file,
@@ -195,6 +195,7 @@ def make_cache(args):
     lines, source = read_source(args)
     from antarctic.cache import write_cache
     from antarctic.features import text_features
+    from antarctic.words import warn_of_entries, warn_of_long_entries
     clip = load_clip(args)  # before mining, so a wrong name is reported early
     if args.entries is not None:
         entries = list(dict.fromkeys(lines))
@@ -205,6 +206,8 @@ def make_cache(args):
     if not entries:
         raise InputError(f"there is no word in {source} to make a cache of")
     prefix, embfile = args.prefix or "", Path(args.embfile)
+    warn_of_entries(entries)
+    warn_of_long_entries(clip, entries, prefix)
     key = fingerprint([clip.identity, entries, prefix, args.batch_size, str(clip.dtype)])
     part = embfile.with_name(f".{embfile.name}.{key}.part")
     vectors = text_features(clip, [prefix + entry for entry in entries], part, args.batch_size)
@@ -214,8 +217,8 @@ def make_cache(args):
     # These are the vectors of this run, and of stopped runs with other settings.
     for part in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):
         part.unlink()
-    print(f"wrote {len(entries):,} entries to {args.textfile} and {args.embfile} "
-          f"(CLIP {clip.identity}, {clip.device})")
+    print_safely(escape_control(f"wrote {len(entries):,} entries to {args.textfile} and "
+                                f"{args.embfile} (CLIP {clip.identity}, {clip.device})"))
 
 
 def update_cache(args):

@@ -17,17 +17,10 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 
-from antarctic.cache import (
-    Embeddings,
-    cache_description,
-    read_cache,
-    restrict,
-    search,
-    to_bfloat16,
-    whole_words,
-)
+from antarctic.cache import Embeddings, cache_description, read_cache, restrict, search, to_bfloat16
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
+from antarctic.distributed import warn
 from antarctic.errors import InputError
 from antarctic.files import existing_file, one_line, read_words
 from antarctic.images import read_image, read_opened
@@ -35,6 +28,7 @@ from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
+from antarctic.words import WholeWords, warn_of_entries, warn_of_long_entries
 from utils import (
     MAXLEN_DEC,
     MAXLEN_ENC,
@@ -269,6 +263,23 @@ class Caption(NamedTuple):
     candidates: list  # (text, cosine, likelihood), best first
 
 
+def warn_of_settings(settings, clip_model, topk, entries):
+    """Warns where tables are not those that a checkpoint was trained on.
+
+    settings: of checkpoint_settings(). clip_model: the CLIP's identity. topk: entries of a table.
+    entries: how many there are in all.
+    """
+    trained_with = settings.get("clip_model") or clip_model  # the original's does not say
+    if trained_with != clip_model:
+        warn(f"the checkpoint was trained with the CLIP model {trained_with}, not with "
+             f"{clip_model}")
+    if topk != settings["topk"]:
+        warn(f"tables have --topk {topk} entries, but the checkpoint was trained on "
+             f"{settings['topk']}")
+    if entries < topk:
+        warn(f"tables have {entries} entries, not --topk {topk}: there are no more")
+
+
 class Model:
     """The method: a frozen CLIP, a cache of entries, and BART, of which the layernorms are trained.
 
@@ -286,8 +297,8 @@ class Model:
 
     def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=None,
                  banned=None, prefix="", search=search):
-        """banned: a pattern that no caption may match, or None. prefix: the text before each entry
-        when CLIP encodes it. search: cache.search, or Index.search."""
+        """banned: a WholeWords that no caption may hold, or None. prefix: the text before each
+        entry when CLIP encodes it. search: cache.search, or Index.search."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
         self.topk, self.decoding = topk, decoding or Decoding()
@@ -313,7 +324,7 @@ class Model:
         textfile, embfile = choose_cache(as_list(textfile), as_list(embfile), isfile)
         ckpt = choose_checkpoint(ckpt, isfile)
         device = choose_device(device)
-        settings = {"topk": TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
+        settings = {"topk": topk or TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
         if ckpt:  # it holds the sizes of the tables and texts that it was trained with
             settings = checkpoint_settings(existing_file(ckpt, "checkpoint"))
         topk, maxlen_enc = topk or settings["topk"], maxlen_enc or settings["maxlen_enc"]
@@ -321,9 +332,10 @@ class Model:
 
         clip = Clip(clip_model, device)
         entries, embeddings = read_cache(textfile, embfile, clip.identity, clip.dim)
-        banned = whole_words(ban) if ban else None
+        banned = WholeWords(ban) if ban else None
         if only or banned:
             entries, embeddings = restrict(entries, embeddings, only, banned)
+        warn_of_settings(settings, clip.identity, topk, len(entries))
         index_search = open_index(index, embeddings).search if index else search
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
         if ckpt:
@@ -352,6 +364,8 @@ class Model:
         known = set(self.entries)
         words = [word for word in words if word and word not in known]
         if words:
+            warn_of_entries(self.entries + words, len(self.entries))
+            warn_of_long_entries(self.clip, words, self.prefix)
             vectors = self.clip.encode_texts([self.prefix + word for word in words])  # (words, dim)
             self.entries = self.entries + words
             self.embeddings = Embeddings([*self.embeddings.parts, vectors])

@@ -12,7 +12,6 @@ what ./download.sh --original puts into original/. Rerun the same command to res
 
 import argparse
 import hashlib
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from antarctic.datasets import list_images, read_coco, report_bad_images
-from antarctic.distributed import gather_lists, on_rank0, rank_and_world
+from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import append, file_sha256, fingerprint, output_folder, read_words
 from antarctic.results import check_sidecars, write_results, write_sidecars
@@ -107,9 +106,8 @@ def check(args):
     ignored = [f"--{name}" for name in ("temperature", "top_p")
                if getattr(args, name) != 1 and not args.do_sample]
     ignored += ["--overwrite"] * (args.overwrite and not args.sidecar)
-    if ignored and rank_and_world()[0] == 0:
-        print(f"warning: {' and '.join(ignored)} do nothing without --do_sample or --sidecar",
-              file=sys.stderr)
+    if ignored:
+        warn(f"{' and '.join(ignored)} do nothing without --do_sample or --sidecar")
     decoding = Decoding(**{name: getattr(args, name) for name in Decoding.__dataclass_fields__})
     find_inputs(args)
     return decoding
@@ -123,7 +121,7 @@ def name_of_run(args, model, features, pictures):
     weights = [captioner.identity, args.ckpt and trained_sha256(args.ckpt, captioner),
                str(captioner.dtype)]
     words = [model.entries, [Path(path).stat().st_mtime_ns for path in args.embfile],
-             args.index and file_sha256(args.index), model.banned and model.banned.pattern]
+             args.index and file_sha256(args.index), model.banned and model.banned.lines]
     settings = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec, asdict(model.decoding),
                 args.batch_size]
     images = [hashlib.sha256(features.numpy().tobytes()).hexdigest(),
@@ -169,12 +167,12 @@ def report(records, empty, bad, left, seconds, args):
     """
     report_bad_images(bad)
     for path, reason in list(left.items())[:ON_SCREEN]:
-        print(f"left {escape_control(path)} as it is: {escape_control(reason)}", file=sys.stderr)
+        print_safely(f"left {escape_control(path)} as it is: {escape_control(reason)}", "stderr")
     if len(left) > ON_SCREEN:
-        print(f"... and {len(left) - ON_SCREEN:,} more .txt files", file=sys.stderr)
+        print_safely(f"... and {len(left) - ON_SCREEN:,} more .txt files", "stderr")
     if empty:
-        print(f"an empty caption for {counted(empty, 'image')}: every candidate held a banned word",
-              file=sys.stderr)
+        print_safely(f"an empty caption for {counted(empty, 'image')}: every candidate held a "
+                     f"banned word", "stderr")
     if args.images:
         for record in records[:ON_SCREEN]:
             print_safely(f"{escape_control(record['file'])}: {escape_control(record['caption'])}")

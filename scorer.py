@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from antarctic import chair, pairs
 from antarctic.datasets import DOMAINS, Picture, read_annotations, read_texts, report_bad_images
-from antarctic.errors import InputError
+from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import output_folder, write_json
 from antarctic.metrics import (
     BY_WORDS,
@@ -232,13 +232,13 @@ def score(part, rows, values, objects, train, left_out):
 def print_table(scores, left_out, domains):
     """Prints a row for each metric, with a column for each domain. domains: {domain: scores}."""
     if domains:
-        print(f"{'':18}{'all':>8}", *(f"{domain:>11}" for domain in domains))
+        print_safely(" ".join([f"{'':18}{'all':>8}", *(f"{domain:>11}" for domain in domains)]))
     for name in TABLE:
         if name not in scores:
-            print(f"{name:18}       - {left_out[name]}")
+            print_safely(escape_control(f"{name:18}       - {left_out[name]}"))
             continue
         others = (f"{d[name]:11.4f}" if name in d else f"{'-':>11}" for d in domains.values())
-        print(f"{name:18}{scores[name]:8.4f}", *others)
+        print_safely(" ".join([f"{name:18}{scores[name]:8.4f}", *others]))
 
 
 def main():
@@ -281,8 +281,6 @@ def main():
         if part:
             reasons = left_out | unavailable(args, java, [rows[i] for i in part])
             domains[domain], _, _ = score(part, rows, values, objects, train, reasons)
-    print(headline)
-    print_table(scores, left_out, domains)
     if train:
         report["novel_words"] = novel
     if instances:
@@ -290,7 +288,9 @@ def main():
     if domains:
         report["domains"] = domains
     write_json(path, {"scores": scores, "left_out": left_out} | report, indent=1)
-    print(f"scores: {path}")
+    print_safely(escape_control(headline))
+    print_table(scores, left_out, domains)
+    print_safely(escape_control(f"scores: {path}"))
 
 
 if __name__ == "__main__":

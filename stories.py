@@ -9,7 +9,6 @@ With --savedir, rerun the same command to resume a stopped run.
 
 import argparse
 import json
-import sys
 from collections import Counter, deque
 from itertools import groupby
 from operator import itemgetter
@@ -215,19 +214,23 @@ def main():
     model = load_lm(args.lm, ends, device, dtype, config)
     rank, world = rank_and_world()
     if rank == 0:
-        print(f"{args.lm} on {device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+        print_safely(escape_control(f"{args.lm} on {device}, "
+                                    f"{str(dtype).removeprefix('torch.')}"), "stderr")
     to_print = deque(sorted(key for batch in keys for key in batch))
     turns = range(len(done), len(batches), world)  # each process writes every world-th batch
-    for start in tqdm(turns, "writing stories", unit="batch", disable=rank > 0):
-        mine = batches[start + rank:start + rank + 1]  # one batch, or none in the last turn
-        new = gather_lists([write(model, tokenizer, batch, tokens, prompts, args)
-                            for batch in mine])
-        for pair in zip(keys[start:], new):
-            stories.update(zip(*pair))
-        if savedir and rank == 0:
-            append(part, b"".join(map(seal, new)))
-        while not savedir and rank == 0 and to_print and to_print[0] in stories:
-            print_line(stories[to_print.popleft()], must=True)
+    with tqdm(total=len(to_print), initial=len(stories), desc="writing stories", unit="story",
+              disable=rank > 0) as bar:
+        for start in turns:
+            mine = batches[start + rank:start + rank + 1]  # one batch, or none in the last turn
+            new = gather_lists([write(model, tokenizer, batch, tokens, prompts, args)
+                                for batch in mine])
+            for pair in zip(keys[start:], new):
+                stories.update(zip(*pair))
+            if savedir and rank == 0:
+                append(part, b"".join(map(seal, new)))
+            bar.update(sum(map(len, new)))
+            while not savedir and rank == 0 and to_print and to_print[0] in stories:
+                print_line(stories[to_print.popleft()], must=True)
     if savedir and rank == 0:
         write_results(savedir, captions, prompts, stories)
         print_line(f"wrote {len(stories)} stories of {len(captions)} captions to "

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from antarctic.curves import write_curve
 from antarctic.datasets import read_coco, report_bad_images
 from antarctic.distributed import all_reduce_sum, rank_and_world
-from antarctic.errors import InputError
+from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import fingerprint
 from antarctic.runtime import run
 from utils import (
@@ -198,8 +198,12 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
     validated = sum(val_loss is not None for _, _, val_loss, _ in history)  # epochs
     [group] = optimizer.param_groups
 
-    with tqdm(total=round(steps / epoch_steps * images), unit="image", desc="training",
-              initial=step // epoch_steps * images + step % epoch_steps * args.batch_size,
+    def images_of(steps):
+        """The images of the first steps: an epoch's last batch may be smaller than the others."""
+        epochs, rest = divmod(steps, epoch_steps)
+        return epochs * images + rest * args.batch_size
+
+    with tqdm(total=images_of(steps), unit="image", desc="training", initial=images_of(step),
               disable=rank > 0) as bar:
         for epoch in range(validated, math.ceil(steps / epoch_steps)):
             earlier = epoch * epoch_steps  # steps of the epochs before
@@ -263,7 +267,7 @@ def main():
     if rank == 0:
         count = sum(parameter.numel() for parameter in trained.values())
         total = sum(parameter.numel() for parameter in captioner.model.parameters())
-        print(f"{model}: training {count:,} of {total:,} parameters")
+        print_safely(escape_control(f"{model}: training {count:,} of {total:,} parameters"))
 
     # CLIP encodes each image once; later runs read the vectors from --savedir.
     features, pictures, bad = image_features(model.clip, pictures, savedir)
@@ -284,8 +288,9 @@ def main():
     if rank == 0:
         for path in savedir.glob("state-*.pt"):  # of this run, and of runs with other settings
             path.unlink()
-        print(f"wrote {savedir / 'best.safetensors'} (validation loss {best:.4f}), "
-              f"last.safetensors, loss.csv and loss.png")
+        path = escape_control(savedir / "best.safetensors")
+        print_safely(f"wrote {path} (validation loss {best:.4f}), last.safetensors, loss.csv and "
+                     "loss.png")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ import argparse
 import hashlib
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from antarctic.distributed import rank_and_world
+from antarctic.distributed import rank_and_world, warn
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import existing_caches, existing_file, finish_cache, locked, output_folder
 from antarctic.runtime import cleanup
@@ -26,9 +25,7 @@ DTYPES = "auto", "float32", "bfloat16"
 
 def warn_renamed(old, new):
     """Warns, on rank 0, that a flag has a new spelling."""
-    if rank_and_world()[0] == 0:
-        print(f"warning: {old} is now {new}; the next release drops the old spelling",
-              file=sys.stderr)
+    warn(f"{old} is now {new}; the next release drops the old spelling")
 
 
 class Renamed(argparse.Action):

@@ -4,15 +4,14 @@ entries nearest to an image."""
 import io
 import json
 import random
-import re
-import sys
 from pathlib import Path
 from tokenize import TokenError  # numpy raises it for a header that is cut in two
 
 import numpy as np
 import torch
 
-from antarctic.errors import InputError
+from antarctic.distributed import warn
+from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import (
     LONGEST_TEXT,
     atomic,
@@ -24,6 +23,7 @@ from antarctic.files import (
     write_json,
     write_lines,
 )
+from antarctic.words import fold, warn_of_entries, warn_of_long_entries
 
 BLOCK = 65536  # rows read or written at a time
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
@@ -155,6 +155,8 @@ def change_cache(textfile, embfile, clip, add=(), remove=(), prefix=None, batch_
     new = [entry for entry in dict.fromkeys(add) if entry and entry not in existing]
     if not kept and not new:
         raise InputError(f"this would leave {textfile} empty")
+    warn_of_entries([entries[i] for i in kept] + new, len(kept))
+    warn_of_long_entries(clip, new, prefix)
     texts = [prefix + entry for entry in new]
     vectors = clip.encode_texts(texts, batch_size, "encoding entries")  # (new, dim)
     if new or len(kept) < len(entries):
@@ -164,8 +166,9 @@ def change_cache(textfile, embfile, clip, add=(), remove=(), prefix=None, batch_
     duplicates, removed = len(existing.intersection(add)), len(entries) - len(kept)
     missing = ", ".join(sorted(set(remove) - existing))
     note = f"; not in the cache, so not removed: {missing}" if missing else ""
-    print(f"added {len(new):,} entries to {textfile} ({duplicates:,} were already in it), removed "
-          f"{removed:,}{note}; it has {len(kept) + len(new):,}")
+    print_safely(escape_control(
+        f"added {len(new):,} entries to {textfile} ({duplicates:,} were already in it), removed "
+        f"{removed:,}{note}; it has {len(kept) + len(new):,}"))
 
 
 def prefix_of(embfile, entries, rows, clip, prefix=None):
@@ -218,6 +221,7 @@ def read_cache(textfiles, embfiles, clip_model, dim=None):
             rows, lines = rows.only(fresh), [lines[i] for i in fresh]
         entries += lines
         parts.append(rows)
+    warn_of_entries(entries)
     return entries, Embeddings(parts)
 
 
@@ -252,8 +256,8 @@ def read_one_cache(textfile, embfile, clip_model):
                          "and a text that was edited by hand no longer fits its rows)")
     description = cache_description(embfile)
     if description is None:
-        print(f"warning: {embfile}.json is missing, so it is not checked that {embfile} was made "
-              f"with {clip_model}", file=sys.stderr)
+        warn(f"{embfile}.json is missing, so it is not checked that {embfile} was made with "
+             f"{clip_model}")
     elif description["clip_model"] != clip_model:
         raise InputError(f"the cache {embfile} was made with the CLIP model "
                          f"{description['clip_model']}, not with {clip_model}")
@@ -268,24 +272,25 @@ def read_one_cache(textfile, embfile, clip_model):
 def restrict(entries, embeddings, only, banned):
     """The entries, and their Embeddings, that --only and --ban leave.
 
-    only: a list of entries, or None. banned: a compiled pattern, or None. Raises InputError where a
-    line of --only is no entry, or no entry is left.
+    only: a list of entries, or None; they are compared as fold() sees them. banned: a WholeWords,
+    or None. Raises InputError where a line of --only is no entry, or no entry is left.
     """
-    missing = set(only or ()).difference(entries)
-    if missing:
-        raise InputError(f'{len(missing)} lines of --only, such as "{min(missing)}", are in no '
-                         "cache; compute_cache.py --add puts them into one")
-    only = set(only or entries)
-    rows = [i for i, entry in enumerate(entries)
-            if entry in only and not (banned and banned.search(entry))]
+    rows = range(len(entries))
+    if only:
+        folded = list(map(fold, entries))
+        missing = {fold(line): line for line in only}
+        wanted = set(missing)
+        for text in folded:
+            missing.pop(text, None)
+        if missing:
+            raise InputError(f'{len(missing)} lines of --only, such as "{min(missing.values())}", '
+                             "are in no cache; compute_cache.py --add puts them into one")
+        rows = [i for i in rows if folded[i] in wanted]
+    if banned:
+        rows = [i for i in rows if not banned.search(entries[i])]
     if not rows:
         raise InputError("--ban leaves no entry")
     return [entries[i] for i in rows], embeddings.only(rows)
-
-
-def whole_words(lines):
-    """A pattern that matches any of the lines as whole words, in any case."""
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, lines))})(?!\w)", re.IGNORECASE)
 
 
 # ----------------------------------------------------------------------------------------- search

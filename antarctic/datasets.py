@@ -3,12 +3,11 @@
 import fnmatch
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from antarctic.distributed import rank_and_world
-from antarctic.errors import InputError, counted, escape_control
+from antarctic.distributed import rank_and_world, warn
+from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import one_line, read_text
 
 # What looks like an image. Files that cannot be read are named in the end, not passed over.
@@ -42,10 +41,7 @@ def list_images(paths):
     """
     images, hidden = {}, []  # a dict as an ordered set
     for path in map(Path, paths):
-        # pathlib's ** does not follow links: two links of a folder to itself would double the
-        # number of ways at each step.
-        pattern = str(path.relative_to(path.anchor))
-        matches = [path] if path.exists() else sorted(Path(path.anchor).glob(pattern))
+        matches = matching(path)
         if not matches:
             raise InputError(f"there is no image or folder at {path}; only local files are read")
         named = [match for match in matches if not is_hidden(match, path.parts)]
@@ -60,12 +56,12 @@ def list_images(paths):
     hidden = sorted(set(hidden) - set(images))
     example = f"such as {hidden[0]}" if hidden else ""
     if not images:
-        raise InputError(f"there are only hidden images and folders at {', '.join(map(str, paths))}"
-                         f", {example}; name them to read them")
-    if hidden and rank_and_world()[0] == 0:
-        print(escape_control(f"warning: {len(hidden)} hidden images and thumbnails, {example}, are "
-                             f"passed over; name them or their folder to read them"),
-              file=sys.stderr)
+        places = ", ".join(map(str, paths))
+        raise InputError(f"there are only hidden images and folders at {places}, {example}; name "
+                         f"them to read them")
+    if hidden:
+        warn(f"{len(hidden)} hidden images and thumbnails, {example}, are passed over; name them or "
+             f"their folder to read them")
     return [Picture(str(path), path) for path in images]
 
 
@@ -78,6 +74,27 @@ def is_hidden(path, pattern=()):
     named = [part for part in pattern if aside(part)]
     return any(aside(part) and not any(fnmatch.fnmatch(part, name) for name in named)
                for part in path.parts)
+
+
+def matching(path):
+    """The files and folders that a path means, sorted: itself where it exists.
+
+    Otherwise the parts that do not exist are patterns, so a bracket or star in a folder's name
+    stands for itself.
+    """
+    matches = [Path(path.anchor)]
+    for part in path.relative_to(path.anchor).parts:
+        deeper = {}  # as an ordered set
+        for folder in matches:
+            # os.path.exists raises nothing where a name is too long.
+            if os.path.exists(folder / part):
+                deeper[folder / part] = None
+            elif any(c in part for c in "*?["):
+                # pathlib's ** does not follow links: two links of a folder to itself would double
+                # the number of ways at each step.
+                deeper |= dict.fromkeys(folder.glob(part))
+        matches = list(deeper)
+    return sorted(match for match in matches if os.path.exists(match))
 
 
 def folder_images(folder):
@@ -102,8 +119,8 @@ def folder_images(folder):
                    f"and are not followed; name them to read them, as with {folder / '*'}")
     if not inside:
         raise InputError(message)
-    if outside and rank_and_world()[0] == 0:
-        print(f"warning: {escape_control(message)}", file=sys.stderr)
+    if outside:
+        warn(message)
     return inside, hidden
 
 
@@ -250,6 +267,6 @@ def report_bad_images(bad):
     if rank_and_world()[0] > 0:
         return
     for path, reason in bad:
-        print(f"skipped {escape_control(path)}: {escape_control(reason)}", file=sys.stderr)
+        print_safely(f"skipped {escape_control(path)}: {escape_control(reason)}", "stderr")
     if bad:
-        print(f"{counted(len(bad), 'image')} could not be read and were skipped", file=sys.stderr)
+        print_safely(f"{counted(len(bad), 'image')} could not be read and were skipped", "stderr")

@@ -12,10 +12,12 @@ import threading
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-from antarctic.errors import InputError
+from antarctic.errors import InputError, escape_control, print_safely
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # some hosts load libraries slowly
 NO_TIMEOUT = timedelta(days=7)  # others wait while rank 0 works; peer_sockets notice who is gone
+
+RANKS = "WORLD_SIZE", "RANK", "LOCAL_RANK"  # of torchrun, for each process
 
 peer_sockets = []  # connections to rank 0; on rank 0, to all others
 main_done = threading.Event()  # a peer that leaves now has not died
@@ -30,11 +32,43 @@ def is_joined():
 def rank_and_world():
     """(rank, number of processes). The first call joins the other processes, if there are any."""
     if not is_joined():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launched()[1] == 1:
             return 0, 1
         join()
     from torch import distributed
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def launched():
+    """(rank, number of processes) that torchrun's variables state, (0, 1) without them.
+
+    Where they cannot be torchrun's, since some are missing, empty or impossible, a warning says so
+    and they leave the environment, where libraries would read them, too.
+    """
+    values = {name: os.environ[name] for name in RANKS if name in os.environ}
+    if not values:
+        return 0, 1
+    numbers = {name: int(value) for name, value in values.items()
+               if value.isascii() and value.isdecimal() and len(value) < 10}
+    rank, world = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 0)
+    port = os.environ.get("MASTER_PORT", "")
+    if (len(numbers) == len(values) and "RANK" in numbers and rank < world
+            and numbers.get("LOCAL_RANK", 0) < world and os.environ.get("MASTER_ADDR", "").strip()
+            and port.isascii() and port.isdecimal() and 0 < int(port[:9]) < 1 << 16):
+        return rank, world
+    for name in values:
+        del os.environ[name]
+    settings = escape_control(" ".join(f"{name}={value}" for name, value in values.items()))
+    print_safely(f"warning: ignored {settings} in the environment: torchrun sets WORLD_SIZE, RANK, "
+                 "MASTER_ADDR and MASTER_PORT together; this run is a single process", "stderr")
+    return 0, 1
+
+
+def warn(text):
+    """Prints a warning, on rank 0: something that the user may not expect, and that does not stop
+    the run."""
+    if rank_and_world()[0] == 0:
+        print_safely(f"warning: {escape_control(text)}", "stderr")
 
 
 def join():
@@ -74,8 +108,7 @@ def watch_peers(store, rank, world):
             goodbye = b""
         if not goodbye and not main_done.is_set():
             other = "another one" if rank == 0 else "the first one"
-            print(f"process {rank} of {world} stops, as {other} has ended", file=sys.stderr,
-                  flush=True)
+            print_safely(f"process {rank} of {world} stops, as {other} has ended", "stderr")
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     for peer in peer_sockets:

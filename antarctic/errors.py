@@ -1,5 +1,6 @@
 """Errors that a user causes, and text that is safe to print."""
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -24,21 +25,55 @@ def escape_control(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def print_safely(text):
-    """Prints a line whatever standard output is, since no print may cost a result.
+class SafeStream:
+    """A text stream that no write fails on, since no line on a terminal may cost a result.
 
-    Characters that the encoding lacks become escapes. Where the pipe has no reader any more, or the
-    disk is full, this and all later output is dropped. Returns that error, or None.
+    Characters that the encoding lacks become escapes. Where the pipe has no reader any more, the
+    disk is full or the stream is closed, this and all later output is dropped. Attributes: stream,
+    what it writes to, None where Python found no such stream; error, that of the first write that
+    failed, or None.
     """
-    try:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except (OSError, ValueError) as error:
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+        if stream is None:
+            self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        try:
+            if self.stream:
+                self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError) as error:
+            self.drop(error)
+        return len(text)
+
+    def flush(self):
+        try:
+            if self.stream:
+                self.stream.flush()
+        except (OSError, ValueError) as error:
+            self.drop(error)
+
+    def drop(self, error):
+        self.error = self.error or error
         with suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as devnull:
             # Otherwise Python flushes the same output again at exit, and fails.
-            os.dup2(devnull.fileno(), sys.stdout.fileno())
-        return error
-    return None
+            os.dup2(devnull.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def print_safely(text, name="stdout"):
+    """Prints a line to stdout or stderr, whatever that is, see SafeStream. Returns the stream's
+    error, or None. A script's streams are safe anyway (runtime.run); those of a user of the library
+    may not be."""
+    stream = getattr(sys, name)
+    if not isinstance(stream, SafeStream):
+        stream = SafeStream(stream)
+    print(text, file=stream, flush=True)
+    return stream.error
 
 
 def counted(number, noun, plural=None):

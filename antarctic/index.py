@@ -6,6 +6,7 @@ read from the cache, so scores are exact, and only the choice of candidates is a
 without an index are searched exactly.
 """
 
+import glob
 import json
 import math
 import random
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from antarctic.cache import BLOCK, cache_description, read_one_cache, search
 from antarctic.distributed import rank_and_world
-from antarctic.errors import InputError
+from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import atomic, existing_file, file_sha256, fingerprint, write_json
 
 LEAST = 256  # entries of the smallest cache that an index is built for
@@ -144,12 +145,14 @@ def open_index(path, embeddings):
     opened = Index(index, rows)
     if rank_and_world()[0] == 0:
         if opened.exact:
-            print(f"{rows.path} is searched exactly, since less than half of its entries remain: "
-                  f"the index {path} is not used")
+            print_safely(escape_control(
+                f"{rows.path} is searched exactly, since less than half of its entries remain: "
+                f"the index {path} is not used"))
         else:
-            print(f"approximate: {rows.path} is searched through {path}, which found "
-                  f"{description['recall']:.1%} of the 10 nearest entries of "
-                  f"{description['queries']} when it was built")
+            print_safely(escape_control(
+                f"approximate: {rows.path} is searched through {path}, which found "
+                f"{description['recall']:.1%} of the 10 nearest entries of "
+                f"{description['queries']} when it was built"))
     return opened
 
 
@@ -276,10 +279,11 @@ def build_index(path, textfile, embfile, features=None):
     description = {"index_sha256": file_sha256(path), "cache": cache, "recall": round(share, 4),
                    "queries": source}
     write_json(f"{path}.json", description, indent=1)
-    for abandoned in path.parent.glob(f".{path.name}.*.part"):
+    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         abandoned.unlink()
-    print(f"wrote {path}, an index of {len(rows):,} entries: approximate, it finds {share:.1%} of "
-          f"the 10 nearest entries of {source}")
+    print_safely(escape_control(
+        f"wrote {path}, an index of {len(rows):,} entries: approximate, it finds {share:.1%} of "
+        f"the 10 nearest entries of {source}"))
     return share
 
 

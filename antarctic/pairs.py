@@ -1,12 +1,12 @@
 """Captions with what they are scored against: their references and their images."""
 
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from antarctic.datasets import list_images, read_annotated, read_captioned, read_texts
-from antarctic.errors import InputError, escape_control
+from antarctic.distributed import warn
+from antarctic.errors import InputError
 
 
 class Scored(NamedTuple):
@@ -102,4 +102,4 @@ def warn_of(ids, what):
     """Says on standard error how many images `what` holds for, and the first of them."""
     if ids:
         some = ", ".join(map(repr, ids[:5])) + ", ..." * (len(ids) > 5)
-        print(f"warning: {len(ids)} {what}: {escape_control(some)}", file=sys.stderr)
+        warn(f"{len(ids)} {what}: {some}")

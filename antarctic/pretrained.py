@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +39,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, v
 from safetensors import SafetensorError
 
 from antarctic.distributed import rank_and_world
-from antarctic.errors import InputError
+from antarctic.errors import InputError, escape_control, print_safely
 
 CLIP_NAMES = {  # {OpenAI's name: the same model on the hub}
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -159,8 +158,9 @@ def download(name, kind, parts):
         raise InputError(f"the {kind} {name} needs {readable(size)} in {cache}, but only "
                          f"{readable(free)} are free; set HF_HOME to another folder")
     if missing and rank_and_world()[0] == 0:
-        print(f"fetching the {kind} {name}: {readable(size)} in {len(missing)} files from "
-              f"{constants.ENDPOINT} to {cache}", file=sys.stderr, flush=True)
+        print_safely(escape_control(
+            f"fetching the {kind} {name}: {readable(size)} in {len(missing)} files from "
+            f"{constants.ENDPOINT} to {cache}"), "stderr")
         if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
             enable_progress_bars()  # transformers disables them together with its own
     for file in missing:

@@ -6,10 +6,10 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
-from antarctic.distributed import leave_together, main_done, rank_and_world
-from antarctic.errors import InputError
+from antarctic.distributed import launched, leave_together, main_done, rank_and_world
+from antarctic.errors import InputError, SafeStream, print_safely
 
 STOPPED = "\nstopped; finished files are whole, rerun the same command to resume"
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -30,33 +30,57 @@ def run(main, alone=False):
     # Loading libraries makes many objects and hardly any garbage: collecting takes a fifth of it.
     gc.set_threshold(100_000, 50, 100)
     main_done.clear()
-    if alone and "RANK" in os.environ:
-        if int(os.environ["RANK"]) > 0:
-            return
-        if os.environ["WORLD_SIZE"] != "1":
-            print("this script uses one process of those that torchrun started", file=sys.stderr)
-        os.environ["WORLD_SIZE"] = "1"
-    try:
+    with safe_output():
+        rank, world = launched()
+        if alone and world > 1:
+            if rank > 0:
+                return
+            print_safely("this script uses one process of those that torchrun started", "stderr")
+            os.environ["WORLD_SIZE"] = "1"
         try:
-            if threading.current_thread() is threading.main_thread():  # others get no signals
-                stop_within_seconds()
-            rank_and_world()
-            main()
-            leave_together()
-        finally:
-            main_done.set()
-            cleanup.close()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        sys.exit(130)
+            try:
+                if threading.current_thread() is threading.main_thread():  # others get no signals
+                    stop_within_seconds()
+                rank_and_world()
+                main()
+                leave_together()
+            finally:
+                main_done.set()
+                cleanup.close()
+        except InputError as error:
+            print_safely(f"error: {error}", "stderr")
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print_safely(STOPPED, "stderr")
+            sys.exit(130)
+
+
+@contextmanager
+def safe_output():
+    """Makes standard output and standard error SafeStreams: no print, bar, warning or help fails,
+    whatever they are.
+
+    A descriptor that is closed (>&-) becomes /dev/null, since a file of the results would get its
+    number, and with it what libraries and other programs print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # open() takes the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(SafeStream, streams)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # so that nothing is left that Python could fail to write at exit
+        sys.stdout, sys.stderr = streams
 
 
 def stop_at_once():
     """Ends the process without any cleanup."""
-    print(STOPPED, file=sys.stderr, flush=True)
+    print_safely(STOPPED, "stderr")
     os._exit(130)
 
 
