@@ -94,7 +94,7 @@ def matching(path):
                 # the number of ways at each step.
                 deeper |= dict.fromkeys(folder.glob(part))
         matches = list(deeper)
-    return sorted(match for match in matches if os.path.exists(match))
+    return sorted(matches)
 
 
 def folder_images(folder):
