@@ -57,8 +57,8 @@ def list_images(paths):
     example = f"such as {hidden[0]}" if hidden else ""
     if not images:
         places = ", ".join(map(str, paths))
-        raise InputError(f"there are only hidden images and folders at {places}, {example}; name "
-                         f"them to read them")
+        raise InputError(f"there are only hidden images and folders at {places}, {example}; "
+                         f"name them to read them")
     if hidden:
         warn(f"{len(hidden)} hidden images and thumbnails, {example}, are passed over; name them or "
              f"their folder to read them")

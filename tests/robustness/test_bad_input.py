@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from antarctic.errors import counted
 from antarctic.images import read_image
 
 SCRIPTS = ("compute_cache", "trainer", "sampler")
@@ -590,7 +591,7 @@ def skipped(result, folder):
     prefix = f"skipped {folder}{os.sep}"
     names = [line.removeprefix(prefix).split(": ")[0] for line in result.err.splitlines()
              if line.startswith(prefix)]
-    assert f"{len(names)} images could not be read and were skipped" in result.err
+    assert f"{counted(len(names), 'image')} could not be read and were skipped" in result.err
     return names
 
 
