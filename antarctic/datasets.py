@@ -60,8 +60,8 @@ def list_images(paths):
         raise InputError(f"there are only hidden images and folders at {places}, {example}; "
                          f"name them to read them")
     if hidden:
-        warn(f"{len(hidden)} hidden images and thumbnails, {example}, are passed over; name them or "
-             f"their folder to read them")
+        warn(f"{len(hidden)} hidden images and thumbnails, {example}, are passed over; name them "
+             f"or their folder to read them")
     return [Picture(str(path), path) for path in images]
 
 
