@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import list_images, read_coco, report_bad_images
+from antarctic.datasets import list_images, read_coco, read_paths, report_bad_images
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import append, file_sha256, fingerprint, output_folder, read_words
@@ -43,13 +43,15 @@ ON_SCREEN = 20  # captions
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("images: one of two")
+    group = parser.add_argument_group("images: one of three")
     group.add_argument("--datadir", metavar="DIR", help="folder in COCO's layout (annotations/, "
                        "val2017/)")
     group.add_argument("--split", default="val2017", help="split of --datadir (default "
                        "%(default)s)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
                        "subfolders) and patterns")
+    group.add_argument("--images_from", metavar="FILE", help="list of such paths, one a line or, "
+                       "as of find -print0, with a NUL behind each; -: standard input")
     group.add_argument("--max_pixels", type=int, default=64_000_000, help="pixels of an image at "
                        "most; larger ones are skipped (default %(default)s, which reading needs 1 "
                        "GB of memory for: 16 bytes a pixel)")
@@ -99,8 +101,10 @@ def parse():
 
 def check(args):
     """The Decoding. Raises InputError for settings that cannot work, before anything is loaded."""
-    if (args.datadir is None) == (args.images is None):
-        raise InputError("exactly one of --datadir and --images says what is captioned")
+    sources = [args.datadir, args.images, args.images_from]
+    if sum(source is not None for source in sources) != 1:
+        raise InputError("exactly one of --datadir, --images and --images_from says what is "
+                         "captioned")
     require_at_least(1, args, "topk", "batch_size", "max_pixels")
     require_at_least(0, args, "gallery")
     ignored = [f"--{name}" for name in ("temperature", "top_p")
@@ -187,6 +191,8 @@ def report(records, empty, bad, left, seconds, args):
 def main():
     args = parse()
     decoding = check(args)
+    if args.images_from:
+        args.images = on_rank0(lambda: read_paths(args.images_from))
     pictures = list_images(args.images) if args.images else read_coco(args.datadir, args.split)
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
     savedir, device, dtype = start_run(args)

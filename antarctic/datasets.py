@@ -3,12 +3,13 @@
 import fnmatch
 import json
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from antarctic.distributed import rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
-from antarctic.files import one_line, read_text
+from antarctic.files import existing_file, one_line, read_text
 
 # What looks like an image. Files that cannot be read are named in the end, not passed over.
 IMAGE_SUFFIXES = frozenset("""
@@ -39,30 +40,46 @@ def list_images(paths):
     as paths. Hidden images (see is_hidden) are read only where a path names them or their folder,
     and a warning counts the others. Raises InputError where a path has no image.
     """
-    images, hidden = {}, []  # a dict as an ordered set
+    images, hidden = {}, {}  # {absolute path: path}
     for path in map(Path, paths):
         matches = matching(path)
         if not matches:
             raise InputError(f"there is no image or folder at {path}; only local files are read")
-        named = [match for match in matches if not is_hidden(match, path.parts)]
-        hidden += [match for match in matches if match not in named]
-        for match in named:
-            if match.is_dir():
-                found, passed_over = folder_images(match)
-                hidden += passed_over
-            else:
-                found = [match]
-            images |= dict.fromkeys(found)
-    hidden = sorted(set(hidden) - set(images))
+        for match in matches:
+            inside, passed_over = [match], []
+            if is_hidden(match, path.parts):
+                inside, passed_over = [], [match]
+            elif match.is_dir():
+                inside, passed_over = folder_images(match)
+            for image in inside:
+                images.setdefault(os.path.abspath(image), image)
+            hidden |= {os.path.abspath(other): other for other in passed_over}
+    hidden = sorted(other for place, other in hidden.items() if place not in images)
     example = f"such as {hidden[0]}" if hidden else ""
     if not images:
-        places = ", ".join(map(str, paths))
+        places = ", ".join(map(str, paths[:5]))
         raise InputError(f"there are only hidden images and folders at {places}, {example}; "
                          f"name them to read them")
     if hidden:
         warn(f"{len(hidden)} hidden images and thumbnails, {example}, are passed over; name them "
              f"or their folder to read them")
-    return [Picture(str(path), path) for path in images]
+    return [Picture(str(path), path) for path in images.values()]
+
+
+def read_paths(path):
+    """The paths that a file lists, one a line, or with a NUL behind each, as `find -print0` writes
+    them. path: "-" is standard input. Raises InputError where the file lists none."""
+    if path == "-":
+        content = sys.stdin.buffer.read()
+    else:
+        content = existing_file(path, "list of images").read_bytes()
+    separator = b"\0" if b"\0" in content else b"\n"
+    paths = [os.fsdecode(line.removesuffix(b"\r") if separator == b"\n" else line)
+             for line in content.split(separator)]
+    paths = [line for line in paths if line]
+    if not paths:
+        raise InputError(f"there is no path in {path}")
+    return paths
 
 
 def is_hidden(path, pattern=()):

@@ -288,3 +288,14 @@ def test_records_that_another_program_changed_are_never_taken_for_all(tmp_path):
     with pytest.raises(InputError, match="2 of its 3 records are whole"):
         write_results(tmp_path, part, pictures)
     assert sorted(tmp_path.iterdir()) == [part]
+
+
+def test_a_list_of_paths_is_captioned_as_the_paths(script, world, cache, checkpoint, tmp_path):
+    paths = sorted((world / "near").glob("*.png"))[:3]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)))
+    by_path = sample(script, cache, tmp_path / "a", "--ckpt", checkpoint, "--images", *paths)
+    assert by_path == sample(script, cache, tmp_path / "b", "--ckpt", checkpoint, "--images_from",
+                             tmp_path / "list.txt")
+    run = run_sampler(script, cache, tmp_path / "c", "--ckpt", checkpoint, "--images", *paths,
+                      "--images_from", tmp_path / "list.txt")
+    assert run.code == 2 and "exactly one of" in run.err

@@ -1,7 +1,9 @@
 """The table, lists of images, COCO files, safe writing, and the default cache and checkpoint."""
 
 import argparse
+import io
 import json
+import os
 import re
 
 import pytest
@@ -167,3 +169,28 @@ def test_a_caption_that_is_missing_is_empty_and_a_null_reference_is_none(tmp_pat
          "annotations": [{"image_id": 1, "caption": "a dog"}, {"image_id": 2, "caption": None}]}))
     assert datasets.read_annotations(tmp_path / "a.json") == {1: ("1.png", ["a dog"]),
                                                               2: ("2.png", [])}
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"\0", b"\r\n"])
+def test_paths_are_read_from_a_list(tmp_path, monkeypatch, separator):
+    names = [b"a b.png", b"\xff.png", "ä.png".encode(), b"a b.png"]
+    if separator == b"\0":
+        names.append(b"line\nbreak.png")
+    content = separator.join([*names, b""])
+    (tmp_path / "list").write_bytes(content)
+    expected = [os.fsdecode(name) for name in names]
+    assert datasets.read_paths(str(tmp_path / "list")) == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert datasets.read_paths("-") == expected
+    for empty in (b"", separator):
+        (tmp_path / "list").write_bytes(empty)
+        with pytest.raises(InputError, match="no path"):
+            datasets.read_paths(str(tmp_path / "list"))
+
+
+def test_one_image_by_many_ways_is_one_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save("a.png")
+    (tmp_path / "d").mkdir()
+    ways = ["a.png", "a.png", "./a.png", "d/../a.png", str(tmp_path / "a.png"), "*.png", "."]
+    assert [picture.id for picture in datasets.list_images(ways)] == ["a.png"]
