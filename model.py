@@ -399,7 +399,7 @@ class Model:
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
             find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, sooner
         tables = []
-        for rows in features.split(256):
+        for rows in features.split(256) if len(features) else ():
             cosines, indices = find(rows, self.embeddings, self.topk)  # (256, k), (256, k)
             for image_indices, image_cosines in zip(indices.tolist(), cosines.tolist()):
                 entries = [self.entries[i] for i in image_indices]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import list_images, read_coco, read_paths, report_bad_images
+from antarctic.datasets import IMAGE_SUFFIXES, list_images, read_coco, read_paths, report_bad_images
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import append, file_sha256, fingerprint, output_folder, read_words
@@ -207,6 +207,8 @@ def main():
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
     reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
+    if args.sidecar:  # before hours of encoding; a file that is no image is passed over below
+        check_sidecars([p for p in pictures if p.path.suffix.lower() in IMAGE_SUFFIXES])
     features, pictures, bad = image_features(model.clip, pictures,
                                              output_folder(args.features or savedir), **reading)
     if not pictures:

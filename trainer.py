@@ -102,7 +102,10 @@ def tokenize(model, features, pictures):
     """
     captioner = model.captioner
     captions = [captioner.tokenize(p.captions, captioner.maxlen_dec) for p in pictures]
-    return model.tokenize(model.tables(features)), captions
+    tables = []
+    for part in features.split(1 << 16):  # tables as texts take more memory than as token ids
+        tables += model.tokenize(model.tables(part))
+    return tables, captions
 
 
 def batches(captions, batch_size, seed, epoch):

@@ -37,6 +37,8 @@ def reading_gguf(name):
 def load_gguf(loader, name, **options):
     """loader.from_pretrained of a GGUF file, which has the weights, their sizes, the tokenizer and
     the chat template. Raises InputError."""
+    from antarctic.pretrained import quiet_transformers
+    quiet_transformers()
     # transformers would look for a relative path in the working directory first.
     path = existing_file(name, "GGUF file").absolute()
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]

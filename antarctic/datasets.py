@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = frozenset("""
 """.split())
 # Folders of thumbnails, of deleted files and of what other systems note beside files.
 ASIDE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information"}
+RECORD = {"image_id", "caption", "file"}  # what is read of a record of captions
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # of images in nocaps' annotations
 
 
@@ -203,8 +204,10 @@ def read_records(path, other):
     if suffix == ".txt":
         return [(None, one_line(line, path), None) for line in text.split("\n")]
     try:
-        parts = [text] if suffix == ".json" else [f"[{line}]" for line in text.split("\n")]
-        records = [record for part in parts for record in json.loads(part)]
+        parts = [text] if suffix == ".json" else (f"[{line}]" for line in text.split("\n"))
+        # Only what is used: details.jsonl can hold 1,000 candidates an image.
+        records = [{name: record[name] for name in record.keys() & RECORD}
+                   for part in parts for record in json.loads(part)]
         if records and not any("caption" in record.keys() for record in records):
             raise KeyError("caption")
         captions = [record.get("caption") for record in records]

@@ -39,6 +39,14 @@ def rank_and_world():
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def is_rank0():
+    """Whether this process is rank 0. Unlike rank_and_world() this joins no other process, since
+    torchrun's variables may be meant for a program that only uses the library."""
+    if is_joined():
+        return rank_and_world()[0] == 0
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
 def launched():
     """(rank, number of processes) that torchrun's variables state, (0, 1) without them.
 
@@ -67,7 +75,7 @@ def launched():
 def warn(text):
     """Prints a warning, on rank 0: something that the user may not expect, and that does not stop
     the run."""
-    if rank_and_world()[0] == 0:
+    if is_rank0():
         print_safely(f"warning: {escape_control(text)}", "stderr")
 
 

@@ -14,6 +14,7 @@ from antarctic.files import append, atomic, fingerprint, locked, writing
 from antarctic.images import HEIF_SUFFIXES, MOST_PIXELS, read_image, reads_heif
 
 CHUNK = 2048  # texts that a process encodes between two writes
+READER = "2"  # version of read_image: images that an older one refused are tried again
 # Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
 BATCH_PIXELS = 1 << 25
 
@@ -106,8 +107,11 @@ def read_features(path, n, dim):
         with safe_open(path, "pt") as file:
             features = file.get_tensor("features")
             reasons = json.loads(file.metadata()["bad"])
+            reader = file.metadata().get("reader")
         bad = {int(row): reason + "" for row, reason in reasons.items()}
         fits = set(bad) <= set(range(n)) and features.shape == (n - len(bad), dim)
+        if bad and reader != READER:  # another version, which this one may read more than
+            return None
         if fits and features.dtype == torch.float32 and features.isfinite().all():
             return features, bad
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
@@ -119,7 +123,7 @@ def read_features(path, n, dim):
 def write_features(path, features, bad):
     """features: float32 (n, dim). bad: {row of an image that could not be read: reason}."""
     with atomic(path, "wb") as file:
-        file.write(save({"features": features}, {"bad": json.dumps(bad)}))
+        file.write(save({"features": features}, {"bad": json.dumps(bad), "reader": READER}))
 
 
 def encode_files(clip, paths, batch_size, bar, **reading):

@@ -18,6 +18,7 @@ from antarctic.errors import InputError
 
 LONGEST_TEXT = 10_000  # characters of an entry or a caption; the models read at most 128 tokens
 # backslashreplace is for file names that are not UTF-8.
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 TEXT = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
 
 
@@ -77,14 +78,20 @@ def create(path, text):
     try:
         with open(temporary, "w", **TEXT) as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(temporary, path)  # unlike a rename, it never replaces a file
-    except FileExistsError:
-        raise
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+        if error.errno not in NO_LINKS:
             raise
-        with open(path, "x", **TEXT) as file:  # a file system without links
-            file.write(text)
+        with open(path, "x", **TEXT) as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from antarctic.cache import BLOCK, cache_description, read_one_cache, search
-from antarctic.distributed import rank_and_world
+from antarctic.distributed import is_rank0
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import atomic, existing_file, file_sha256, fingerprint, write_json
 
@@ -143,7 +143,7 @@ def open_index(path, embeddings):
     if (type(index), index.d, index.ntotal) != (faiss.IndexPreTransform, rows.dim, rows.file_rows):
         raise InputError(f"{path} is not an index of the {rows.file_rows} rows of {rows.path}")
     opened = Index(index, rows)
-    if rank_and_world()[0] == 0:
+    if is_rank0():
         if opened.exact:
             print_safely(escape_control(
                 f"{rows.path} is searched exactly, since less than half of its entries remain: "

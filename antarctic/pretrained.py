@@ -38,7 +38,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 from safetensors import SafetensorError
 
-from antarctic.distributed import rank_and_world
+from antarctic.distributed import is_rank0
 from antarctic.errors import InputError, escape_control, print_safely
 
 CLIP_NAMES = {  # {OpenAI's name: the same model on the hub}
@@ -157,7 +157,7 @@ def download(name, kind, parts):
     if free < size:
         raise InputError(f"the {kind} {name} needs {readable(size)} in {cache}, but only "
                          f"{readable(free)} are free; set HF_HOME to another folder")
-    if missing and rank_and_world()[0] == 0:
+    if missing and is_rank0():
         print_safely(escape_control(
             f"fetching the {kind} {name}: {readable(size)} in {len(missing)} files from "
             f"{constants.ENDPOINT} to {cache}"), "stderr")
@@ -253,12 +253,17 @@ def first_sentence(error):
     return " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
 
 
+def quiet_transformers():
+    """Hides transformers' bars of loading and its warnings. fetch() shows the bars of downloads."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def load(loader, name, kind, **options):
     """loader.from_pretrained of a folder or of a name on the hub. kind: see fetch. Raises
     InputError."""
-    from transformers.utils import logging
-    logging.disable_progress_bar()  # of loading; fetch() shows those of downloads
-    logging.set_verbosity_error()
+    quiet_transformers()
     parts = {"AutoConfig": "config", "AutoTokenizer": "tokenizer",
              "AutoImageProcessor": "processor"}
     folder = fetch(name, kind, (parts.get(loader.__name__, "weights"),))

@@ -2,6 +2,7 @@
 on disk."""
 
 import json
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -249,3 +250,30 @@ def test_nothing_of_transformers_is_changed_by_the_import():
             "import model; assert logging.get_verbosity() == level "
             "and logging.is_progress_bar_enabled()")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_images_have_no_tables_by_an_index_either(method, monkeypatch):
+    def nearest(queries, *_):  # as Index.search fails where there is no query
+        assert len(queries)
+    monkeypatch.setattr(method, "search", nearest)
+    assert method.tables(torch.empty(0, method.clip.dim)) == []
+
+
+def test_a_program_with_processes_of_its_own_is_not_joined(cache, tmp_path):
+    """Warnings of the library leave torchrun's variables to the program that uses it."""
+    for file in (cache.textfile, cache.embfile):  # without a description, which is warned of
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    code = f"""if True:
+        import os
+        from model import Model
+        Model.load({CLIP!r}, {BART!r}, "none", {str(tmp_path / "cache.txt")!r}, device="cpu")
+        from torch import distributed
+        assert not distributed.is_initialized() and os.environ["WORLD_SIZE"] == "2"
+    """
+    for rank in ("0", "1"):
+        variables = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": "9"}
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | variables,
+                             capture_output=True, text=True, timeout=100)
+        assert run.returncode == 0, run.stderr
+        assert ("is missing" in run.stderr) == (rank == "0")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import BART, CLIP
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from antarctic.datasets import Picture, read_coco
 from antarctic.errors import InputError
@@ -299,3 +301,31 @@ def test_a_list_of_paths_is_captioned_as_the_paths(script, world, cache, checkpo
     run = run_sampler(script, cache, tmp_path / "c", "--ckpt", checkpoint, "--images", *paths,
                       "--images_from", tmp_path / "list.txt")
     assert run.code == 2 and "exactly one of" in run.err
+
+
+def test_images_that_would_share_a_sidecar_are_refused_before_they_are_encoded(
+        script, world, cache, checkpoint, tmp_path, monkeypatch):
+    folder = photos(world, tmp_path / "photos", 2)
+    shutil.copy(folder / "0.png", folder / "0.jpg")
+    monkeypatch.setattr("antarctic.features.encode_files", None)
+    run = run_sampler(script, cache, tmp_path / "r", "--images", folder, "--ckpt", checkpoint,
+                      "--sidecar")
+    assert run.code == 2 and "same --sidecar" in run.err
+
+
+def test_what_an_older_reader_refused_is_tried_again(script, world, cache, checkpoint, tmp_path):
+    folder = photos(world, tmp_path / "photos", 2)
+    good = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(b"refused" + bytes(len(good) - 7))
+    flags = ("--images", folder, "--ckpt", checkpoint)
+    assert "skipped" in run_sampler(script, cache, tmp_path / "r", *flags).err
+    [path] = (tmp_path / "r").glob("features-*.safetensors")
+    times = (folder / "1.png").stat()
+    (folder / "1.png").write_bytes(good)
+    os.utime(folder / "1.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "skipped" in run_sampler(script, cache, tmp_path / "r", *flags).err  # as it was
+    with safe_open(path, "pt") as file:
+        features, metadata = file.get_tensor("features"), file.metadata()
+    del metadata["reader"]  # as earlier versions wrote it
+    save_file({"features": features}, path, metadata)
+    assert "skipped" not in run_sampler(script, cache, tmp_path / "r", *flags).err

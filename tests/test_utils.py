@@ -1,6 +1,7 @@
 """The table, lists of images, COCO files, safe writing, and the default cache and checkpoint."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -194,3 +195,32 @@ def test_one_image_by_many_ways_is_one_image(tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
     ways = ["a.png", "a.png", "./a.png", "d/../a.png", str(tmp_path / "a.png"), "*.png", "."]
     assert [picture.id for picture in datasets.list_images(ways)] == ["a.png"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_is_created_whole_where_there_are_no_links(tmp_path, monkeypatch, number):
+    def no_links(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "link", no_links)
+    files.create(tmp_path / "a.txt", "a dog\n")
+    assert (tmp_path / "a.txt").read_text() == "a dog\n"
+    with pytest.raises(FileExistsError):
+        files.create(tmp_path / "a.txt", "a cat\n")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync, calls = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(1) or (
+        full(file) if len(calls) == 2 else fsync(file)))
+    with pytest.raises(OSError, match="No space"):
+        files.create(tmp_path / "b.txt", "a dog\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_of_a_record_only_what_is_used_is_kept(tmp_path, monkeypatch):
+    record = {"image_id": 1, "caption": "a dog", "file": "1.png", "candidates": [["a dog", 0.3]]}
+    (tmp_path / "details.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
+    kept = []
+    monkeypatch.setattr(datasets, "one_line", lambda text, _: kept.append(text) or text)
+    assert datasets.read_captions(tmp_path / "details.jsonl") == [(1, "a dog")] * 2
+    assert datasets.RECORD == {"image_id", "caption", "file"} and kept == ["a dog"] * 2
