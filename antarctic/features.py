@@ -107,7 +107,7 @@ def read_features(path, n, dim):
         with safe_open(path, "pt") as file:
             features = file.get_tensor("features")
             reasons = json.loads(file.metadata()["bad"])
-            reader = file.metadata().get("reader")
+        reader = reasons.pop("reader", None)
         bad = {int(row): reason + "" for row, reason in reasons.items()}
         fits = set(bad) <= set(range(n)) and features.shape == (n - len(bad), dim)
         if bad and reader != READER:  # another version, which this one may read more than
@@ -123,7 +123,9 @@ def read_features(path, n, dim):
 def write_features(path, features, bad):
     """features: float32 (n, dim). bad: {row of an image that could not be read: reason}."""
     with atomic(path, "wb") as file:
-        file.write(save({"features": features}, {"bad": json.dumps(bad), "reader": READER}))
+        # safetensors writes several keys of metadata in a random order, so this is one.
+        reasons = bad | {"reader": READER} if bad else {}
+        file.write(save({"features": features}, {"bad": json.dumps(reasons)}))
 
 
 def encode_files(clip, paths, batch_size, bar, **reading):
