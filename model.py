@@ -17,7 +17,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 
-from antarctic.cache import Embeddings, cache_description, read_cache, restrict, search, to_bfloat16
+from antarctic.cache import Embeddings, cache_description, read_cache, search, to_bfloat16
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
 from antarctic.distributed import warn
@@ -28,7 +28,7 @@ from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
-from antarctic.words import WholeWords, warn_of_entries, warn_of_long_entries
+from antarctic.words import WholeWords, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
     MAXLEN_DEC,
     MAXLEN_ENC,

@@ -23,7 +23,7 @@ from antarctic.files import (
     write_json,
     write_lines,
 )
-from antarctic.words import fold, warn_of_entries, warn_of_long_entries
+from antarctic.words import warn_of_entries, warn_of_long_entries
 
 BLOCK = 65536  # rows read or written at a time
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
@@ -267,30 +267,6 @@ def read_one_cache(textfile, embfile, clip_model):
     if not all(rows[start:start + BLOCK].isfinite().all() for start in range(0, len(rows), BLOCK)):
         raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
     return lines, rows
-
-
-def restrict(entries, embeddings, only, banned):
-    """The entries, and their Embeddings, that --only and --ban leave.
-
-    only: a list of entries, or None; they are compared as fold() sees them. banned: a WholeWords,
-    or None. Raises InputError where a line of --only is no entry, or no entry is left.
-    """
-    rows = range(len(entries))
-    if only:
-        folded = list(map(fold, entries))
-        missing = {fold(line): line for line in only}
-        wanted = set(missing)
-        for text in folded:
-            missing.pop(text, None)
-        if missing:
-            raise InputError(f'{len(missing)} lines of --only, such as "{min(missing.values())}", '
-                             "are in no cache; compute_cache.py --add puts them into one")
-        rows = [i for i in rows if folded[i] in wanted]
-    if banned:
-        rows = [i for i in rows if not banned.search(entries[i])]
-    if not rows:
-        raise InputError("--ban leaves no entry")
-    return [entries[i] for i in rows], embeddings.only(rows)
 
 
 # ----------------------------------------------------------------------------------------- search

@@ -220,15 +220,10 @@ def read_records(path, other):
                          f"files") from error
 
 
-def read_results(path):
-    """The captions of a file in COCO's results format: {image id: caption}. Raises InputError where
-    the file is something else, or an image has two captions."""
-    return {image: caption for image, (caption, _) in read_captioned(path).items()}
-
-
 def read_captioned(path):
-    """read_results with image files: {image id: (caption, file or None)}. details.jsonl names the
-    files."""
+    """The captions of a file in COCO's results format, or of details.jsonl, which also names the
+    image files: {image id: (caption, file or None)}. Raises InputError where the file is something
+    else, or an image has two captions."""
     captions = {}
     for image, caption, file in read_records(path, ".json"):
         if not isinstance(image, (int, float, str)):

@@ -76,6 +76,6 @@ def print_safely(text, name="stdout"):
     return stream.error
 
 
-def counted(number, noun, plural=None):
-    """A number with its noun: "1 image", "1,200 images". plural: where it is not noun + "s"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def counted(number, noun):
+    """A number with its noun: "1 image", "1,200 images"."""
+    return f"{number:,} {noun if number == 1 else noun + 's'}"

@@ -8,6 +8,7 @@ from unicodedata import category, normalize
 import ahocorasick
 
 from antarctic.distributed import warn
+from antarctic.errors import InputError
 
 START, END = "\1", "\2"  # where a word may begin and end
 # Soft hyphens and variation selectors change how other characters look, not which word is there.
@@ -64,6 +65,30 @@ class WholeWords:
         if not self.lines:
             return False
         return next(self.automaton.iter(with_boundaries(fold(text))), None) is not None
+
+
+def restrict(entries, embeddings, only, banned):
+    """The entries, and their Embeddings, that --only and --ban leave.
+
+    only: a list of entries, or None; they are compared as fold() sees them. banned: a WholeWords,
+    or None. Raises InputError where a line of --only is no entry, or no entry is left.
+    """
+    rows = range(len(entries))
+    if only:
+        folded = list(map(fold, entries))
+        missing = {fold(line): line for line in only}
+        wanted = set(missing)
+        for text in folded:
+            missing.pop(text, None)
+        if missing:
+            raise InputError(f'{len(missing)} lines of --only, such as "{min(missing.values())}", '
+                             "are in no cache; compute_cache.py --add puts them into one")
+        rows = [i for i in rows if folded[i] in wanted]
+    if banned:
+        rows = [i for i in rows if not banned.search(entries[i])]
+    if not rows:
+        raise InputError("--ban leaves no entry")
+    return [entries[i] for i in rows], embeddings.only(rows)
 
 
 # ------------------------------------------------------------------------- entries that look wrong

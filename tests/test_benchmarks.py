@@ -21,6 +21,7 @@ def reported(script):
     return result.out
 
 
+@pytest.mark.slow
 def test_each_part_gives_what_the_plain_way_gives(reported):
     lines = [json.loads(line) for line in reported.splitlines() if line.startswith("{")]
     assert [line["part"] for line in lines] == list(benchmarks.PARTS)

@@ -205,6 +205,7 @@ def test_a_header_that_tells_of_a_giant_takes_no_memory_for_it(llama, tmp_path, 
     refuse("weights, which do not fit", "--lm", path)
 
 
+@pytest.mark.slow
 def test_damaged_gguf_files_are_read_or_refused(llama, tmp_path):
     """Changes any bytes of the header and some of the weights. The only exception is
     InputError."""
@@ -356,6 +357,7 @@ def smollm2():
     return files[0]
 
 
+@pytest.mark.slow
 def test_a_real_model_writes_a_story(smollm2, script, tmp_path, monkeypatch):
     """SmolLM2-135M-Instruct with four bits a weight, loaded once."""
     loaded = {}

@@ -377,6 +377,7 @@ def test_a_web_page_in_place_of_an_originals_file_is_refused(original, server, t
 @pytest.mark.parametrize("address, reason", [
     ("http://127.0.0.1:{port}", "refuses the connection"),
     (f"http://{70 * 'a'}.invalid/a", "is unknown")])  # too long for a host name: no DNS query
+@pytest.mark.slow
 def test_a_host_that_is_gone_is_one_sentence(original, tmp_path, address, reason):
     with socket.socket() as unused:  # a bound port on which no process listens
         unused.bind(("127.0.0.1", 0))

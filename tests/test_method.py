@@ -245,6 +245,7 @@ def test_an_opened_image_is_captioned_as_its_file(method, tmp_path, paths, name)
         assert torch.equal(method.features([file]), method.features([path]))  # it stays as it is
 
 
+@pytest.mark.slow
 def test_nothing_of_transformers_is_changed_by_the_import():
     code = ("from transformers.utils import logging; level = logging.get_verbosity(); "
             "import model; assert logging.get_verbosity() == level "
@@ -259,6 +260,7 @@ def test_no_images_have_no_tables_by_an_index_either(method, monkeypatch):
     assert method.tables(torch.empty(0, method.clip.dim)) == []
 
 
+@pytest.mark.slow
 def test_a_program_with_processes_of_its_own_is_not_joined(cache, tmp_path):
     """Warnings of the library leave torchrun's variables to the program that uses it."""
     for file in (cache.textfile, cache.embfile):  # without a description, which is warned of

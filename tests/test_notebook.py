@@ -197,6 +197,7 @@ def test_it_downloads_the_originals_files_and_captions_by_them(
 
 # ----------------------------------------------------------------------------------------- on Colab
 
+@pytest.mark.slow
 def test_without_a_clone_it_makes_one_and_leaves_torch_alone(clone, tmp_path):
     author = "-c", "user.name=a", "-c", "user.email=a@b"
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "all"]):

@@ -303,6 +303,7 @@ def test_a_cut_download_goes_on_where_it_was(hub, monkeypatch):
     assert hub.fetched(B32)["pytorch_model.bin"] == 2 and hub.ranges == [size // 2 >> 20 << 20]
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_each_file_once(hub, tmp_path):
     hub.delay = 0.02
     arguments = B32, hub.url, str(tmp_path / "home")

@@ -155,7 +155,8 @@ def test_captions_are_read_from_every_file_that_holds_them(tmp_path, name, text,
         captions = datasets.read_captions(tmp_path / name)
         assert captions == [(None, "a dog"), (None, "two cats")]
     else:  # by the scorer also under a suffix of its own
-        assert datasets.read_results(tmp_path / name) == {7: "a dog", "b": "two cats"}
+        captions = datasets.read_captioned(tmp_path / name)
+        assert captions == {7: ("a dog", None), "b": ("two cats", None)}
 
 
 def test_a_caption_that_is_missing_is_empty_and_a_null_reference_is_none(tmp_path):

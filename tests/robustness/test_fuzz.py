@@ -261,7 +261,7 @@ def read_annotations(path):
 
 
 def read_results(path):
-    assert all(isinstance(caption, str) for caption in datasets.read_results(path).values())
+    assert all(isinstance(caption, str) for caption, _ in datasets.read_captioned(path).values())
 
 
 def read_captions(path):

@@ -30,9 +30,9 @@ from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.datasets import (
     list_images,
     read_annotations,
+    read_captioned,
     read_captions,
     read_coco,
-    read_results,
     read_texts,
 )
 from antarctic.errors import InputError
@@ -406,7 +406,7 @@ def test_what_nobody_asks_for_may_be_anything(tmp_path):
 DEEP = "[" * 100_000 + "]" * 100_000
 JSON_READERS = {
     "annotations": read_annotations,
-    "results": read_results,
+    "results": read_captioned,
     "stories": read_captions,
     "description": lambda path: cache_module.cache_description(path.with_suffix("")),
 }
@@ -452,7 +452,7 @@ def test_a_caption_of_ten_megabytes_is_refused(tmp_path):
     path = annotations(tmp_path, captions=[{"image_id": 1, "caption": LONG}])
     assert "10,000,000 characters" in refusal(read_annotations, path)
     path.write_text(json.dumps([{"image_id": 1, "caption": LONG}]))
-    for read in (read_results, read_captions):
+    for read in (read_captioned, read_captions):
         assert "10,000,000 characters" in refusal(read, path)
 
 
@@ -945,7 +945,7 @@ def test_what_a_crash_left_behind_the_records_is_cut_off(tmp_path, line):
 def test_results_of_wrong_types_are_refused(tmp_path, text):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(text)
-    for read, name in ((read_results, "a.json"), (read_captions, "a.json"),
+    for read, name in ((read_captioned, "a.json"), (read_captions, "a.json"),
                        (read_captions, "a.jsonl")):
         if text != '[["a", "b"]]' or name == "a.json":
             assert name in refusal(read, tmp_path / name)
