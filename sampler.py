@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import IMAGE_SUFFIXES, list_images, read_coco, read_paths, report_bad_images
+from antarctic.datasets import read_coco
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import append, file_sha256, fingerprint, output_folder, read_words
+from antarctic.folders import IMAGE_SUFFIXES, list_images, read_paths
 from antarctic.results import check_sidecars, write_results, write_sidecars
 from antarctic.runtime import run
 from antarctic.sealed import resume, seal
@@ -163,13 +164,11 @@ def caption_all(model, features, pictures, part, args):
     return (time.perf_counter() - start_time) / max(1, len(pictures) - done)
 
 
-def report(records, empty, bad, left, seconds, args):
+def report(records, empty, left, seconds, args):
     """Prints where the results are, and the first captions of a user's own images.
 
-    records, empty: see write_results. bad: images that could not be read. left: see write_sidecars.
-    seconds: per image.
+    records, empty: see write_results. left: see write_sidecars. seconds: per image.
     """
-    report_bad_images(bad)
     for path, reason in list(left.items())[:ON_SCREEN]:
         print_safely(f"left {escape_control(path)} as it is: {escape_control(reason)}", "stderr")
     if len(left) > ON_SCREEN:
@@ -197,7 +196,7 @@ def main():
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
     savedir, device, dtype = start_run(args)
     # torch and transformers take seconds to load, so they wait until the arguments are checked.
-    from antarctic.features import image_features
+    from antarctic.features import image_features, report_bad_images
     from model import Model
 
     model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
@@ -224,7 +223,8 @@ def main():
         records, empty = write_results(savedir, part, pictures, args.gallery, args.csv,
                                        **reading)
         left = write_sidecars(records, args.overwrite) if args.sidecar else {}
-        report(records, empty, bad, left, seconds, args)
+        report_bad_images(bad)
+        report(records, empty, left, seconds, args)
 
 
 if __name__ == "__main__":

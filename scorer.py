@@ -15,9 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from antarctic import chair, pairs
-from antarctic.datasets import DOMAINS, Picture, read_annotations, read_texts, report_bad_images
+from antarctic.captions import read_texts
+from antarctic.datasets import DOMAINS, read_annotations
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import output_folder, write_json
+from antarctic.folders import Picture
 from antarctic.metrics import (
     BY_WORDS,
     TOKENIZERS,
@@ -173,7 +175,7 @@ def clip_values(clip, rows, folder, batch_size):
     max(cos(caption, reference), 0), where there are references. The images' features are saved in
     folder. Raises InputError where no image can be read.
     """
-    from antarctic.features import image_features
+    from antarctic.features import image_features, report_bad_images
     from model import rescore
     pictures = [Picture(i, row.path) for i, row in enumerate(rows) if row.path]
     features, pictures, bad = image_features(clip, pictures, folder, batch_size)  # (n, dim)

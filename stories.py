@@ -15,7 +15,7 @@ from operator import itemgetter
 
 from tqdm import tqdm
 
-from antarctic.datasets import read_captions
+from antarctic.captions import read_captions
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.english import noun_phrase
 from antarctic.errors import InputError, escape_control, print_safely

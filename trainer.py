@@ -16,7 +16,7 @@ from itertools import islice
 from tqdm import tqdm
 
 from antarctic.curves import write_curve
-from antarctic.datasets import read_coco, report_bad_images
+from antarctic.datasets import read_coco
 from antarctic.distributed import all_reduce_sum, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import fingerprint
@@ -258,7 +258,7 @@ def main():
     rank, _ = rank_and_world()
 
     from antarctic.checkpoints import is_layernorm
-    from antarctic.features import image_features
+    from antarctic.features import image_features, report_bad_images
     from model import Model
 
     model = Model.load(args.clip_model, args.lm, "none", args.textfile, args.embfile, args.index,

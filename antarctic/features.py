@@ -10,6 +10,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
+from antarctic.errors import counted, escape_control, print_safely
 from antarctic.files import append, atomic, fingerprint, locked, writing
 from antarctic.images import HEIF_SUFFIXES, MOST_PIXELS, read_image, reads_heif
 
@@ -145,6 +146,16 @@ def encode_files(clip, paths, batch_size, bar, **reading):
             batch = []
         bar.update()
     return torch.cat(vectors), bad
+
+
+def report_bad_images(bad):
+    """Lists and counts the images that could not be read, on rank 0. bad: (path, reason) pairs."""
+    if rank_and_world()[0] > 0:
+        return
+    for path, reason in bad:
+        print_safely(f"skipped {escape_control(path)}: {escape_control(reason)}", "stderr")
+    if bad:
+        print_safely(f"{counted(len(bad), 'image')} could not be read and were skipped", "stderr")
 
 
 # ------------------------------------------------------------------------------------------ texts

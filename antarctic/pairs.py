@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from antarctic.datasets import list_images, read_annotated, read_captioned, read_texts
+from antarctic.captions import read_captioned, read_texts
+from antarctic.datasets import read_annotated
 from antarctic.distributed import warn
 from antarctic.errors import InputError
+from antarctic.folders import list_images
 
 
 class Scored(NamedTuple):

@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from antarctic import features, images
-from antarctic.datasets import IMAGE_SUFFIXES, Picture, list_images
 from antarctic.errors import InputError
+from antarctic.folders import IMAGE_SUFFIXES, Picture, list_images
 from antarctic.images import read_image
 from model import Clip
 

@@ -13,8 +13,9 @@ from conftest import BART, CLIP
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from antarctic.datasets import Picture, read_coco
+from antarctic.datasets import read_coco
 from antarctic.errors import InputError
+from antarctic.folders import Picture
 from antarctic.images import read_image
 from antarctic.results import write_results
 from antarctic.sealed import seal

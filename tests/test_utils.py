@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import utils
-from antarctic import datasets, files
+from antarctic import captions, datasets, files, folders
 from antarctic.errors import InputError
 from antarctic.gallery import write_gallery
 
@@ -40,7 +40,7 @@ def test_images_of_folders_are_found_with_subfolders_and_each_once(tmp_path):
     for name in ("2.PNG", "1.jpg", "b/3.webp"):
         Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
     (tmp_path / "notes.txt").write_text("no image")
-    pictures = datasets.list_images([tmp_path / "b" / "3.webp", tmp_path])
+    pictures = folders.list_images([tmp_path / "b" / "3.webp", tmp_path])
     names = [str(picture.path.relative_to(tmp_path)) for picture in pictures]
     assert names == ["b/3.webp", "1.jpg", "2.PNG"]
 
@@ -79,14 +79,14 @@ def test_patterns_folders_and_files_are_listed_once_in_order(tmp_path):
         (tmp_path / name).touch()
 
     def listed(*paths):
-        return [picture.path for picture in datasets.list_images(paths)]
+        return [picture.path for picture in folders.list_images(paths)]
 
     a, b, c = (tmp_path / name for name in ("a.JPG", "b.png", "sub/c.webp"))
     assert listed(tmp_path) == [a, b, c]
     assert listed(f"{tmp_path}/*.png", tmp_path) == [b, a, c]
     assert listed(f"{tmp_path}/**/*.webp") == [c]
     with pytest.raises(InputError, match="only local files"):
-        datasets.list_images(["https://example.com/dog.jpg"])
+        folders.list_images(["https://example.com/dog.jpg"])
 
 
 # ----------------------------------------------------------------- the default cache and checkpoint
@@ -152,11 +152,11 @@ RESULTS = [{"image_id": 7, "caption": "a dog"},
 def test_captions_are_read_from_every_file_that_holds_them(tmp_path, name, text, text_file):
     (tmp_path / name).write_text(text)
     if text_file:
-        captions = datasets.read_captions(tmp_path / name)
-        assert captions == [(None, "a dog"), (None, "two cats")]
+        found = captions.read_captions(tmp_path / name)
+        assert found == [(None, "a dog"), (None, "two cats")]
     else:  # by the scorer also under a suffix of its own
-        captions = datasets.read_captioned(tmp_path / name)
-        assert captions == {7: ("a dog", None), "b": ("two cats", None)}
+        found = captions.read_captioned(tmp_path / name)
+        assert found == {7: ("a dog", None), "b": ("two cats", None)}
 
 
 def test_a_caption_that_is_missing_is_empty_and_a_null_reference_is_none(tmp_path):
@@ -165,7 +165,7 @@ def test_a_caption_that_is_missing_is_empty_and_a_null_reference_is_none(tmp_pat
     for name, text in (("a.json", json.dumps(records)),
                        ("a.jsonl", "\n".join(map(json.dumps, records)))):
         (tmp_path / name).write_text(text)
-        assert datasets.read_captions(tmp_path / name) == [(1, "a dog"), (2, ""), (3, "")]
+        assert captions.read_captions(tmp_path / name) == [(1, "a dog"), (2, ""), (3, "")]
     (tmp_path / "a.json").write_text(json.dumps(
         {"images": [{"id": i, "file_name": f"{i}.png"} for i in (1, 2)],
          "annotations": [{"image_id": 1, "caption": "a dog"}, {"image_id": 2, "caption": None}]}))
@@ -181,13 +181,13 @@ def test_paths_are_read_from_a_list(tmp_path, monkeypatch, separator):
     content = separator.join([*names, b""])
     (tmp_path / "list").write_bytes(content)
     expected = [os.fsdecode(name) for name in names]
-    assert datasets.read_paths(str(tmp_path / "list")) == expected
+    assert folders.read_paths(str(tmp_path / "list")) == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert datasets.read_paths("-") == expected
+    assert folders.read_paths("-") == expected
     for empty in (b"", separator):
         (tmp_path / "list").write_bytes(empty)
         with pytest.raises(InputError, match="no path"):
-            datasets.read_paths(str(tmp_path / "list"))
+            folders.read_paths(str(tmp_path / "list"))
 
 
 def test_one_image_by_many_ways_is_one_image(tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_one_image_by_many_ways_is_one_image(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save("a.png")
     (tmp_path / "d").mkdir()
     ways = ["a.png", "a.png", "./a.png", "d/../a.png", str(tmp_path / "a.png"), "*.png", "."]
-    assert [picture.id for picture in datasets.list_images(ways)] == ["a.png"]
+    assert [picture.id for picture in folders.list_images(ways)] == ["a.png"]
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.ENOTSUP])
@@ -222,6 +222,6 @@ def test_of_a_record_only_what_is_used_is_kept(tmp_path, monkeypatch):
     record = {"image_id": 1, "caption": "a dog", "file": "1.png", "candidates": [["a dog", 0.3]]}
     (tmp_path / "details.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
     kept = []
-    monkeypatch.setattr(datasets, "one_line", lambda text, _: kept.append(text) or text)
-    assert datasets.read_captions(tmp_path / "details.jsonl") == [(1, "a dog")] * 2
-    assert datasets.RECORD == {"image_id", "caption", "file"} and kept == ["a dog"] * 2
+    monkeypatch.setattr(captions, "one_line", lambda text, _: kept.append(text) or text)
+    assert captions.read_captions(tmp_path / "details.jsonl") == [(1, "a dog")] * 2
+    assert captions.RECORD == {"image_id", "caption", "file"} and kept == ["a dog"] * 2

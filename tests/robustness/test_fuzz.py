@@ -27,10 +27,10 @@ from test_hostile import DEEP, RECORD, bounded
 import model
 import utils
 from antarctic import cache as cache_module
-from antarctic import chair, checkpoints, datasets, features, files, images
-from antarctic.datasets import Picture
+from antarctic import captions, chair, checkpoints, datasets, features, files, images
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
+from antarctic.folders import Picture
 from antarctic.openai_clip import load_openai_clip
 from antarctic.pairs import Scored
 from antarctic.results import write_results
@@ -252,20 +252,20 @@ def read_annotations(path):
     pictures = datasets.read_coco(path.parents[1], "val2017", need_images=False)
     by_id = {picture.id: picture[1:] for picture in pictures}
     for listing in (datasets.read_annotations(path), by_id):
-        for image_id, (name, captions) in listing.items():
+        for image_id, (name, texts) in listing.items():
             assert type(image_id) in (int, str) and ".." not in Path(name).parts
             assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT
-                       for caption in captions if caption)
+                       for caption in texts if caption)
             utils.seed_of(0, image_id)
             os.fsencode(path.parent / name)
 
 
 def read_results(path):
-    assert all(isinstance(caption, str) for caption, _ in datasets.read_captioned(path).values())
+    assert all(isinstance(caption, str) for caption, _ in captions.read_captioned(path).values())
 
 
 def read_captions(path):
-    for image, caption in datasets.read_captions(path):
+    for image, caption in captions.read_captions(path):
         caption.encode()
         json.dumps(image)
 
@@ -303,7 +303,7 @@ def read_instances(path):
 
 
 def read_predictions(path):
-    return datasets.read_texts(path, "captions file")
+    return captions.read_texts(path, "captions file")
 
 
 def read_words(path):

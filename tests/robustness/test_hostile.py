@@ -26,16 +26,11 @@ from tqdm import tqdm
 import model
 from antarctic import cache as cache_module
 from antarctic import checkpoints, errors, features, files, openai_clip, pickles
+from antarctic.captions import read_captioned, read_captions, read_texts
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.datasets import (
-    list_images,
-    read_annotations,
-    read_captioned,
-    read_captions,
-    read_coco,
-    read_texts,
-)
+from antarctic.datasets import read_annotations, read_coco
 from antarctic.errors import InputError
+from antarctic.folders import list_images
 from antarctic.gallery import thumbnail, write_gallery
 from antarctic.images import read_image
 from antarctic.sealed import checksum, read_sealed, resume, seal

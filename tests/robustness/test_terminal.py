@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from antarctic import datasets, distributed, errors, runtime, words
+from antarctic import datasets, distributed, errors, folders, runtime, words
 from antarctic.errors import InputError
 from model import Clip, Model
 
@@ -420,9 +420,9 @@ def test_what_exists_is_no_pattern(photos, tmp_path, path, expected, absolute):
     root = f"{tmp_path}/" if absolute else ""
     if expected is None:
         with pytest.raises(InputError, match="no image or folder"):
-            datasets.list_images([root + path])
+            folders.list_images([root + path])
         return
-    listed = [str(picture.path) for picture in datasets.list_images([root + path])]
+    listed = [str(picture.path) for picture in folders.list_images([root + path])]
     assert listed == [root + name for name in expected]
 
 
@@ -506,7 +506,7 @@ def test_the_bar_of_images_counts_each_once(script, world, tmp_path, capsys):
     from antarctic.features import image_features
     pictures = datasets.read_coco(world, "train2017")[:41]
     (tmp_path / "bad.png").write_bytes(b"no image")
-    pictures.insert(7, datasets.Picture("bad", tmp_path / "bad.png"))
+    pictures.insert(7, folders.Picture("bad", tmp_path / "bad.png"))
     clip = Clip(CLIP)
     _, good, bad = image_features(clip, pictures, tmp_path, batch_size=4, shard=16)
     assert (len(good), len(bad)) == (41, 1)

@@ -1,0 +1,71 @@
+"""Captions that the sampler or another captioner wrote, in the formats of the field."""
+
+import json
+from pathlib import Path
+
+from antarctic.errors import InputError
+from antarctic.files import one_line, read_text
+
+RECORD = {"image_id", "caption", "file"}  # what is read of a record of captions
+
+
+def read_captions(path, other=".txt"):
+    """The captions of a file, as sampler.py or another captioner wrote it: a list of (image id or
+    None, caption). Raises InputError where the file holds something else.
+
+    .json: COCO's results format, a list of {"image_id", "caption"}. .jsonl: one such object a line.
+    Other keys are ignored. .txt: one caption a line. other: which of these any other suffix means.
+    A caption that is missing or null is an empty text, unless all are missing.
+    """
+    return [(image, caption) for image, caption, _ in read_records(path, other)]
+
+
+def read_records(path, other):
+    """read_captions with image files: a list of (image id or None, caption, file or None)."""
+    path = Path(path)
+    text = read_text(path, "captions file")
+    suffix = path.suffix if path.suffix in (".json", ".jsonl") else other
+    if suffix == ".txt":
+        return [(None, one_line(line, path), None) for line in text.split("\n")]
+    try:
+        parts = [text] if suffix == ".json" else (f"[{line}]" for line in text.split("\n"))
+        # Only what is used: details.jsonl can hold 1,000 candidates an image.
+        records = [{name: record[name] for name in record.keys() & RECORD}
+                   for part in parts for record in json.loads(part)]
+        if records and not any("caption" in record.keys() for record in records):
+            raise KeyError("caption")
+        captions = [record.get("caption") for record in records]
+        captions = [one_line("" if text is None else text, path) for text in captions]
+        files = [record.get("file") for record in records]
+        return [(record.get("image_id"), caption, file if isinstance(file, str) else None)
+                for record, caption, file in zip(records, captions, files)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} does not hold captions as sampler.py writes them in {suffix} "
+                         f"files") from error
+
+
+def read_captioned(path):
+    """The captions of a file in COCO's results format, or of details.jsonl, which also names the
+    image files: {image id: (caption, file or None)}. Raises InputError where the file is something
+    else, or an image has two captions."""
+    captions = {}
+    for image, caption, file in read_records(path, ".json"):
+        if not isinstance(image, (int, float, str)):
+            raise InputError(f"{path} is not in COCO's results format: no image_id belongs to the "
+                             f"caption {caption[:60]!r}")
+        if image in captions:
+            raise InputError(f"{path} has more than one caption of the image {image!r}")
+        captions[image] = caption, file
+    if not any(caption for caption, _ in captions.values()):
+        raise InputError(f"there is no text in the results file {path}")
+    return captions
+
+
+def read_texts(path, kind):
+    """A list of texts, one a line; a blank line is an empty text. kind: what the file is, for
+    messages. Raises InputError where it is missing, empty or not UTF-8."""
+    text = read_text(path, kind).removesuffix("\n")
+    lines = [one_line(line, path) for line in text.split("\n")]
+    if not any(lines):
+        raise InputError(f"there is no text in the {kind} {path}")
+    return lines
