@@ -51,13 +51,8 @@ def read_image(path, max_pixels=MOST_PIXELS, truncated=False):
     its pixels have no defined brightness, or its header says that it has more than max_pixels. With
     another max_pixels or truncated, Pillow's settings, which all threads share, change meanwhile.
     """
-    with decoding_errors(max_pixels):
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
-            raise OSError("it is no regular file")
-        if status.st_size > MOST_BYTES:
-            raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
-        with open(path, "rb") as stream, pillow_settings(max_pixels, False):
+    with decoding_errors(max_pixels), open_file(path) as stream:
+        with pillow_settings(max_pixels, False):
             try:
                 image, orientation = decode(stream, max_pixels)
             except Exception:
@@ -66,6 +61,17 @@ def read_image(path, max_pixels=MOST_PIXELS, truncated=False):
                 with pillow_settings(max_pixels, True):
                     image, orientation = decode(stream, max_pixels, truncated)
         return turned(image, orientation)
+
+
+def open_file(path):
+    """An image file as a binary stream. Raises OSError where it is no regular file or is too
+    large."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
+        raise OSError("it is no regular file")
+    if status.st_size > MOST_BYTES:
+        raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
+    return open(path, "rb")
 
 
 def read_opened(image):
