@@ -22,7 +22,7 @@ from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
 from antarctic.distributed import warn
 from antarctic.errors import InputError
-from antarctic.files import existing_file, one_line, read_words
+from antarctic.files import existing_file, file_sha256, one_line, read_words
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
@@ -470,14 +470,12 @@ class Model:
     def caption(self, images, ids=None, batch_size=16, **changes):
         """Captions images by the four steps: n Captions. images: n paths or PIL images, or one.
 
-        ids: see candidates() (default: the paths, as in the sampler; of PIL images 0, 1, ...).
+        ids: see candidates() (default: a file's SHA-256, as the sampler; of PIL images 0, 1, ...).
         changes: fields of self.decoding, such as do_sample=True, num_return_sequences=100. Raises
         InputError where an image cannot be read.
         """
         images = as_list(images)
-        if ids is None:
-            ids = [i if isinstance(image, Image) else image for i, image in enumerate(images)]
-        ids = list(ids)
+        ids = [None] * len(images) if ids is None else list(ids)
         if len(ids) != len(images) or batch_size < 1:
             raise InputError(f"got {len(ids)} ids but {len(images)} images, in batches of "
                              f"{batch_size}")
@@ -485,6 +483,9 @@ class Model:
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
             features = self.features(images[batch])  # (B, dim)
+            for i, image in enumerate(images[batch], start):
+                if ids[i] is None:
+                    ids[i] = i if isinstance(image, Image) else file_sha256(image)
             tables = self.tables(features)
             candidates = self.candidates(tables, ids[batch], **changes)
             captions += self.choose(features, tables, candidates, **changes)

@@ -11,7 +11,7 @@ what ./download.sh --original puts into original/. Rerun the same command to res
 """
 
 import argparse
-import hashlib
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +21,11 @@ from tqdm import tqdm
 from antarctic.datasets import read_coco
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
-from antarctic.files import append, file_sha256, fingerprint, output_folder, read_words
-from antarctic.folders import IMAGE_SUFFIXES, list_images, read_paths
-from antarctic.results import check_sidecars, write_results, write_sidecars
+from antarctic.files import file_sha256, fingerprint, output_folder, read_words
+from antarctic.folders import list_images, read_paths
+from antarctic.records import Records
+from antarctic.results import write_results
 from antarctic.runtime import run
-from antarctic.sealed import resume, seal
 from utils import (
     Decoding,
     add_cache_flags,
@@ -86,13 +86,25 @@ def parse():
                        "ref0.txt ..., captions.json, details.jsonl and gallery.html, whose earlier "
                        "ones are replaced (default %(default)s)")
     group.add_argument("--csv", action="store_true", help="also write captions.csv")
-    group.add_argument("--sidecar", action="store_true", help="also write each caption beside its "
-                       "image: dog.txt for dog.jpg")
-    group.add_argument("--overwrite", action="store_true", help="let --sidecar replace .txt files")
-    group.add_argument("--features", metavar="DIR", help="folder where image features are kept for "
-                       "later runs (default: --savedir)")
     group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most "
                        "(default %(default)s)")
+    group.add_argument("--features", metavar="DIR", help="folder where image features are kept for "
+                       "later runs (default: --savedir)")
+    group = parser.add_argument_group("captions beside the images, for training on them")
+    group.add_argument("--sidecar", action="store_true", help="write dog.txt beside dog.jpg; "
+                       "images that have one are left alone")
+    group.add_argument("--sidecar_suffix", default=".txt", metavar="SUFFIX", help="of these files, "
+                       "such as .caption (default %(default)s)")
+    group.add_argument("--metadata", action="store_true", help="add lines to the metadata.jsonl in "
+                       "the folder of all images, which load_dataset('imagefolder') reads")
+    group.add_argument("--shards", metavar="DIR", help="folder for WebDataset shards of the images "
+                       "with their captions")
+    group.add_argument("--caption_prefix", default="", metavar="TEXT", help="text before each "
+                       "caption in these three, such as 'ohwx dog, ' (default: none)")
+    group.add_argument("--caption_suffix", default="", metavar="TEXT", help="text behind it "
+                       "(default: none)")
+    group.add_argument("--overwrite", action="store_true", help="caption images anew that have a "
+                       "sidecar, and replace it; replace lines of metadata.jsonl, too")
     group = parser.add_argument_group("computation")
     group.add_argument("--batch_size", type=int, default=16, help="images per batch, per process "
                        "(default %(default)s)")
@@ -110,80 +122,76 @@ def check(args):
     require_at_least(0, args, "gallery")
     ignored = [f"--{name}" for name in ("temperature", "top_p")
                if getattr(args, name) != 1 and not args.do_sample]
-    ignored += ["--overwrite"] * (args.overwrite and not args.sidecar)
     if ignored:
-        warn(f"{' and '.join(ignored)} do nothing without --do_sample or --sidecar")
+        warn(f"{' and '.join(ignored)} do nothing without --do_sample")
+    if args.overwrite and not (args.sidecar or args.metadata):
+        warn("--overwrite does nothing without --sidecar or --metadata")
+    if not re.fullmatch(r"\.[^./\\\0]+", args.sidecar_suffix):
+        raise InputError(f"--sidecar_suffix must be a suffix such as .txt, not "
+                         f"{args.sidecar_suffix!r}")
     decoding = Decoding(**{name: getattr(args, name) for name in Decoding.__dataclass_fields__})
     find_inputs(args)
     return decoding
 
 
-def name_of_run(args, model, features, pictures):
-    """The fingerprint of everything that determines the results. Runs of one name can resume from
-    one another."""
+def settings_of(args, model):
+    """The fingerprint of everything but the image that determines a caption."""
     from antarctic.checkpoints import trained_sha256
     captioner = model.captioner
-    weights = [captioner.identity, args.ckpt and trained_sha256(args.ckpt, captioner),
-               str(captioner.dtype)]
+    models = [model.clip.identity, captioner.identity,
+              args.ckpt and trained_sha256(args.ckpt, captioner), str(captioner.dtype)]
     words = [model.entries, [Path(path).stat().st_mtime_ns for path in args.embfile],
              args.index and file_sha256(args.index), model.banned and model.banned.lines]
-    settings = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec, asdict(model.decoding),
-                args.batch_size]
-    images = [hashlib.sha256(features.numpy().tobytes()).hexdigest(),
-              [(picture.id, str(picture.path)) for picture in pictures]]
-    return fingerprint([weights, words, settings, images])
+    sizes = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec]
+    return fingerprint([models, words, sizes, asdict(model.decoding)])
 
 
-def record_of(picture, result):
-    """A line of details.jsonl. result: the picture's model.Caption."""
-    return {"image_id": picture.id, "file": str(picture.path), **result._asdict()}
+def caption_missing(model, features, pictures, records, save, batch_size):
+    """Captions the pictures that have no record, and adds their records.
 
-
-def caption_all(model, features, pictures, part, args):
-    """Captions the pictures that part has no record of, and appends their records to it.
-
-    features: float32 (n, dim), of n pictures. Each process captions every world-th batch. Returns
-    seconds per image.
+    features: float32 (n, dim), of n pictures. records: a Records. save: a function of each batch's
+    new records. Each process captions every world-th batch. Returns (the number of images that were
+    captioned, seconds for each).
     """
     rank, world = rank_and_world()
-    done = on_rank0(lambda: resume(part, args.batch_size, len(pictures)))
+    missing = records.missing(pictures)
     start_time = time.perf_counter()
-    with tqdm(total=len(pictures), initial=done, desc="captioning", unit="image",
-              disable=rank > 0) as bar:
-        for start in range(done, len(pictures), args.batch_size * world):
-            batch = slice(start + rank * args.batch_size, start + (rank + 1) * args.batch_size)
-            tables = model.tables(features[batch])
-            candidates = model.candidates(tables, [picture.id for picture in pictures[batch]])
-            captions = model.choose(features[batch], tables, candidates)
-            records = gather_lists(list(map(record_of, pictures[batch], captions)))
+    with tqdm(total=len(pictures), initial=len(pictures) - len(missing), desc="captioning",
+              unit="image", disable=rank > 0) as bar:
+        for start in range(0, len(missing), batch_size * world):
+            turn = missing[start:start + batch_size * world]  # a batch of each process
+            rows = turn[rank * batch_size:(rank + 1) * batch_size]
+            tables = model.tables(features[rows])
+            candidates = model.candidates(tables, [pictures[row].seed for row in rows])
+            captions = gather_lists(model.choose(features[rows], tables, candidates))
             if rank == 0:
-                append(part, b"".join(map(seal, records)))
-                if args.sidecar:  # now, so that a stop keeps them
-                    write_sidecars(records, args.overwrite)
-            bar.update(len(records))
-    return (time.perf_counter() - start_time) / max(1, len(pictures) - done)
+                save(records.append([pictures[row] for row in turn], captions))
+            bar.update(len(turn))
+    return len(missing), (time.perf_counter() - start_time) / max(1, len(missing))
 
 
-def report(records, empty, left, seconds, args):
+def report(rows, captioned, seconds, empty, left, args):
     """Prints where the results are, and the first captions of a user's own images.
 
-    records, empty: see write_results. left: see write_sidecars. seconds: per image.
+    rows, empty: of write_results. captioned: how many this run has captioned, in so many seconds
+    per image. left: of Exports.finish.
     """
     for path, reason in list(left.items())[:ON_SCREEN]:
         print_safely(f"left {escape_control(path)} as it is: {escape_control(reason)}", "stderr")
     if len(left) > ON_SCREEN:
-        print_safely(f"... and {len(left) - ON_SCREEN:,} more .txt files", "stderr")
+        print_safely(f"... and {len(left) - ON_SCREEN:,} more files", "stderr")
     if empty:
         print_safely(f"an empty caption for {counted(empty, 'image')}: every candidate held a "
                      f"banned word", "stderr")
     if args.images:
-        for record in records[:ON_SCREEN]:
-            print_safely(f"{escape_control(record['file'])}: {escape_control(record['caption'])}")
-        if len(records) > ON_SCREEN:
+        for row in rows[:ON_SCREEN]:
+            print_safely(f"{escape_control(row['file'])}: {escape_control(row['caption'])}")
+        if len(rows) > ON_SCREEN:
             path = escape_control(Path(args.savedir) / "preds.txt")
-            print_safely(f"... and {len(records) - ON_SCREEN:,} more in {path}")
+            print_safely(f"... and {len(rows) - ON_SCREEN:,} more in {path}")
     files = ["preds.txt", "captions.json", "details.jsonl", *["captions.csv"] * args.csv]
-    print_safely(f"captioned {counted(len(records), 'image')} ({seconds:.3f} s each); wrote "
+    before = f", {len(rows) - captioned:,} of them in earlier runs" if captioned < len(rows) else ""
+    print_safely(f"captioned {counted(len(rows), 'image')}{before} ({seconds:.3f} s each); wrote "
                  f"{', '.join(files)} and gallery.html to {escape_control(args.savedir)}")
 
 
@@ -195,36 +203,44 @@ def main():
     pictures = list_images(args.images) if args.images else read_coco(args.datadir, args.split)
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
     savedir, device, dtype = start_run(args)
-    # torch and transformers take seconds to load, so they wait until the arguments are checked.
+    # torch, transformers and Pillow take seconds to load, so they wait until arguments are checked.
+    from antarctic.exports import Exports
     from antarctic.features import image_features, report_bad_images
     from model import Model
 
+    exports = Exports(args)
+    alone = on_rank0(lambda: exports.check(pictures))  # images that have a text
     model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
                        args.index, only, ban, args.topk, device=device, dtype=dtype,
                        **asdict(decoding))
     rank, _ = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
+    folder, images = output_folder(args.features or savedir), len(pictures)
     reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
-    if args.sidecar:  # before hours of encoding; a file that is no image is passed over below
-        check_sidecars([p for p in pictures if p.path.suffix.lower() in IMAGE_SUFFIXES])
-    features, pictures, bad = image_features(model.clip, pictures,
-                                             output_folder(args.features or savedir), **reading)
+    features, pictures, bad = image_features(model.clip, pictures, folder, unread=alone, **reading)
+    records = on_rank0(lambda: Records(savedir, settings_of(args, model)))
+    chosen = [row for row, picture in enumerate(pictures)
+              if picture.path not in alone or picture.key in records.places]
+    features, pictures = features[chosen], [pictures[row] for row in chosen]
+    left_alone = images - len(pictures) - len(bad)
+    if left_alone and rank == 0:
+        have = "has" if left_alone == 1 else "have"
+        print_safely(f"left {counted(left_alone, 'image')} alone that {have} a "
+                     f"{args.sidecar_suffix} file; --overwrite captions them, too", "stderr")
     if not pictures:
         report_bad_images(bad)
-        raise InputError("none of the images can be read")
-    if args.sidecar:
-        check_sidecars(pictures)
+        if not left_alone:
+            raise InputError("none of the images can be read")
 
-    name = on_rank0(lambda: name_of_run(args, model, features, pictures))
-    part = savedir / f"details-{name}.jsonl.part"
-    seconds = caption_all(model, features, pictures, part, args)
-    if rank == 0:
-        records, empty = write_results(savedir, part, pictures, args.gallery, args.csv,
-                                       **reading)
-        left = write_sidecars(records, args.overwrite) if args.sidecar else {}
+    exports.begin(pictures)
+    captioned, seconds = caption_missing(model, features, pictures, records, exports.add,
+                                         args.batch_size)
+    if rank == 0 and pictures:
+        rows, empty = write_results(savedir, records, pictures, args.gallery, args.csv, **reading)
+        left = exports.finish(rows)
         report_bad_images(bad)
-        report(records, empty, left, seconds, args)
+        report(rows, captioned, seconds, empty, left, args)
 
 
 if __name__ == "__main__":

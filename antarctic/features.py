@@ -1,6 +1,9 @@
-"""CLIP's vectors of images and texts: encoded once, stored in a file, and reused by later runs."""
+"""CLIP's vectors of images and texts: encoded once, stored in files, and reused by later runs."""
 
-import json
+import hashlib
+import os
+from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,54 +15,55 @@ from tqdm import tqdm
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import counted, escape_control, print_safely
 from antarctic.files import append, atomic, fingerprint, locked, writing
-from antarctic.images import HEIF_SUFFIXES, MOST_PIXELS, read_image, reads_heif
+from antarctic.images import (
+    HEIF_SUFFIXES,
+    MOST_PIXELS,
+    file_status,
+    open_file,
+    read_image,
+    reads_heif,
+)
 
 CHUNK = 2048  # texts that a process encodes between two writes
-READER = "2"  # version of read_image: images that an older one refused are tried again
 # Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
 BATCH_PIXELS = 1 << 25
+STATUS, DIGEST, SEAL = 8, 32, 8  # bytes of an image's key, see key_of
 
 
 # ----------------------------------------------------------------------------------------- images
 
 def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=MOST_PIXELS,
-                   truncated=False):
-    """CLIP's vectors of all images that can be read, from a file in folder if an earlier run wrote
-    one.
+                   truncated=False, unread=frozenset()):
+    """CLIP's vectors of all images that can be read. What earlier runs left in folder is not
+    encoded again.
 
-    The file is keyed by the CLIP model and by each image's path, size and time of change. Until it
-    is complete, each shard of `shard` images is a file of its own, so that a killed run loses at
-    most one shard. max_pixels, truncated: see read_image. Returns (features, float32 (n, dim);
-    their n Pictures; bad, a list of (path, reason)).
+    An image is known unopened by its path, size and time of change, and, where it was moved or
+    copied, by its content. Others are encoded; each `shard` of them is a file of its own until the
+    end, so that a killed run loses at most one a process. max_pixels, truncated: see read_image.
+    unread: paths of images that are left out unless they are known unopened. Returns (features,
+    float32 (n, dim); their n Pictures, with sha256; bad, a list of (path, reason)).
     """
-    stats = []
-    for picture in pictures:
-        try:
-            stat = picture.path.stat()
-            stats.append((str(picture.path.resolve()), stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            stats.append((str(picture.path), 0, 0))
-    # Rank 0's key, since another host's files may have other times.
     reading = {"max_pixels": max_pixels, "truncated": truncated}
-    key = on_rank0(lambda: fingerprint([clip.identity, stats, *changes(reading, pictures)]))
-    path = Path(folder) / f"features-{key}.safetensors"
-    stored = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
-    if stored is None:
-        with locked(path.with_name(f".{path.name}.lock")):
-            encode_shards(clip, pictures, path, batch_size, shard, reading)
-        stored = on_rank0(lambda: read_features(path, len(pictures), clip.dim))
+    encoder = fingerprint([clip.identity, *changes(reading, pictures)])
+    # Rank 0 alone looks at files, since another host's may have other times.
+    statuses = on_rank0(lambda: [status_of(picture.path) for picture in pictures])
+    store = None
     if rank_and_world()[0] == 0:
-        # A run that was killed after it wrote the file leaves shards, too.
-        for part in path.parent.glob(f"{path.stem}.*.part"):
-            part.unlink(missing_ok=True)  # another run may delete them at the same time
-    features, bad = stored
-    good = [picture for row, picture in enumerate(pictures) if row not in bad]
-    return features, good, [(pictures[row].path, reason) for row, reason in bad.items()]
+        store = Store(Path(folder), encoder, statuses, clip.dim)
+    missing, known, complete = on_rank0(lambda: store.missing())
+    missing = [row for row in missing if pictures[row].path not in unread]
+    lock = locked(Path(folder) / f".features-{fingerprint([encoder, statuses])}.lock")
+    with nullcontext() if complete and not missing else lock:
+        bad = encode_missing(clip, pictures, missing, known, store, batch_size, shard, reading)
+        features, digests = on_rank0(lambda: store.finish())
+    good = [picture._replace(sha256=digest.hex())
+            for picture, digest in zip(pictures, digests) if digest]
+    return features, good, [(pictures[row].path, bad[row]) for row in sorted(bad)]
 
 
 def changes(reading, pictures):
-    """What else decides which images are read, for the key of their file: a list that is empty
-    where it is as usual, so that files of earlier runs keep their keys."""
+    """What else decides which images are read and how: a list that is empty where it is as
+    usual."""
     usual = {"max_pixels": MOST_PIXELS, "truncated": False}
     found = [[name, value] for name, value in reading.items() if value != usual[name]]
     if any(p.path.suffix.lower() in HEIF_SUFFIXES for p in pictures) and not reads_heif():
@@ -67,85 +71,171 @@ def changes(reading, pictures):
     return found
 
 
-def encode_shards(clip, pictures, path, batch_size, shard, reading):
-    """Writes the features file of image_features from its shards. Each process encodes every
-    world-th shard. reading: settings of read_image."""
+def status_of(path):
+    """A fingerprint that changes with an image's path, size and time of change; None where it is
+    not there."""
+    try:
+        return fingerprint([os.path.realpath(path), *file_status(path)])
+    except OSError:
+        return None
+
+
+def encode_missing(clip, pictures, missing, known, store, batch_size, shard, reading):
+    """Encodes images and adds them to the store, which rank 0 has. Each process takes every
+    world-th shard.
+
+    missing: rows of pictures. known: the digests of the store. reading: settings of read_image.
+    Returns {row of an image that cannot be read: reason}.
+    """
     rank, world = rank_and_world()
-    shards = {path.with_suffix(f".{start}.part"): pictures[start:start + shard]
-              for start in range(0, len(pictures), shard)}
-
-    def missing_shards():
-        return [part for part, images in shards.items()
-                if read_features(part, len(images), clip.dim) is None]
-
-    missing = on_rank0(missing_shards)
-    done = len(pictures) - sum(len(shards[part]) for part in missing)
-    with tqdm(total=len(pictures), initial=done, desc="encoding images", unit="image",
-              disable=rank > 0) as bar:
-        for start in range(0, len(missing), world):
-            batch = missing[start:start + world]  # a shard for each process
-            encoded = []
-            for part in batch[rank:rank + 1]:
-                paths = [picture.path for picture in shards[part]]
-                encoded.append((part, *encode_files(clip, paths, batch_size, bar, **reading)))
-            for part, features, bad in gather_lists(encoded):
+    bad = {}
+    with tqdm(total=len(pictures), initial=len(pictures) - len(missing), desc="encoding images",
+              unit="image", disable=rank > 0) as bar:
+        # A bad image is tried again by each run, and must not shift the shards of the others.
+        shards = [list(rows) for _, rows in groupby(missing, lambda row: row // shard)]
+        for start in range(0, len(shards), world):
+            rows = [row for rows in shards[start + rank:start + rank + 1] for row in rows]
+            paths = [pictures[row].path for row in rows]
+            encoded = encode_files(clip, paths, batch_size, bar, known, **reading)
+            turn = gather_lists([(rows, *encoded)])  # a shard of each process
+            for rows, digests, vectors, reasons in turn:
                 if rank == 0:
-                    write_features(part, features, bad)
-            bar.update(sum(len(shards[part]) for part in batch[1:]))
-    if rank == 0:
-        vectors, reasons = [], {}
-        for i, (part, images) in enumerate(shards.items()):
-            features, bad = read_features(part, len(images), clip.dim)
-            vectors.append(features)
-            reasons |= {i * shard + row: reason for row, reason in bad.items()}
-        write_features(path, torch.cat(vectors), reasons)
+                    store.add(rows, digests, vectors)
+                known |= vectors.keys()
+                bad |= {rows[i]: reason for i, reason in reasons.items()}
+            bar.update(sum(len(rows) for rows, *_ in turn[1:]))
+    return bad
 
 
-def read_features(path, n, dim):
-    """What write_features wrote of n images and a CLIP of dim dimensions: (features, bad). None
-    where there is no such file, or it is damaged."""
+def encode_files(clip, paths, batch_size, bar, known=frozenset(), **reading):
+    """CLIP's vectors of image files. bar: a tqdm that counts images. known: digests of images whose
+    vectors are not needed. reading: see read_image.
+
+    Returns (the digest of each file, SHA-256 as bytes, None of a bad one; {digest: vector, float32
+    (dim,)} of those that are not known; {index of a bad one: reason}).
+    """
+    digests, vectors, bad, batch = [None] * len(paths), {}, {}, {}
+
+    def encode():
+        vectors.update(zip(batch, clip.encode_images(list(batch.values()))))
+        batch.clear()
+
+    for i, path in enumerate(paths):
+        try:
+            with open_file(path) as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+                if not (digest in known or digest in vectors or digest in batch):
+                    batch[digest] = read_image(file, **reading)
+            digests[i] = digest
+        except OSError as error:
+            bad[i] = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        pixels = sum(image.width * image.height for image in batch.values())
+        if len(batch) == batch_size or pixels > BATCH_PIXELS:
+            encode()
+        bar.update()
+    if batch:
+        encode()
+    return digests, vectors, bad
+
+
+class Store:
+    """The vectors of n images, and the files of a folder that they come from and go to.
+
+    encoder: a fingerprint of all but the image that decides a vector. statuses: n times status_of
+    an image.
+    """
+
+    def __init__(self, folder, encoder, statuses, dim):
+        self.folder, self.prefix, self.statuses = folder, f"features-{encoder}-", statuses
+        self.vectors, self.digests = torch.empty(len(statuses), dim), [None] * len(statuses)
+        self.vector_of, self.files = {}, {}  # {digest: vector}, {path: set of digests}
+        known, unfinished = {}, set()  # {status: digest}
+        for path in sorted(folder.glob(f"{self.prefix}*")):
+            rows = read_features(path, dim)
+            self.files[path] = {digest for _, digest, _ in rows}
+            self.vector_of |= {digest: vector for _, digest, vector in rows}
+            known |= {status: digest for status, digest, _ in rows}
+            if path.suffix == ".part":
+                unfinished |= {status for status, _, _ in rows}
+        for row, status in enumerate(statuses):
+            if status in known:
+                self.put(row, known[status])
+        self.complete = unfinished.isdisjoint(statuses)
+
+    def put(self, row, digest):
+        self.vectors[row], self.digests[row] = self.vector_of[digest], digest
+
+    def missing(self):
+        """(the rows without a vector; the digests of all vectors; whether all that there is of the
+        n images is in finished files)."""
+        rows = [row for row, digest in enumerate(self.digests) if not digest]
+        return rows, set(self.vector_of), self.complete
+
+    def add(self, rows, digests, vectors):
+        """Takes what encode_files returns of some rows, and writes it to a file of its own."""
+        for digest, vector in vectors.items():
+            self.vector_of.setdefault(digest, vector)
+        rows = [row for row, digest in zip(rows, digests) if digest]
+        for row, digest in zip(rows, filter(None, digests)):
+            self.put(row, digest)
+        if rows:
+            self.write(rows, ".part")
+            self.complete = False
+
+    def write(self, rows, suffix):
+        """Writes some rows to a file, which their keys name. Returns its path."""
+        keys = [(self.statuses[row], self.digests[row]) for row in rows]
+        name = fingerprint([(status, digest.hex()) for status, digest in keys])
+        path = self.folder / f"{self.prefix}{name}{suffix}"
+        write_features(path, self.vectors[rows], keys)
+        self.files[path] = {digest for _, digest in keys}
+        return path
+
+    def finish(self):
+        """Writes one file of all rows, where there is none yet, and removes files that hold nothing
+        else. Returns (vectors, float32 (m, dim), of the rows that have one; n digests, or None)."""
+        rows = [row for row, digest in enumerate(self.digests) if digest]
+        if not self.complete:
+            path = self.write(rows, ".safetensors")
+            for other, digests in self.files.items():
+                if other != path and digests and digests <= self.files[path]:
+                    other.unlink(missing_ok=True)  # another run may remove it at the same time
+        return (self.vectors[rows] if None in self.digests else self.vectors), self.digests
+
+
+def key_of(status, digest, vector):
+    """An image's key in a features file, uint8 (STATUS + DIGEST + SEAL,): status_of its file, its
+    digest, and a checksum of its vector."""
+    key = bytes.fromhex(status or "00" * STATUS) + digest
+    seal = hashlib.sha256(key + vector.numpy().tobytes()).digest()[:SEAL]
+    return np.frombuffer(key + seal, np.uint8)
+
+
+def write_features(path, vectors, keys):
+    """vectors: float32 (n, dim). keys: n pairs (status_of the file or None, digest)."""
+    rows = [key_of(*key, vector) for key, vector in zip(keys, vectors)]
+    keys = torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, 0, dtype=torch.uint8)
+    with atomic(path, "wb") as file:
+        file.write(save({"features": vectors, "keys": keys}))
+
+
+def read_features(path, dim):
+    """What write_features wrote: a list of (status, digest, vector). Rows that are damaged are left
+    out, all of them where the file is."""
     try:
         with safe_open(path, "pt") as file:
-            features = file.get_tensor("features")
-            reasons = json.loads(file.metadata()["bad"])
-        reader = reasons.pop("reader", None)
-        bad = {int(row): reason + "" for row, reason in reasons.items()}
-        fits = set(bad) <= set(range(n)) and features.shape == (n - len(bad), dim)
-        if bad and reader != READER:  # another version, which this one may read more than
-            return None
-        if fits and features.dtype == torch.float32 and features.isfinite().all():
-            return features, bad
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError,
-            RecursionError):
-        pass
-    return None
-
-
-def write_features(path, features, bad):
-    """features: float32 (n, dim). bad: {row of an image that could not be read: reason}."""
-    with atomic(path, "wb") as file:
-        # safetensors writes several keys of metadata in a random order, so this is one.
-        reasons = bad | {"reader": READER} if bad else {}
-        file.write(save({"features": features}, {"bad": json.dumps(reasons)}))
-
-
-def encode_files(clip, paths, batch_size, bar, **reading):
-    """CLIP's vectors of image files. bar: a tqdm that counts images. reading: see read_image.
-
-    Returns (vectors of the images that can be read, float32 (n, dim); {row of a bad one: reason}).
-    """
-    vectors, bad, batch = [torch.empty(0, clip.dim)], {}, []
-    for row, path in enumerate(paths):
-        try:
-            batch.append(read_image(path, **reading))
-        except OSError as error:
-            bad[row] = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        pixels = sum(image.width * image.height for image in batch)
-        if batch and (len(batch) == batch_size or pixels > BATCH_PIXELS or row == len(paths) - 1):
-            vectors.append(clip.encode_images(batch))
-            batch = []
-        bar.update()
-    return torch.cat(vectors), bad
+            vectors, keys = file.get_tensor("features"), file.get_tensor("keys")
+    except (OSError, SafetensorError):
+        return []
+    if not (keys.dtype == torch.uint8 and keys.shape[1:] == (STATUS + DIGEST + SEAL,)
+            and vectors.dtype == torch.float32 and vectors.shape == (len(keys), dim)):
+        return []
+    rows, good = [], vectors.isfinite().all(1).tolist()
+    for key, vector, finite in zip(keys.numpy(), vectors, good):
+        status, digest = key[:STATUS].tobytes().hex(), key[STATUS:-SEAL].tobytes()
+        if finite and np.array_equal(key_of(status, digest, vector), key):
+            rows.append((status, digest, vector))
+    return rows
 
 
 def report_bad_images(bad):

@@ -27,6 +27,18 @@ class Picture(NamedTuple):
     id: int | str  # COCO's number, or the path where there is none
     path: Path
     captions: tuple = ()  # the references, if any
+    sha256: str = ""  # of the file, 64 hexadecimal digits, once it was read
+
+    @property
+    def seed(self):
+        """What seeds its samples: the id that a data set gives it, else its content, so that
+        captions stay the same where a file is moved."""
+        return self.sha256 if self.id == str(self.path) else self.id
+
+    @property
+    def key(self):
+        """What stands for the image as far as captions go."""
+        return f"{self.seed}/{self.sha256}"
 
 
 def list_images(paths):

@@ -1,5 +1,6 @@
 """Image files of any origin: read upright, in RGB, within bounds, as a viewer shows them."""
 
+import contextlib
 import importlib.util
 import io
 import os
@@ -7,7 +8,6 @@ import re
 import stat
 import struct
 import warnings
-from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -42,16 +42,18 @@ TURNS = {
 }
 
 
-def read_image(path, max_pixels=MOST_PIXELS, truncated=False):
+def read_image(file, max_pixels=MOST_PIXELS, truncated=False):
     """An image file as an upright RGB picture: EXIF rotation applied, transparency laid on white,
     first frame.
 
-    truncated: a JPEG or PNG that is cut off is read as far as it goes, and the rest is grey. Raises
-    OSError, with the reason as its text, where the file is not a whole image of a READABLE format,
-    its pixels have no defined brightness, or its header says that it has more than max_pixels. With
-    another max_pixels or truncated, Pillow's settings, which all threads share, change meanwhile.
+    file: a path, or an open_file(). truncated: a JPEG or PNG that is cut off is read as far as it
+    goes, and the rest is grey. Raises OSError, with the reason as its text, where the file is not a
+    whole image of a READABLE format, its pixels have no defined brightness, or its header says that
+    it has more than max_pixels. With another max_pixels or truncated, Pillow's settings, which all
+    threads share, change meanwhile.
     """
-    with decoding_errors(max_pixels), open_file(path) as stream:
+    with decoding_errors(max_pixels), contextlib.ExitStack() as stack:
+        stream = file if hasattr(file, "read") else stack.enter_context(open_file(file))
         with pillow_settings(max_pixels, False):
             try:
                 image, orientation = decode(stream, max_pixels)
@@ -74,6 +76,23 @@ def open_file(path):
     return open(path, "rb")
 
 
+def is_image(path):
+    """Whether a file begins as an image does that read_image reads."""
+    try:
+        with decoding_errors(MOST_PIXELS), open_file(path) as stream:
+            open_image(stream)
+        return True
+    except OSError:
+        return False
+
+
+def file_status(path):
+    """(size in bytes, time of change in ns) of an image file. Raises OSError where it is not
+    there."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
 def read_opened(image):
     """A PIL image as read_image gives its file: upright, on white, in RGB. The image itself stays
     as it is. Raises OSError as read_image."""
@@ -84,7 +103,7 @@ def read_opened(image):
         return turned(to_rgb(copy), orientation_of(copy))
 
 
-@contextmanager
+@contextlib.contextmanager
 def decoding_errors(max_pixels):
     """Around the decoding of an image: OSError with the reason for whatever a library raises."""
     with warnings.catch_warnings():
@@ -111,7 +130,7 @@ def turned(image, orientation):
     return image if turn is None else image.transpose(turn)
 
 
-@contextmanager
+@contextlib.contextmanager
 def pillow_settings(max_pixels, truncated):
     """Pillow's limit of pixels and its patience with truncated files, while one image is read."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES

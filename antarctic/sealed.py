@@ -36,24 +36,18 @@ def unseal(line):
         return None
 
 
-def resume(path, multiple=1, total=None):
-    """Cuts a file off behind its leading whole lines, and returns their number.
-
-    multiple: lines per batch; only whole batches stay, except when all of total lines are there. A
-    missing file has no lines. Raises InputError where the file cannot be written.
-    """
-    ends = [0]  # of lines, in bytes
+def resume(path):
+    """Cuts a file off behind its leading whole lines, and returns their number. A missing file has
+    no lines. Raises InputError where the file cannot be written."""
+    lines = end = 0
     if not Path(path).exists():
         return 0
     with writing(path), open(path, "rb+") as file:
         for line in file:
             if unseal(line) is None:
                 break
-            ends.append(ends[-1] + len(line))
-        lines = len(ends) - 1
-        if lines != total:
-            lines -= lines % multiple
-        file.truncate(ends[lines])
+            lines, end = lines + 1, end + len(line)
+        file.truncate(end)
     return lines
 
 

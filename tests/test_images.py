@@ -20,9 +20,6 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from antarctic.datasets import read_coco
-from antarctic.features import image_features, write_features
-from antarctic.files import fingerprint
 from antarctic.preprocessing import (
     OpenAIPreprocessor,
     center_box,
@@ -231,15 +228,3 @@ def test_clip_gets_the_pixels_in_its_own_precision(pictures, dtype):
     assert torch.equal(clip.encode_images(pictures[:5]), expected)
 
 
-def test_features_of_earlier_runs_are_still_found(world, tmp_path, monkeypatch):
-    """The key of their file depends on the CLIP model and the image files, not on the
-    preprocessing."""
-    clip, pictures = Clip(CLIP), read_coco(world, "val2017")
-    paths = [picture.path for picture in pictures]
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = fingerprint([clip.identity, stats])
-    stored = torch.eye(clip.dim)[:len(pictures)]
-    write_features(tmp_path / f"features-{key}.safetensors", stored, {})
-    monkeypatch.setattr("antarctic.features.encode_files", None)  # nothing is encoded
-    features, good, bad = image_features(clip, pictures, tmp_path)
-    assert torch.equal(features, stored) and good == pictures and bad == []

@@ -71,15 +71,6 @@ def test_a_file_is_resumed_at_every_length(tmp_path):
             read_sealed(path)) == RECORDS[:lines]
 
 
-@pytest.mark.parametrize("lines, multiple, total, kept", [
-    (7, 3, 7, 7), (6, 3, 7, 6), (5, 3, 7, 3), (2, 3, 7, 0), (5, 1, 7, 5), (7, 3, None, 6),
-    (0, 3, 7, 0)])
-def test_whole_batches_stay(tmp_path, lines, multiple, total, kept):
-    path = tmp_path / "part"
-    path.write_bytes(b"".join(LINES[:lines]))
-    assert resume(path, multiple, total) == kept == len(list(read_sealed(path)))
-
-
 def test_a_file_that_is_missing_has_no_lines_and_is_not_made(tmp_path):
     assert resume(tmp_path / "part") == 0 and not list(tmp_path.iterdir())
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import BART, CLIP
 from PIL import Image
-from test_hostile import DEEP, RECORD, bounded
+from test_hostile import DEEP, bounded
 
 import model
 import utils
@@ -33,8 +33,9 @@ from antarctic.files import file_sha256
 from antarctic.folders import Picture
 from antarctic.openai_clip import load_openai_clip
 from antarctic.pairs import Scored
+from antarctic.records import Records
 from antarctic.results import write_results
-from antarctic.sealed import DIGITS, read_sealed, resume, seal
+from antarctic.sealed import DIGITS, seal
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -250,7 +251,7 @@ def test_a_cache_whose_array_has_any_header(folder, shape, descr, fortran, data)
 
 def read_annotations(path):
     pictures = datasets.read_coco(path.parents[1], "val2017", need_images=False)
-    by_id = {picture.id: picture[1:] for picture in pictures}
+    by_id = {picture.id: (picture.path, picture.captions) for picture in pictures}
     for listing in (datasets.read_annotations(path), by_id):
         for image_id, (name, texts) in listing.items():
             assert type(image_id) in (int, str) and ".." not in Path(name).parts
@@ -271,15 +272,21 @@ def read_captions(path):
 
 
 def read_records(path):
-    pictures = [Picture(record["image_id"], Path(record["file"])) for record in RECORDS]
-    done = resume(path, 2)
-    records = list(read_sealed(path))
-    assert records == RECORDS[:done] and done % 2 == 0
-    if records:
-        write_results(path.parent, path, pictures[:done], 9, as_csv=True)
+    """What is left of details.jsonl or its part goes into the results, as it was."""
+    records = Records(path.parent, "0")
+    done = [row for row, picture in enumerate(PICTURES) if picture.key in records.places]
+    assert records.missing(PICTURES) == [row for row in range(len(PICTURES)) if row not in done]
+    if path.suffix == ".part":
+        assert done == list(range(len(done))) and len(done) % 2 == 0  # whole batches
+    if done:
+        write_results(path.parent, records, [PICTURES[row] for row in done], 9, as_csv=True)
+        lines = (path.parent / "details.jsonl").read_bytes().splitlines()
+        assert list(map(json.loads, lines)) == [RECORDS[row] for row in done]
 
 
-RECORDS = [RECORD | {"image_id": f"{name}.png", "file": f"{name}.png"} for name in "abcdef"]
+PICTURES = [Picture(f"{name}.png", Path(f"{name}.png"), (), name * 64) for name in "abcdef"]
+CAPTION = model.Caption("a dog", 0.3, [["dog", 0.3]], [["a dog", 0.3, -1.0]])
+RECORDS = [Records(Path("none"), "0").record_of(picture, CAPTION) for picture in PICTURES]
 COCO = {
     "info": {"year": 2017},
     "images": [{"id": i, "file_name": f"{i}.png", "width": 9} for i in range(5)],
@@ -317,7 +324,10 @@ DOCUMENTS = {
     "results of the scorer": ("captions.json", RESULTS, False, read_results),
     "captions.json of stories": ("captions.json", RESULTS, False, read_captions),
     "details.jsonl of stories": ("details.jsonl", RECORDS, True, read_captions),
-    "details.jsonl.part": ("details-0.jsonl.part", RECORDS, seal, read_records),
+    "details.jsonl": ("details.jsonl", RECORDS, True, read_records),
+    "details.jsonl.part": ("details-0.jsonl.part",
+                           [[record, 1 - i % 2] for i, record in enumerate(RECORDS)], seal,
+                           read_records),
     "captions.txt": ("captions.txt", None, True, read_captions),
     "preds.txt": ("preds.txt", None, True, read_predictions),
     "words.txt": ("words.txt", None, True, read_words),
@@ -430,14 +440,16 @@ def torch_files(captioner, checkpoint, tmp_path_factory):
     tokenizer = model.load_tokenizer(CLIP, "tokenizer")
     trained, optimizer, progress = state_of()
     checkpoints.save_state(folder / "state-0.pt", trained, optimizer, progress)
-    features.write_features(folder / "features.safetensors", torch.eye(8)[:5], {2: "damaged"})
+    keys = [(f"{i:016}", bytes([i] * 32)) for i in range(5)]
+    features.write_features(folder / "features.safetensors", torch.eye(8)[:5], keys)
 
     def read_features(path):
-        result = features.read_features(path, 6, 8)
-        if result is None:  # the file is refused, and its features are computed again
+        rows = features.read_features(path, 8)
+        for status, digest, vector in rows:  # those that are whole
+            row = digest[0]
+            assert (status, digest) == keys[row] and torch.equal(vector, torch.eye(8)[row])
+        if len(rows) < 5:  # the others are computed again
             raise InputError("computed again")
-        vectors, bad = result
-        assert vectors.shape == (6 - len(bad), 8) and set(bad) <= set(range(6))
 
     def read_openai(path):
         with pytest.MonkeyPatch.context() as patch:
@@ -482,7 +494,7 @@ def test_tensors_with_a_header_of_mutated_values(tmp_path, torch_files, name):
     @given(JSON_EDITS, JSON_EDITS, st.booleans())
     def run(edits, inner, only_settings):
         changed = copy.deepcopy(header)
-        for key, text in changed["__metadata__"].items():
+        for key, text in changed.get("__metadata__", {}).items():
             if only_settings:  # they are JSON in a text of the header
                 changed["__metadata__"][key] = mutate_json(json.loads(text), inner).decode()
         mutated = json.dumps(changed).encode() if only_settings else mutate_json(changed, edits)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import BART, GPT, commands
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import model
@@ -221,11 +221,12 @@ def test_a_batch_of_large_images_is_encoded_in_a_gigabyte(tmp_path):
             self.batches.append(len(images))
             return torch.ones(len(images), 2)
 
-    (tmp_path / "a.png").write_bytes(black(4000, 3000))
-    clip, paths = CountingClip(), [tmp_path / "a.png"] * 10
+    clip, paths = CountingClip(), [tmp_path / f"{i}.png" for i in range(10)]
+    for i, path in enumerate(paths):
+        path.write_bytes(black(4000, 3000) + bytes([i]))
     with bounded(megabytes=400):
-        vectors, bad = features.encode_files(clip, paths, 64, tqdm(disable=True))
-    assert len(vectors) == 10 and not bad and clip.batches == [3, 3, 3, 1]
+        digests, vectors, bad = features.encode_files(clip, paths, 64, tqdm(disable=True))
+    assert len(set(digests)) == len(vectors) == 10 and not bad and clip.batches == [3, 3, 3, 1]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -577,7 +578,7 @@ def test_a_safetensors_file_that_lies_is_refused(tmp_path, captioner, name):
     (tmp_path / "a.safetensors").write_bytes(SAFETENSORS[name])
     assert "a.safetensors" in refusal(load_checkpoint, tmp_path / "a.safetensors", captioner)
     with bounded():
-        assert features.read_features(tmp_path / "a.safetensors", 1, 4) is None
+        assert features.read_features(tmp_path / "a.safetensors", 4) == []
 
 
 @pytest.mark.parametrize("changes", [
@@ -611,29 +612,34 @@ def test_a_checkpoint_changes_all_layernorms_to_numbers_or_none(
     assert all(torch.equal(parameter, before[name]) for name, parameter in after.items())
 
 
-FEATURES = {  # {damage: function of features and bad images to the tensors and bad images saved}
-    "others": lambda f, bad: ({"other": f}, bad),
-    "fewer": lambda f, bad: ({"features": f[:1]}, bad),
-    "narrower": lambda f, bad: ({"features": f[:, :3].contiguous()}, bad),
-    "half": lambda f, bad: ({"features": f.half()}, bad),
-    "nan": lambda f, bad: ({"features": f * float("nan")}, bad),
-    "a bad one too many": lambda f, bad: ({"features": f}, {"0": "a", "1": "b"}),
-    "a bad one that is none": lambda f, bad: ({"features": f}, {"9": "a"}),
-    "a negative one": lambda f, bad: ({"features": f}, {"-1": "a"}),
-    "no reason": lambda f, bad: ({"features": f}, {"1": 5}),
-    "a list": lambda f, bad: ({"features": f}, [1]),
+FEATURES = {  # {damage: function of features and keys to the tensors that are saved}
+    "others": lambda f, keys: {"other": f},
+    "no keys": lambda f, keys: {"features": f},
+    "fewer": lambda f, keys: {"features": f[:1], "keys": keys},
+    "narrower": lambda f, keys: {"features": f[:, :3].contiguous(), "keys": keys},
+    "half": lambda f, keys: {"features": f.half(), "keys": keys},
+    "nan": lambda f, keys: {"features": f * float("nan"), "keys": keys},
+    "swapped": lambda f, keys: {"features": f.flip(0), "keys": keys},
+    "a bit": lambda f, keys: {"features": f * (1 - 2 ** -23), "keys": keys},
+    "zeros": lambda f, keys: {"features": f, "keys": keys * 0},
+    "short keys": lambda f, keys: {"features": f, "keys": keys[:, 1:].contiguous()},
+    "long keys": lambda f, keys: {"features": f, "keys": keys.long()},
+    "a number": lambda f, keys: {"features": f, "keys": keys[0, 0]},
+    "numbers": lambda f, keys: {"features": f[:, 0].contiguous(), "keys": keys},
 }
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_features_that_do_not_belong_to_the_images_are_computed_again(tmp_path, name):
+def test_features_that_were_changed_are_computed_again(tmp_path, name):
     path, rows = tmp_path / "features.safetensors", torch.eye(4)[:2]
-    features.write_features(path, rows, {1: "damaged"})
-    vectors, bad = features.read_features(path, 3, 4)
-    assert torch.equal(vectors, rows) and bad == {1: "damaged"}
-    tensors, bad = FEATURES[name](rows, bad)
-    save_file(tensors, path, {"bad": json.dumps(bad)})
-    assert features.read_features(path, 3, 4) is None
+    keys = [(16 * "a", 32 * b"a"), (None, 32 * b"b")]
+    features.write_features(path, rows, keys)
+    (status, digest, vector), other = features.read_features(path, 4)
+    assert (status, digest) == keys[0] and other[1] == keys[1][1]
+    assert torch.equal(vector, rows[0]) and torch.equal(other[2], rows[1])
+    assert features.read_features(path, 5) == []  # of another CLIP
+    save_file(FEATURES[name](rows, load_file(path)["keys"]), path)
+    assert features.read_features(path, 4) == []
 
 
 # --------------------------------------------------------------------------------- pickles and zips
@@ -715,7 +721,7 @@ def test_no_pickle_is_ever_executed(tmp_path, name):
 def test_features_that_are_a_pickle_are_computed_again(tmp_path):
     path, marker = tmp_path / "features.safetensors", tmp_path / "marker"
     write_pickle(path, Canary(marker))
-    assert features.read_features(path, 1, 4) is None and not marker.exists()
+    assert features.read_features(path, 4) == [] and not marker.exists()
 
 
 def archive(path, pickled=b"}.", compression=zipfile.ZIP_STORED, **storages):

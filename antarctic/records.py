@@ -1,0 +1,110 @@
+"""The records of captioned images, which later runs take over: known by image and settings."""
+
+import json
+from contextlib import ExitStack
+
+from antarctic.errors import InputError
+from antarctic.files import append, writing
+from antarctic.folders import Picture
+from antarctic.sealed import checksum, seal, unseal
+
+EVIDENCE = "caption", "score", "table", "candidates"
+
+
+class Records:
+    """The records that a folder of results holds of images captioned under some settings.
+
+    They are lines of details.jsonl, which a finished run wrote, and of the part, to which a run
+    appends each batch. In both a checksum tells whether a record is whole and of these settings.
+    settings: a fingerprint of all but the image that decides a caption. Raises InputError where the
+    part cannot be written.
+    """
+
+    def __init__(self, folder, settings):
+        self.settings, self.details = settings, folder / "details.jsonl"
+        self.part = folder / f"details-{settings}.jsonl.part"
+        self.places = {}  # {key of an image: (file, where its line begins)}
+        if self.details.is_file():
+            with open(self.details, "rb") as file:
+                self.index(file, self.details)
+        if self.part.exists():
+            with writing(self.part), open(self.part, "rb+") as file:
+                file.truncate(self.index(file, self.part))
+
+    def index(self, file, path):
+        """Finds the records of an open file, in the part those of whole batches. Returns where
+        these end."""
+        batch, start, end = {}, 0, 0
+        for line in file:
+            record, left = self.parse(line, path)
+            if record:
+                batch[key_of(record)] = path, start
+            elif path == self.part:
+                break
+            start += len(line)
+            if not left:
+                self.places |= batch
+                batch, end = {}, start
+        return end
+
+    def parse(self, line, path):
+        """(the record of a line, or None where it is not whole or of other settings; how many lines
+        of its batch follow)."""
+        try:
+            record, left = unseal(line) if path == self.part else (json.loads(line), 0)
+            if record["seal"] == self.seal_of(record):
+                return record, left
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass  # another program wrote it
+        return None, 0
+
+    def seal_of(self, record):
+        evidence = (record[name] for name in EVIDENCE)
+        return checksum(json.dumps([self.settings, key_of(record), *evidence]).encode()).decode()
+
+    def missing(self, pictures):
+        """The rows of the pictures without a record, each image once."""
+        first = {picture.key: row for row, picture in reversed(list(enumerate(pictures)))}
+        return sorted(row for key, row in first.items() if key not in self.places)
+
+    def append(self, pictures, captions):
+        """Adds a batch to the part. captions: a model.Caption of each picture. Returns the records,
+        as details.jsonl has them."""
+        with writing(self.part), open(self.part, "ab") as file:
+            start = file.tell()
+        records = list(map(self.record_of, pictures, captions))
+        left = range(len(records) - 1, -1, -1)  # lines of the batch that follow
+        lines = [seal(pair) for pair in zip(records, left)]
+        for picture, line in zip(pictures, lines):
+            self.places[picture.key] = self.part, start
+            start += len(line)
+        append(self.part, b"".join(lines))
+        return records
+
+    def record_of(self, picture, caption):
+        """A picture's record. caption: its model.Caption."""
+        record = {"image_id": picture.id, "file": str(picture.path), **caption._asdict(),
+                  "sha256": picture.sha256}
+        return record | {"seal": self.seal_of(record)}
+
+    def read(self, pictures):
+        """Yields the record of each picture, with its id and path of today. Raises InputError where
+        one has gone."""
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(open(path, "rb"))
+                     for path in (self.details, self.part) if path.exists()}
+            for done, picture in enumerate(pictures):
+                path, start = self.places[picture.key]
+                files[path].seek(start)
+                record, _ = self.parse(files[path].readline(), path)
+                if not record or key_of(record) != picture.key:
+                    raise InputError(f"{path} was changed by another program: {done} of "
+                                     f"{len(pictures)} records were read; rerun the same command "
+                                     f"to resume")
+                record = {name: record[name] for name in (*EVIDENCE, "sha256", "seal")}
+                yield {"image_id": picture.id, "file": str(picture.path), **record}
+
+
+def key_of(record):
+    """The key of a record's image, see Picture."""
+    return Picture(record["image_id"], record["file"], sha256=record["sha256"]).key
