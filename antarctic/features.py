@@ -90,7 +90,7 @@ def encode_missing(clip, pictures, missing, known, store, batch_size, shard, rea
     rank, world = rank_and_world()
     bad = {}
     with tqdm(total=len(pictures), initial=len(pictures) - len(missing), desc="encoding images",
-              unit="image", disable=rank > 0) as bar:
+              unit="image", disable=rank > 0 or not missing) as bar:
         # A bad image is tried again by each run, and must not shift the shards of the others.
         shards = [list(rows) for _, rows in groupby(missing, lambda row: row // shard)]
         for start in range(0, len(shards), world):

@@ -237,6 +237,13 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def content_key(path, most=1 << 30):
+    """What changes with a file's content: its SHA-256, or, of files of more bytes than `most`, its
+    size and time of change, since reading them would take minutes."""
+    status = os.stat(path)
+    return file_sha256(path) if status.st_size <= most else [status.st_size, status.st_mtime_ns]
+
+
 def fingerprint(settings):
     """16 hexadecimal digits that stand for everything that determines a run's results.
 

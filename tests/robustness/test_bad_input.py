@@ -595,15 +595,15 @@ def skipped(result, folder):
     return names
 
 
-def test_bad_images_are_named_counted_and_skipped(command, tmp_path):
+def test_bad_images_are_named_counted_and_skipped(command, tmp_path, monkeypatch):
     folder = save(tmp_path / "photos", "rgb.png", "grey.jpg")
     bad = spoil(folder)
-    for seen_before in (False, True):
+    for _ in range(2):
         result = command("sampler", datadir=None, images=folder)
         assert result.code == 0
         assert skipped(result, folder) == bad
         assert result.err.splitlines()[-1].startswith(f"{len(bad)} images")  # the report comes last
-        assert ("encoding images" in result.err) != seen_before
+        monkeypatch.setattr("model.Clip.encode_images", None)  # the good ones are known then
         assert captioned(tmp_path / "out") == [str(folder / "grey.jpg"), str(folder / "rgb.png")]
         assert len((tmp_path / "out" / "preds.txt").read_text().splitlines()) == 2
         assert "captioned 2 images" in result.out

@@ -222,7 +222,7 @@ def test_clocks_that_jump_change_nothing(
         patched = "antarctic.checkpoints.save_state"
         save, stop_at = antarctic.checkpoints.save_state, 3
     else:
-        patched = "sampler.append"
+        patched = "antarctic.records.append"
         save, stop_at = antarctic.files.append, 2
 
     def save_and_stop(*arguments):
@@ -255,14 +255,23 @@ def test_a_second_run_at_one_place_is_refused_with_the_firsts_number_and_host(
     assert not lock.exists()
 
 
-def test_two_runs_do_not_encode_the_same_images_into_one_folder(script, commands, tmp_path):
-    sample, features = commands["sampler"], tmp_path / "features"
+def test_two_runs_do_not_encode_the_same_images_into_one_folder(script, commands, tmp_path,
+                                                                monkeypatch):
+    sample, features, locks = commands["sampler"], tmp_path / "features", []
+    locked = antarctic.files.locked
+
+    def noted(path):
+        locks.append(path)
+        return locked(path)
+    monkeypatch.setattr("antarctic.features.locked", noted)
     assert script("sampler", *sample(tmp_path / "a", features=features)).code == 0
-    for path in features.iterdir():
-        path.unlink()
-        with antarctic.files.locked(path.with_name(f".{path.name}.lock")):
-            run = script("sampler", *sample(tmp_path / "b", features=features))
-            assert run.code == 2 and f"process {os.getpid()}" in last_line(run)
+    [lock], [path] = locks, features.iterdir()
+    with locked(lock):  # nothing is to be encoded
+        assert script("sampler", *sample(tmp_path / "b", features=features)).code == 0
+    path.unlink()
+    with locked(lock):
+        run = script("sampler", *sample(tmp_path / "b", features=features))
+        assert run.code == 2 and f"process {os.getpid()}" in last_line(run)
 
 
 def test_two_processes_are_refused_together(commands, tmp_path):
@@ -284,7 +293,7 @@ def test_a_dead_runs_place_is_taken_over_and_its_temporary_files_go(
         script, commands, whole, tmp_path):
     out, target = tmp_path / "out", whole("sampler")
     process = start(tmp_path / "log", "sampler", *commands["sampler"](out),
-                    patches={"sampler.append": half_write_and_wait})
+                    patches={"antarctic.records.append": half_write_and_wait})
     while not list(out.glob(".*.tmp")):
         assert process.exitcode is None, (tmp_path / "log").read_text()
         time.sleep(0.01)

@@ -111,7 +111,7 @@ def slow_save_state(*state):
 
 
 SLOW = {"antarctic.features.CHUNK": 64, "antarctic.features.append": slow_append,
-        "sampler.append": slow_append, "stories.append": slow_append,
+        "antarctic.records.append": slow_append, "stories.append": slow_append,
         "antarctic.checkpoints.save_state": slow_save_state}
 
 

@@ -484,7 +484,7 @@ def test_the_bars_of_the_other_scripts_end_full(script, world, cache, checkpoint
     for name, function, calls, bars in (
             ("compute_cache", "antarctic.features.append", 3, ["counting n-grams",
                                                                "encoding entries"]),
-            ("sampler", "sampler.append", 2, ["captioning"]),
+            ("sampler", "antarctic.records.append", 2, ["captioning"]),
             ("stories", "stories.append", 2, ["writing stories"])):
         options = {"batch_size": batch_size}
         if name == "stories":
