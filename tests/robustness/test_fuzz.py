@@ -26,8 +26,8 @@ from test_hostile import DEEP, RECORD, bounded
 
 import model
 import utils
+from antarctic import annotations, captions, chair, checkpoints, datasets, features, files, images
 from antarctic import cache as cache_module
-from antarctic import captions, chair, checkpoints, datasets, features, files, images
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.folders import Picture
@@ -251,7 +251,7 @@ def test_a_cache_whose_array_has_any_header(folder, shape, descr, fortran, data)
 def read_annotations(path):
     pictures = datasets.read_coco(path.parents[1], "val2017", need_images=False)
     by_id = {picture.id: picture[1:] for picture in pictures}
-    for listing in (datasets.read_annotations(path), by_id):
+    for listing in (annotations.read_annotations(path), by_id):
         for image_id, (name, texts) in listing.items():
             assert type(image_id) in (int, str) and ".." not in Path(name).parts
             assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT
