@@ -9,12 +9,13 @@ import re
 import stat
 import tarfile
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 from antarctic.errors import InputError
 
-# tarfile would read headers of any length and keep an object of a kilobyte for each member.
+# Only the parser of one header is tarfile's: its reader takes headers of any length, and keeps an
+# object of a kilobyte for each member.
+SUFFIX = ".tar"
 BLOCK = 512
 MOST_MEMBERS = 1_000_000  # of a tar file; about 200 bytes of memory each
 MOST_HEADERS = 4 * MOST_MEMBERS  # some are folders, long names ...
@@ -43,11 +44,11 @@ def split_path(path):
     """(the tar file, the member's name) of a member's path; None where no parent of the path is a
     tar file."""
     path = os.fspath(path)
-    if ".tar" not in path.lower():
-        return None
-    for parent in Path(path).parents:
-        if parent.suffix.lower() == ".tar" and os.path.isfile(parent):
-            return str(parent), Path(path).relative_to(parent).as_posix()
+    lower, at = path.lower(), -1
+    while (at := lower.find(SUFFIX + os.sep, at + 1)) >= 0:
+        tar = path[:at + len(SUFFIX)]
+        if os.path.isfile(tar):  # and no folder of that name
+            return tar, path[len(tar) + 1:].replace(os.sep, "/")
     return None
 
 
