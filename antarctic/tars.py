@@ -110,7 +110,7 @@ def make_index(path, length, mtime_ns):
     members, left_out, end = {}, [], None  # left_out: (name, reason)
     with open(path, "rb") as file:
         try:
-            for header, offset in walk(file):
+            for header, offset in walk(file, length):
                 if header.reason:
                     left_out.append((header.name, header.reason))
                 elif offset + header.size > length:
@@ -141,8 +141,9 @@ def is_compressed(path):
         return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
 
 
-def walk(file):
-    """Yields (Header, offset of its data) for each file of a tar, and for what cannot be read.
+def walk(file, length):
+    """Yields (Header, offset of its data) for each file of a tar of `length` bytes, and for what
+    cannot be read.
 
     Raises tarfile.HeaderError where a header is damaged or cut off, and InputError where there are
     too many. Folders have no data, and are passed over.
@@ -153,7 +154,9 @@ def walk(file):
         block = file.read(BLOCK)
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):
+        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError) as error:
+            if at > length:
+                raise tarfile.TruncatedHeaderError("truncated header") from error
             return
         if info.type in EXTRA_HEADERS:
             attributes |= extra_attributes(file, info)
@@ -163,18 +166,19 @@ def walk(file):
             skip_sparse(file, block)
             attributes[SPARSE] = True
         at, size = file.tell(), attributes.get("size", info.size)
+        end = at + padded(size)
         if not info.isdir():
             yield header_of(info, attributes, size), at
         if info.isreg() or info.type not in tarfile.SUPPORTED_TYPES:
-            at += padded(size)
+            at = end
         attributes = {}
     raise InputError(f"{file.name} has more than {MOST_HEADERS:,} headers")
 
 
 def padded(size):
     """The bytes that a tar file spends on `size` bytes of data."""
-    if size < 0:
-        raise tarfile.InvalidHeaderError("negative size")
+    if not 0 <= size < 1 << 60:
+        raise tarfile.InvalidHeaderError("impossible size")
     return -(-size // BLOCK) * BLOCK
 
 
