@@ -248,6 +248,7 @@ def main():
     data_set = DataSet(args.datadir)
     pictures = data_set.read(args.split, "train2017", need_captions=True)
     val_pictures = data_set.read(args.val_split, "val2017", need_captions=True)
+    del data_set
     savedir, device, dtype = start_run(args)
     rank, _ = rank_and_world()
 
