@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import read_coco
+from antarctic.datasets import read_split
 from antarctic.distributed import rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import (
@@ -49,8 +49,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("entries of a new cache: one of three")
-    source.add_argument("--datadir", metavar="DIR", help="folder in COCO's layout: its captions "
-                        "are mined, its images are not opened")
+    source.add_argument("--datadir", metavar="DIR", help="data set whose captions are mined, in "
+                        "one of the layouts of docs/data.md; its images are not opened")
     source.add_argument("--corpus", nargs="+", metavar="FILE",
                         help="text files, one sentence a line, that are mined instead")
     source.add_argument("--entries", metavar="FILE", help="list of entries, one a line, instead")
@@ -61,8 +61,8 @@ def parse():
     change.add_argument("--remove", nargs="+", default=[], metavar="TEXT", help="entries to remove")
 
     mining = parser.add_argument_group("mining")
-    mining.add_argument("--split", default="train2017",
-                        help="split of --datadir (default %(default)s)")
+    mining.add_argument("--split", metavar="NAME", help="split of --datadir (default: train2017, "
+                        "or what the layout calls it)")
     mining.add_argument("--ncaptions", type=int, default=0,
                         help="captions to mine, drawn by --seed; 0: all (default %(default)s)")
     mining.add_argument("--seed", type=int, default=0,
@@ -150,9 +150,10 @@ def read_source(args):
         lines = [line for path in args.corpus for line in read_lines(path, "corpus", most=math.inf)]
         name = ", ".join(args.corpus)
     else:
-        pictures = read_coco(args.datadir, args.split, need_images=False)
+        pictures = read_split(args.datadir, args.split, "train2017", need_images=False,
+                              need_captions=True)
         lines = [caption for picture in pictures for caption in picture.captions]
-        name = f"{args.split} of {args.datadir}"
+        name = f"the captions of {args.datadir}"
     if not lines:
         raise InputError(f"there is no text in {name} to make a cache of")
     return lines, name

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.datasets import read_coco
+from antarctic.datasets import read_split
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import content_key, file_sha256, fingerprint, output_folder, read_words
@@ -45,10 +45,10 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("images: one of three")
-    group.add_argument("--datadir", metavar="DIR", help="folder in COCO's layout (annotations/, "
-                       "val2017/)")
-    group.add_argument("--split", default="val2017", help="split of --datadir (default "
-                       "%(default)s)")
+    group.add_argument("--datadir", metavar="DIR", help="data set in one of the layouts of "
+                       "docs/data.md: COCO's, Karpathy's, nocaps, tar shards ...")
+    group.add_argument("--split", metavar="NAME", help="split of --datadir (default: val2017, or "
+                       "what the layout calls it)")
     group.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders (with "
                        "subfolders) and patterns")
     group.add_argument("--images_from", metavar="FILE", help="list of such paths, one a line or, "
@@ -200,7 +200,9 @@ def main():
     decoding = check(args)
     if args.images_from:
         args.images = on_rank0(lambda: read_paths(args.images_from))
-    pictures = list_images(args.images) if args.images else read_coco(args.datadir, args.split)
+    # Rank 0 lists them for all, since a folder may change meanwhile.
+    pictures = on_rank0(lambda: list_images(args.images) if args.images
+                        else read_split(args.datadir, args.split))
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
     savedir, device, dtype = start_run(args)
     # torch, transformers and Pillow take seconds to load, so they wait until arguments are checked.

@@ -2,6 +2,7 @@
 words.
 
     python scorer.py --results captions.json --annotations coco/annotations/captions_val2017.json
+    python scorer.py --results captions.json --datadir flickr30k --split test
     python scorer.py --results results/details.jsonl
     python scorer.py --preds results/preds.txt --refs results/ref*.txt --images coco/val2017
 
@@ -15,8 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from antarctic import chair, pairs
-from antarctic.captions import read_texts
-from antarctic.datasets import DOMAINS, read_annotations
+from antarctic.annotations import DOMAINS
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import output_folder, write_json
 from antarctic.folders import Picture
@@ -44,8 +44,12 @@ def parse():
     pair.add_argument("--results", metavar="FILE", help="captions in COCO's results format, of all "
                       "annotated images or of a part; or the sampler's details.jsonl, which also "
                       "names the image files")
-    pair.add_argument("--annotations", metavar="FILE", help="references: COCO's caption file, or "
-                      "nocaps', which is also scored by domain")
+    pair.add_argument("--annotations", metavar="FILE", help="references: JSON of COCO, Karpathy or "
+                      "nocaps, which is also scored by domain")
+    pair.add_argument("--datadir", metavar="DIR", help="references and images: a data set of any "
+                      "layout that the sampler reads, in place of --annotations and --images")
+    pair.add_argument("--split", metavar="NAME", help="split of --datadir (default: val2017, or "
+                      "what the layout calls it)")
     pair.add_argument("--preds", metavar="FILE", help="captions, one a line")
     pair.add_argument("--refs", nargs="+", default=[], metavar="FILE", help="references: "
                       "files of as many lines")
@@ -58,7 +62,8 @@ def parse():
     inputs.add_argument("--instances", metavar="FILE", help="objects of the images of --results, "
                         "for CHAIR: COCO's instances file")
     inputs.add_argument("--train_captions", metavar="FILE", help="training captions, for the share "
-                        "of novel words: COCO's caption file (.json), or text with one a line")
+                        "of novel words: COCO's or Karpathy's JSON, text with one a line, or the "
+                        "folder of a data set with a training split")
 
     output = parser.add_argument_group("files")
     output.add_argument("--savedir", metavar="DIR", help="folder for scores.json and for image "
@@ -82,50 +87,24 @@ def check(args):
     """Raises InputError for arguments that do not go together."""
     if (args.preds is None) == (args.results is None):
         raise InputError("give the captions with exactly one of --results and --preds")
-    if (args.preds and (args.annotations or args.instances)) or (args.results and args.refs):
-        raise InputError("--results goes with --annotations and --instances, and --preds with "
-                         "--refs")
-    if args.results and not (args.annotations or args.images or args.instances
-                             or args.results.endswith(".jsonl")):
-        raise InputError("--results goes with --annotations, --images or --instances; only "
-                         "details.jsonl, which names the images, needs none")
+    by_image = args.annotations or args.datadir or args.instances
+    if (args.preds and by_image) or (args.results and args.refs):
+        raise InputError("--results goes with --annotations, --datadir and --instances, and "
+                         "--preds with --refs")
+    if args.datadir and (args.annotations or args.images):
+        raise InputError("--datadir gives references and images; leave out --annotations and "
+                         "--images")
+    if args.split and not args.datadir:
+        raise InputError("--split is one of --datadir, which is not given")
+    if args.results and not (by_image or args.images or args.results.endswith(".jsonl")):
+        raise InputError("--results goes with --annotations, --datadir, --images or --instances; "
+                         "only details.jsonl, which names the images, needs none")
     if args.preds and not (args.refs or args.images):
         raise InputError("there is nothing to compare the captions with: give --refs or --images, "
                          "or both")
     if args.json and args.savedir:
         raise InputError("--json is an old spelling of --savedir; give one of the two")
     require_at_least(1, args, "batch_size")
-
-
-def read_scored(args):
-    """A list of pairs.Scored, and warnings of what is missing. Raises InputError where a file
-    cannot be read or two do not belong together, or where nothing is left to compare with."""
-    if args.results:
-        alone = not (args.annotations or args.instances)
-        rows = pairs.by_image(args.results, args.annotations, args.images, alone)
-    else:
-        rows = pairs.by_line(args.preds, args.refs, args.images)
-    images = "images" if args.results else "lines"
-    pairs.warn_of([row.id for row in rows if not row.caption], f"{images} have an empty caption")
-    if args.annotations or args.refs:
-        without = [row.id for row in rows if not row.references]
-        if len(without) == len(rows) and not (args.images or args.instances):
-            raise InputError(f"no caption of {args.results or args.preds} has a reference")
-        pairs.warn_of(without, f"{images} have no reference and are left out of the scores that "
-                      "need one")
-    return rows
-
-
-def read_training_captions(path):
-    """A list of texts, empty where path is None. Raises InputError where the file has none."""
-    if path is None:
-        return []
-    if not path.endswith(".json"):
-        return read_texts(path, "file of training captions")
-    captions = [text for _, texts in read_annotations(path).values() for text in texts]
-    if not captions:
-        raise InputError(f"there is no caption in {path}")
-    return captions
 
 
 def output_file(args):
@@ -151,7 +130,7 @@ def unavailable(args, java, rows):
     """{metric: the reason why it cannot be computed}, as far as it is known before any work."""
     corenlp = missing_corenlp()
     flag = "--annotations" if args.results else "--refs"
-    given = args.annotations or args.refs
+    given = args.annotations or args.datadir or args.refs
     references = sum(bool(row.references) for row in rows)
     needs = (
         (not corenlp, ["SPICE"], corenlp),
@@ -246,9 +225,9 @@ def print_table(scores, left_out, domains):
 def main():
     args = parse()
     check(args)
-    rows = read_scored(args)
+    rows = pairs.read_scored(args)
     instances = chair.read_instances(args.instances, rows) if args.instances else None
-    train = read_training_captions(args.train_captions)
+    train = pairs.read_training_captions(args.train_captions)
     path = output_file(args)
     java = has_java()
     tokenizer = choose_tokenizer(args.tokenizer, java)
@@ -269,8 +248,8 @@ def main():
             report |= {"clip_model": clip.identity, "clip_images": images}
             headline += f"; CLIP {clip.identity}, {images} images"
         except InputError as error:
-            # details.jsonl names images that nobody asked for.
-            if args.images or not (args.annotations or args.instances):
+            # details.jsonl and --datadir name images that nobody asked for.
+            if args.images or not (args.annotations or args.datadir or args.instances):
                 raise
             left_out |= dict.fromkeys(BY_CLIP, str(error))
     objects = chair.named_and_present(rows, instances) if instances else {}

@@ -16,7 +16,7 @@ from itertools import islice
 from tqdm import tqdm
 
 from antarctic.curves import write_curve
-from antarctic.datasets import read_coco
+from antarctic.datasets import DataSet
 from antarctic.distributed import all_reduce_sum, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import fingerprint
@@ -41,12 +41,13 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group("files")
-    files.add_argument("--datadir", required=True, metavar="DIR", help="folder in COCO's layout "
-                       "(annotations/, train2017/, val2017/)")
-    files.add_argument("--split", default="train2017", help="split to train on (default "
-                       "%(default)s)")
-    files.add_argument("--val_split", default="val2017", help="split to validate on (default "
-                       "%(default)s)")
+    files.add_argument("--datadir", required=True, metavar="DIR", help="data set in one of the "
+                       "layouts of docs/data.md: COCO's, Karpathy's, Flickr's, imagefolder, images "
+                       "with .txt files, tar shards ...")
+    files.add_argument("--split", metavar="NAME", help="split to train on (default: train2017, or "
+                       "what the layout calls it)")
+    files.add_argument("--val_split", metavar="NAME", help="split to validate on (default: "
+                       "val2017, or what the layout calls it)")
     add_cache_flags(files)
     files.add_argument("--savedir", default="checkpoints", metavar="DIR", help="folder for "
                        "best.safetensors, last.safetensors, image features, loss.csv and loss.png "
@@ -85,14 +86,6 @@ def parse():
 
     add_device_flags(parser.add_argument_group("computation"))
     return parser.parse_args()
-
-
-def read_split(datadir, split):
-    """The images of a COCO split that have a caption. Raises InputError where there are none."""
-    pictures = [picture for picture in read_coco(datadir, split) if picture.captions]
-    if not pictures:
-        raise InputError(f"no image of {split} has a caption")
-    return pictures
 
 
 def tokenize(model, features, pictures):
@@ -252,8 +245,10 @@ def main():
     if not args.lrate > 0:
         raise InputError(f"--lrate must be above 0, not {args.lrate}")
     find_inputs(args)
-    pictures = read_split(args.datadir, args.split)
-    val_pictures = read_split(args.datadir, args.val_split)
+    data_set = DataSet(args.datadir)
+    pictures = data_set.read(args.split, "train2017", need_captions=True)
+    val_pictures = data_set.read(args.val_split, "val2017", need_captions=True)
+    del data_set
     savedir, device, dtype = start_run(args)
     rank, _ = rank_and_world()
 
@@ -277,8 +272,8 @@ def main():
     val_features, val_pictures, val_bad = image_features(model.clip, val_pictures, savedir)
     report_bad_images(bad + val_bad)
     if not pictures or not val_pictures:
-        split = args.val_split if pictures else args.split
-        raise InputError(f"none of the images of {split} can be read")
+        kind, path = ("validation", val_bad[0][0]) if pictures else ("training", bad[0][0])
+        raise InputError(f"none of the {kind} images, such as {path}, can be read")
 
     data = tokenize(model, features, pictures)
     val_data = tokenize(model, val_features, val_pictures)

@@ -12,9 +12,9 @@ from collections import Counter
 from contextlib import redirect_stdout
 from typing import NamedTuple
 
+from antarctic.distributed import warn_of
 from antarctic.errors import InputError
 from antarctic.files import one_line, read_text
-from antarctic.pairs import warn_of
 
 METRICS = ("CHAIRs", "CHAIRi", "object recall")
 

@@ -79,6 +79,13 @@ def warn(text):
         print_safely(f"warning: {escape_control(text)}", "stderr")
 
 
+def warn_of(ids, what):
+    """Says on standard error how many images `what` holds for, and the first of them."""
+    if ids:
+        some = ", ".join(map(repr, ids[:5])) + ", ..." * (len(ids) > 5)
+        warn(f"{len(ids)} {what}: {some}")
+
+
 def join():
     """Joins the processes that torchrun started. Raises InputError where one does not come."""
     import torch

@@ -12,6 +12,7 @@ from antarctic.distributed import warn
 from antarctic.errors import InputError, counted
 from antarctic.files import atomic, create, output_folder, read_text, write_json, write_lines
 from antarctic.images import file_status, is_image, open_file
+from antarctic.tars import split_path
 
 SIZES = "sizes.json"  # {name of a shard: images in it}, as OpenCLIP's users know it
 SHARD_NAME = re.compile(r"\d{6}\.tar")
@@ -36,7 +37,7 @@ class Exports:
             check_shards(self.args.shards)
         if not self.args.sidecar:
             return set()
-        folders = {picture.path.parent for picture in pictures}
+        folders = {picture.path.parent for picture in pictures if not split_path(picture.path)}
         closed = sorted(folder for folder in folders if not os.access(folder, os.W_OK))
         if closed:
             warn(f"{counted(len(closed), 'folder')}, such as {closed[0]}, cannot be written; the "
@@ -96,7 +97,9 @@ def sidecars_of(pictures, suffix):
     for picture in pictures:
         sidecar = picture.path.with_suffix(suffix)
         owner = owners.setdefault(sidecar, picture.path)
-        if sidecar in images:
+        if split_path(picture.path):
+            left[picture.path] = "it lies in a tar file; --shards writes its caption"
+        elif sidecar in images:
             left[picture.path] = f"its text would be the image {sidecar}"
         elif owner != picture.path:
             left[picture.path] = f"its text would be {sidecar}, which is that of {owner.name}"
@@ -241,7 +244,7 @@ def parts_of(records):
     part, size = [], 0
     for number, record in enumerate(record for record in records if record["caption"]):
         try:
-            more, _ = file_status(Path(record["file"]))
+            more = file_status(record["file"])[0]
         except OSError:  # write_shards tells of it
             more = 0
         if part and (len(part) == SHARD_IMAGES or size + more > SHARD_BYTES):

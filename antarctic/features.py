@@ -3,7 +3,7 @@
 import hashlib
 import os
 from contextlib import nullcontext
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from antarctic.images import (
     read_image,
     reads_heif,
 )
+from antarctic.tars import split_path
 
 CHUNK = 2048  # texts that a process encodes between two writes
 # Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
@@ -81,30 +82,43 @@ def status_of(path):
 
 
 def encode_missing(clip, pictures, missing, known, store, batch_size, shard, reading):
-    """Encodes images and adds them to the store, which rank 0 has. Each process takes every
-    world-th shard.
+    """Encodes images and adds them to the store, which rank 0 has. The processes share the work.
 
     missing: rows of pictures. known: the digests of the store. reading: settings of read_image.
     Returns {row of an image that cannot be read: reason}.
     """
     rank, world = rank_and_world()
+    shares = shares_of(missing, pictures, shard, world)
     bad = {}
     with tqdm(total=len(pictures), initial=len(pictures) - len(missing), desc="encoding images",
               unit="image", disable=rank > 0 or not missing) as bar:
-        # A bad image is tried again by each run, and must not shift the shards of the others.
-        shards = [list(rows) for _, rows in groupby(missing, lambda row: row // shard)]
-        for start in range(0, len(shards), world):
-            rows = [row for rows in shards[start + rank:start + rank + 1] for row in rows]
+        for turn in zip_longest(*shares, fillvalue=[]):  # a shard for each process
+            rows = turn[rank]
             paths = [pictures[row].path for row in rows]
             encoded = encode_files(clip, paths, batch_size, bar, known, **reading)
-            turn = gather_lists([(rows, *encoded)])  # a shard of each process
-            for rows, digests, vectors, reasons in turn:
+            for rows, digests, vectors, reasons in gather_lists([(rows, *encoded)]):
                 if rank == 0:
                     store.add(rows, digests, vectors)
                 known |= vectors.keys()
                 bad |= {rows[i]: reason for i, reason in reasons.items()}
-            bar.update(sum(len(rows) for rows, *_ in turn[1:]))
+            bar.update(sum(map(len, turn[1:])))
     return bad
+
+
+def shares_of(missing, pictures, shard, world):
+    """The shards that each process encodes: `world` lists of lists of rows.
+
+    A bad image, which each run tries again, must not shift the shards of the others. A tar file is
+    read by one process, from its beginning to its end, unless there are fewer than processes.
+    """
+    tars = {row: (split_path(pictures[row].path) or [None])[0] for row in missing}
+    order = {tar: i for i, tar in enumerate(dict.fromkeys(tars.values()))}
+    shards = [list(rows) for _, rows in groupby(missing, lambda row: (tars[row], row // shard))]
+    shares = [[] for _ in range(world)]
+    for i, rows in enumerate(shards):
+        turn = order[tars[rows[0]]] if len(order) >= world else i
+        shares[turn % world].append(rows)
+    return shares
 
 
 def encode_files(clip, paths, batch_size, bar, known=frozenset(), **reading):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from antarctic import tars
 from antarctic.tiffs import PlainTiff, grey_tiff, strips
 
 # Files are recognized by content, not by name. Beside these, JPEG (MPO too), TIFF and HEIC are
@@ -66,14 +67,30 @@ def read_image(file, max_pixels=MOST_PIXELS, truncated=False):
 
 
 def open_file(path):
-    """An image file as a binary stream. Raises OSError where it is no regular file or is too
-    large."""
-    status = os.stat(path)
+    """An image file as a binary stream; path may be that of a tar file's member, see tars. Raises
+    OSError where it is no regular file or is too large."""
+    member = tars.member_at(path)
+    status = member[1] if member else os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
         raise OSError("it is no regular file")
-    if status.st_size > MOST_BYTES:
+    if (member[3] if member else status.st_size) > MOST_BYTES:
         raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
-    return open(path, "rb")
+    if member is None:
+        return open(path, "rb")
+    tar, _, offset, size = member
+    with open(tar, "rb") as file:
+        return io.BytesIO(tars.read_member(file, offset, size))
+
+
+def file_status(path):
+    """What changes when an image file does: [bytes, time of change in ns], for a tar file's member
+    [bytes, the tar file's time of change, offset in it]. Raises OSError where it is missing."""
+    member = tars.member_at(path)
+    if member is None:
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
+    _, status, offset, size = member
+    return [size, status.st_mtime_ns, offset]
 
 
 def is_image(path):
@@ -84,13 +101,6 @@ def is_image(path):
         return True
     except OSError:
         return False
-
-
-def file_status(path):
-    """(size in bytes, time of change in ns) of an image file. Raises OSError where it is not
-    there."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
 
 
 def read_opened(image):

@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from antarctic import tars
+from antarctic.annotations import Annotated, read_annotated, read_entries
 from antarctic.captions import read_captioned, read_texts
-from antarctic.datasets import read_annotated
-from antarctic.distributed import warn
+from antarctic.datasets import DataSet
+from antarctic.distributed import warn_of
 from antarctic.errors import InputError
 from antarctic.folders import list_images
+from antarctic.layouts import JOINED
 
 
 class Scored(NamedTuple):
@@ -19,29 +22,61 @@ class Scored(NamedTuple):
     domain: str | None = None  # nocaps'
 
 
-def by_image(results, annotations, folder, alone):
+def read_scored(args):
+    """A list of Scored, and warnings of what is missing. args: scorer.py's. Raises InputError where
+    a file cannot be read or two do not belong together, or where nothing is left to compare
+    with."""
+    given = args.annotations or args.datadir or args.refs
+    if args.results:
+        images = None
+        if args.annotations:
+            images = read_annotated(args.annotations)
+        elif args.datadir:
+            images = annotated_split(args.datadir, args.split)
+        alone = not (given or args.instances)
+        rows = by_image(args.results, images, args.annotations or args.datadir, args.images, alone)
+    else:
+        rows = by_line(args.preds, args.refs, args.images)
+    kind = "images" if args.results else "lines"
+    warn_of([row.id for row in rows if not row.caption], f"{kind} have an empty caption")
+    if given:
+        without = [row.id for row in rows if not row.references]
+        if len(without) == len(rows) and not (args.images or args.datadir or args.instances):
+            raise InputError(f"no caption of {args.results or args.preds} has a reference")
+        warn_of(without, f"{kind} have no reference and are left out of the scores that need one")
+    return rows
+
+
+def annotated_split(datadir, split):
+    """{image id: Annotated} of a split of any layout, where each image has one whole path."""
+    taken = DataSet(datadir).take(split)
+    return {picture.id: Annotated((picture.path,), picture.captions,
+                                  taken.domains.get(picture.id))
+            for picture in taken.pictures}
+
+
+def by_image(results, images, source, folder, alone):
     """A list of Scored from captions by image id.
 
-    results: a file of captions with image ids. annotations: COCO's caption file, or None. folder:
-    of the images, or None. alone: whether the images are all that the captions are scored against.
-    An image's path is that of the annotations in folder; without one of these, the "file" of
-    details.jsonl; without annotations, the image id: as it stands, then in folder. Raises
-    InputError where a file cannot be read or two do not belong together, or where no image of the
-    folder, or of captions alone, is there.
+    results: a file of captions with image ids. images: {image id: Annotated}, or None. source: what
+    they are from. folder: of the images, or None. alone: whether the images are all that the
+    captions are scored against. An image's path is whole in `images`, or that of `images` in
+    folder; without one of these, the "file" of details.jsonl; without `images`, the image id: as it
+    stands, then in folder. Raises InputError where a file cannot be read or two do not belong
+    together, or where no image of the folder, or of captions alone, is there.
     """
     captions = read_captioned(results)  # {image id: (caption, file or None)}
-    images = read_annotated(annotations) if annotations else {}
-    unknown = [image for image in captions if image not in images]
-    if annotations and unknown:
+    unknown = [image for image in captions if images is not None and image not in images]
+    if unknown:
         raise InputError(f"{len(unknown)} of {len(captions)} images of {results}, such as "
-                         f"{unknown[0]!r}, are not in {annotations}")
-    if annotations and folder:
-        paths = [Path(folder) / images[image].file_name for image in captions]
+                         f"{unknown[0]!r}, are not in {source}")
+    if images is not None and (folder or isinstance(next(iter(images.values())).names[0], Path)):
+        paths = [path_in(folder or "", images[image].names) for image in captions]
     else:
-        names = [file if file or annotations or not folder else image
+        names = [file if file or images is not None or not folder else image
                  for image, (_, file) in captions.items()]
         paths = [find_image(name, folder) for name in names]
-    there = [path for path in paths if path and os.path.isfile(path)]
+    there = [path for path in paths if path and tars.is_file(path)]
     if not there and (folder or alone):
         raise InputError(no_images(results, [path for path in paths if path], folder))
     if not there:
@@ -51,10 +86,16 @@ def by_image(results, annotations, folder, alone):
                 f"images of {results} have no path and are left out of CLIPScore")
     scored = [Scored(image, caption, path=path)
               for (image, (caption, _)), path in zip(captions.items(), paths)]
-    if annotations:
+    if images is not None:
         scored = [row._replace(references=[text for text in images[row.id].captions if text],
                                domain=images[row.id].domain) for row in scored]
     return scored
+
+
+def path_in(folder, names):
+    """The path of an image in a folder: the first of its names that is there, else the first."""
+    paths = [Path(folder) / name for name in names]
+    return next((path for path in paths if tars.is_file(path)), paths[0])
 
 
 def find_image(name, folder):
@@ -79,6 +120,25 @@ def no_images(results, paths, folder):
     return f"none of the {len(paths)} images, such as {paths[0]}, is there{where}"
 
 
+def read_training_captions(path):
+    """A list of texts: of a data set's training split, an annotation file (of Karpathy's the
+    training split alone), or a text of one a line; empty where path is None. Raises InputError
+    where there is none."""
+    if path is None:
+        return []
+    if os.path.isdir(path):
+        images = DataSet(path).read(None, "train2017", need_images=False)
+    elif path.endswith(".json"):
+        images = [image for image in read_entries(path)
+                  if image.split is None or image.split in JOINED["train"]]
+    else:
+        return read_texts(path, "file of training captions")
+    captions = [text for image in images for text in image.captions if text]
+    if not captions:
+        raise InputError(f"there is no caption in {path}")
+    return captions
+
+
 def by_line(preds, refs, folder):
     """A list of Scored from texts of one caption a line.
 
@@ -98,10 +158,3 @@ def by_line(preds, refs, folder):
     references = [[text for text in texts if text] for texts in zip(*columns)]
     return [Scored(i + 1, caption, references[i] if refs else (), paths[i] if folder else None)
             for i, caption in enumerate(captions)]
-
-
-def warn_of(ids, what):
-    """Says on standard error how many images `what` holds for, and the first of them."""
-    if ids:
-        some = ", ".join(map(repr, ids[:5])) + ", ..." * (len(ids) > 5)
-        warn(f"{len(ids)} {what}: {some}")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import utils
-from antarctic import captions, datasets, files, folders
+from antarctic import annotations, captions, datasets, files, folders
 from antarctic.errors import InputError
 from antarctic.gallery import write_gallery
 
@@ -169,7 +169,7 @@ def test_a_caption_that_is_missing_is_empty_and_a_null_reference_is_none(tmp_pat
     (tmp_path / "a.json").write_text(json.dumps(
         {"images": [{"id": i, "file_name": f"{i}.png"} for i in (1, 2)],
          "annotations": [{"image_id": 1, "caption": "a dog"}, {"image_id": 2, "caption": None}]}))
-    assert datasets.read_annotations(tmp_path / "a.json") == {1: ("1.png", ["a dog"]),
+    assert annotations.read_annotations(tmp_path / "a.json") == {1: ("1.png", ["a dog"]),
                                                               2: ("2.png", [])}
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -26,8 +27,8 @@ from test_hostile import DEEP, bounded
 
 import model
 import utils
+from antarctic import annotations, captions, chair, checkpoints, datasets, features, files, images
 from antarctic import cache as cache_module
-from antarctic import captions, chair, checkpoints, datasets, features, files, images
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.folders import Picture
@@ -252,13 +253,32 @@ def test_a_cache_whose_array_has_any_header(folder, shape, descr, fortran, data)
 def read_annotations(path):
     pictures = datasets.read_coco(path.parents[1], "val2017", need_images=False)
     by_id = {picture.id: (picture.path, picture.captions) for picture in pictures}
-    for listing in (datasets.read_annotations(path), by_id):
+    for listing in (annotations.read_annotations(path), by_id):
         for image_id, (name, texts) in listing.items():
             assert type(image_id) in (int, str) and ".." not in Path(name).parts
             assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT
                        for caption in texts if caption)
             utils.seed_of(0, image_id)
             os.fsencode(path.parent / name)
+
+
+def read_data(path):
+    """Reads a file of any layout in its folder. Pictures must be well-formed, and inside it."""
+    root = str(path.parent)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pictures = datasets.read_split(path.parent, "all", need_images=False)
+    assert len({picture.id for picture in pictures}) == len(pictures)
+    for picture in pictures:
+        assert type(picture.id) in (int, str)
+        json.dumps(picture.id).encode()
+        assert os.path.normpath(picture.path).startswith(f"{root}{os.sep}")
+        os.fsencode(picture.path)
+        assert all(text.encode() and len(text) <= files.LONGEST_TEXT for text in picture.captions)
+        if path.suffix == ".tar":
+            try:
+                images.open_file(picture.path).close()
+            except OSError:
+                pass
 
 
 def read_results(path):
@@ -294,6 +314,23 @@ COCO = {
                     for i in range(12)]}
 RESULTS = [{"image_id": i, "caption": f"a dog and {i} cats"} for i in range(5)]
 TEXT = "a dog\nnaïve café\n\n two  cats \r\n".encode()
+KARPATHY = {"dataset": "coco", "images": [
+    {"filepath": "val2014", "filename": f"{i}.jpg", "cocoid": i + 7, "imgid": i, "split": split,
+     "sentids": [i], "sentences": [{"raw": f"a dog and {i} cats", "tokens": ["a", "dog"]}] * 2}
+    for i, split in enumerate(["train", "restval", "val", "test"])]}
+METADATA = [{"file_name": f"d/{i}.jpg", "captions": ["a dog", f"{i} cats"], "width": 8}
+            for i in range(6)]
+ROWS = [(f"{i}.jpg", j, f'a "dog" and {i} cats , on grass') for i in range(4) for j in range(2)]
+TABLES = {
+    "results_20130124.token": "".join(f"{name}#{j}\t{text}\n" for name, j, text in ROWS),
+    "results.csv": "image_name| comment_number| comment\n" + "".join(
+        f"{name}| {j}| {text}\n" for name, j, text in ROWS),
+    "captions.txt": "image,caption\n" + "".join(
+        f'{name},"a ""dog"" , {j}"\n' for name, j, _ in ROWS),
+    "flickr_annotations_30k.csv": "raw,sentids,split,filename,img_id\n" + "".join(
+        f'"[""a dog"", ""{i} cats""]","[{i}]",train,{i}.jpg,{i}\n' for i in range(4)),
+    "metadata.csv": "file_name,size,description\n" + "".join(
+        f"{name},{j},{text}\n" for name, j, text in ROWS)}
 INSTANCES = {
     "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
     "annotations": [{"id": i, "image_id": i % 3, "category_id": i % 2, "bbox": [0, 0, 2.5, 2]}
@@ -317,7 +354,8 @@ def read_words(path):
     return [line.encode() for line in files.read_lines(path, "list of words")]
 
 
-# {name: (file; its values, or None for TEXT; whether there is a line for each, or seal; reader)}
+# {name: (file; its values, or a text, or None for TEXT; whether there is a line for each, or seal;
+# reader)}
 DOCUMENTS = {
     "annotations": ("annotations/captions_val2017.json", COCO, False, read_annotations),
     "instances of the scorer": ("instances.json", INSTANCES, False, read_instances),
@@ -331,6 +369,10 @@ DOCUMENTS = {
     "captions.txt": ("captions.txt", None, True, read_captions),
     "preds.txt": ("preds.txt", None, True, read_predictions),
     "words.txt": ("words.txt", None, True, read_words),
+    "Karpathy's JSON": ("dataset_coco.json", KARPATHY, False, read_data),
+    "COCO's JSON as nocaps'": ("nocaps_all_.json", COCO, False, read_data),
+    "metadata.jsonl": ("metadata.jsonl", METADATA, True, read_data),
+    **{name: (name, text, False, read_data) for name, text in TABLES.items()},
 }
 
 
@@ -338,6 +380,8 @@ def document(values, by_line):
     """The bytes of a document, see DOCUMENTS."""
     if values is None:
         return TEXT
+    if isinstance(values, str):
+        return values.encode()
     if by_line is seal:
         return b"".join(map(seal, values))
     if by_line:
@@ -357,7 +401,10 @@ def test_a_document_of_mutated_bytes(tmp_path, name):
     run()
 
 
-@pytest.mark.parametrize("name", [name for name, (_, values, _, _) in DOCUMENTS.items() if values])
+VALUED = [name for name, (_, values, _, _) in DOCUMENTS.items() if isinstance(values, (list, dict))]
+
+
+@pytest.mark.parametrize("name", VALUED)
 def test_a_document_of_mutated_values(tmp_path, name):
     file, values, by_line, read = DOCUMENTS[name]
     (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -373,6 +420,54 @@ def test_a_document_of_mutated_values(tmp_path, name):
         else:
             content = mutate_json(values, edits)
         outcome(f"{name}, values", tmp_path / file, content, read)
+    run()
+
+
+# ---------------------------------------------------------------------------------------- tar files
+
+def tar_bytes(format):
+    """A tar file of three samples, one of them with a name that is longer than a header's."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for key in ("0", "d/1", "x" * 90 if format == tarfile.USTAR_FORMAT else "é" * 90):
+            for suffix, data in (("jpg", b"\xff\xd8\xff" * 200), ("txt", b"a dog\ntwo cats"),
+                                 ("json", b'{"caption": "a dog", "width": 8}')):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue().rstrip(b"\0") + bytes(1024)
+
+
+TARS = {"ustar": tar_bytes(tarfile.USTAR_FORMAT), "gnu": tar_bytes(tarfile.GNU_FORMAT),
+        "pax": tar_bytes(tarfile.PAX_FORMAT)}
+
+
+def with_right_header_sums(data):
+    """A mutated tar whose blocks that look like headers have the right checksums."""
+    blocks = [data[at:at + 512] for at in range(0, len(data), 512)]
+    for i, block in enumerate(blocks):
+        if len(block) == 512 and block[257:262] == b"ustar":
+            total = sum(block[:148]) + 8 * 32 + sum(block[156:])
+            blocks[i] = block[:148] + b"%06o\0 " % total + block[156:]
+    return b"".join(blocks)
+
+
+# What decides: names, sizes, types, lengths of pax records.
+FIELDS = st.tuples(st.integers(0, 40), st.sampled_from([0, 100, 124, 125, 135, 156, 345, 482]),
+                   BYTES | st.sampled_from([b"L", b"x", b"g", b"S", b"2", b"5", b"K", b"../",
+                                            b"/etc/", b"77777777777", b"99999 path=", b"-1"]))
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_a_tar_file_of_mutated_bytes(tmp_path, name):
+    @fuzz
+    @given(st.lists(BYTE_EDIT, max_size=3), st.lists(FIELDS, max_size=4), st.booleans())
+    def run(edits, fields, repaired):
+        content = mutate(TARS[name], edits)
+        content = mutate(content, [("set", 512 * block + at, value) for block, at, value in fields])
+        if repaired:
+            content = with_right_header_sums(content)
+        outcome(f"tar {name}", tmp_path / "0.tar", content, read_data)
     run()
 
 

@@ -26,9 +26,10 @@ from tqdm import tqdm
 import model
 from antarctic import cache as cache_module
 from antarctic import checkpoints, errors, features, files, openai_clip, pickles
+from antarctic.annotations import read_annotations
 from antarctic.captions import read_captioned, read_captions, read_texts
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.datasets import read_annotations, read_coco
+from antarctic.datasets import read_coco
 from antarctic.errors import InputError
 from antarctic.folders import list_images
 from antarctic.gallery import thumbnail, write_gallery
