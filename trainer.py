@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from antarctic.curves import write_curve
 from antarctic.datasets import DataSet
-from antarctic.distributed import all_reduce_sum, rank_and_world
+from antarctic.distributed import all_reduce_sum, on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import fingerprint
 from antarctic.runtime import run
@@ -86,6 +86,13 @@ def parse():
 
     add_device_flags(parser.add_argument_group("computation"))
     return parser.parse_args()
+
+
+def read_splits(args):
+    """The Pictures with captions to train on, and those to validate on."""
+    data_set = DataSet(args.datadir)
+    return (data_set.read(args.split, "train2017", need_captions=True),
+            data_set.read(args.val_split, "val2017", need_captions=True))
 
 
 def tokenize(model, features, pictures):
@@ -245,10 +252,7 @@ def main():
     if not args.lrate > 0:
         raise InputError(f"--lrate must be above 0, not {args.lrate}")
     find_inputs(args)
-    data_set = DataSet(args.datadir)
-    pictures = data_set.read(args.split, "train2017", need_captions=True)
-    val_pictures = data_set.read(args.val_split, "val2017", need_captions=True)
-    del data_set
+    pictures, val_pictures = on_rank0(lambda: read_splits(args))
     savedir, device, dtype = start_run(args)
     rank, _ = rank_and_world()
 

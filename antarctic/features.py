@@ -96,11 +96,11 @@ def encode_missing(clip, pictures, missing, known, store, batch_size, shard, rea
             rows = turn[rank]
             paths = [pictures[row].path for row in rows]
             encoded = encode_files(clip, paths, batch_size, bar, known, **reading)
-            for rows, digests, vectors, reasons in gather_lists([(rows, *encoded)]):
+            for part, digests, vectors, reasons in gather_lists([(rows, *encoded)]):
                 if rank == 0:
-                    store.add(rows, digests, vectors)
+                    store.add(part, digests, vectors)
                 known |= vectors.keys()
-                bad |= {rows[i]: reason for i, reason in reasons.items()}
+                bad |= {part[i]: reason for i, reason in reasons.items()}
             bar.update(sum(map(len, turn[1:])))
     return bad
 
