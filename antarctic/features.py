@@ -125,13 +125,14 @@ def encode_files(clip, paths, batch_size, bar, known=frozenset(), **reading):
     """CLIP's vectors of image files. bar: a tqdm that counts images. known: digests of images whose
     vectors are not needed. reading: see read_image.
 
-    Returns (the digest of each file, SHA-256 as bytes, None of a bad one; {digest: vector, float32
-    (dim,)} of those that are not known; {index of a bad one: reason}).
+    Returns (the digest of each file, SHA-256 as bytes, None of a bad one; {digest: vector, a
+    float32 array (dim,)} of those that are not known; {index of a bad one: reason}).
     """
     digests, vectors, bad, batch = [None] * len(paths), {}, {}, {}
 
     def encode():
-        vectors.update(zip(batch, clip.encode_images(list(batch.values()))))
+        # As arrays: each tensor would be sent to other processes with the whole batch behind it.
+        vectors.update(zip(batch, clip.encode_images(list(batch.values())).numpy()))
         batch.clear()
 
     for i, path in enumerate(paths):
@@ -187,11 +188,13 @@ class Store:
 
     def add(self, rows, digests, vectors):
         """Takes what encode_files returns of some rows, and writes it to a file of its own."""
-        for digest, vector in vectors.items():
-            self.vector_of.setdefault(digest, vector)
+        for row, digest in zip(rows, digests):
+            if digest in vectors and digest not in self.vector_of:
+                self.vectors[row] = torch.from_numpy(vectors[digest])
+                self.vector_of[digest] = self.vectors[row]
+            if digest:
+                self.put(row, digest)
         rows = [row for row, digest in zip(rows, digests) if digest]
-        for row, digest in zip(rows, filter(None, digests)):
-            self.put(row, digest)
         if rows:
             self.write(rows, ".part")
             self.complete = False
