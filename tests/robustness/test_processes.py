@@ -5,11 +5,14 @@ process dies the other ends, and any number of processes can resume.
 """
 
 import csv
+import io
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -20,6 +23,8 @@ from safetensors.torch import load_file
 
 import antarctic.files
 from antarctic import checkpoints
+from antarctic.datasets import read_coco, read_split
+from antarctic.features import shares_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -156,6 +161,61 @@ def test_where_one_process_is_killed_the_other_ends_and_any_number_goes_on(
         assert files(cut).keys() == files(whole).keys()
     else:
         assert files(cut) == files(whole)
+
+
+def write_shards(world, folder, shards):
+    """The images of train2017 with their captions in so many tar files."""
+    pictures = read_coco(world, "train2017")
+    folder.mkdir()
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for picture in pictures[shard::shards]:
+                tar.add(picture.path, f"{picture.path.stem}.png")
+                info, text = tarfile.TarInfo(f"{picture.path.stem}.txt"), picture.captions[0]
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text.encode()))
+    return {picture.path.stem: picture.captions[0] for picture in pictures}
+
+
+def test_two_processes_that_are_killed_caption_each_image_of_tar_shards_once(
+        world, cache, checkpoint, tmp_path):
+    captions = write_shards(world, tmp_path / "shards", 4)
+    command = commands(world, cache, checkpoint, sampler={
+        "datadir": tmp_path / "shards", "split": "all", "batch_size": 2})["sampler"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    for pattern in ("features-*.part", "details-*.part"):
+        processes = start_two(tmp_path / "logs", "sampler", *command(cut), patches=SLOW)
+        while not any(path.stat().st_size for path in cut.glob(pattern)):
+            assert processes[0].exitcode is None, (tmp_path / "logs" / "0").read_text()
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+            process.join()
+    two_processes(tmp_path / "logs", "sampler", *command(cut))
+    finish(tmp_path / "log", "sampler", *command(whole))
+    assert files(cut) == files(whole)
+    records = [json.loads(line) for line in (cut / "details.jsonl").open()]
+    assert sorted(record["image_id"] for record in records) == sorted(captions)
+    references = dict(zip([record["image_id"] for record in records],
+                          (cut / "ref0.txt").read_text().splitlines()))
+    assert references == captions
+
+
+def test_a_tar_file_is_read_by_one_process_unless_there_are_fewer(world, tmp_path):
+    write_shards(world, tmp_path / "shards", 4)
+    pictures = read_split(tmp_path / "shards", "all")
+    rows = list(range(len(pictures)))
+    for missing in (rows, rows[5:30], rows[40:]):
+        shares = shares_of(missing, pictures, 5, 2)
+        assert sorted(row for share in shares for part in share for row in part) == missing
+        for share in shares:
+            assert [row for part in share for row in part] == sorted(
+                row for part in share for row in part)
+            assert all(len(part) <= 5 for part in share)
+        tars = [{pictures[row].path.parent for part in share for row in part} for share in shares]
+        assert not tars[0] & tars[1] or len(tars[0] | tars[1]) < 2
+    assert [len(share) for share in shares_of(rows, pictures, 12, 8)] == [1] * 4 + [0] * 4
+    assert all(shares_of(rows, pictures, 2, 5))
 
 
 def long_work(*_):
