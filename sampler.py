@@ -22,7 +22,7 @@ from antarctic.datasets import read_split
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import content_key, file_sha256, fingerprint, output_folder, read_words
-from antarctic.folders import list_images, read_paths
+from antarctic.folders import IMAGE_SUFFIXES, list_images, read_paths
 from antarctic.records import Records
 from antarctic.results import write_results
 from antarctic.runtime import run
@@ -126,9 +126,10 @@ def check(args):
         warn(f"{' and '.join(ignored)} do nothing without --do_sample")
     if args.overwrite and not (args.sidecar or args.metadata):
         warn("--overwrite does nothing without --sidecar or --metadata")
-    if not re.fullmatch(r"\.[^./\\\0]+", args.sidecar_suffix):
-        raise InputError(f"--sidecar_suffix must be a suffix such as .txt, not "
-                         f"{args.sidecar_suffix!r}")
+    suffix = args.sidecar_suffix
+    if not re.fullmatch(r"\.[^./\\\0\s]+", suffix) or suffix.lower() in {".tar", *IMAGE_SUFFIXES}:
+        raise InputError(f"--sidecar_suffix must be a suffix of texts such as .txt, not "
+                         f"{suffix!r}")
     decoding = Decoding(**{name: getattr(args, name) for name in Decoding.__dataclass_fields__})
     find_inputs(args)
     return decoding
@@ -157,7 +158,7 @@ def caption_missing(model, features, pictures, records, save, batch_size):
     missing = records.missing(pictures)
     start_time = time.perf_counter()
     with tqdm(total=len(pictures), initial=len(pictures) - len(missing), desc="captioning",
-              unit="image", disable=rank > 0) as bar:
+              unit="image", disable=rank > 0 or not pictures) as bar:
         for start in range(0, len(missing), batch_size * world):
             turn = missing[start:start + batch_size * world]  # a batch of each process
             rows = turn[rank * batch_size:(rank + 1) * batch_size]
@@ -170,11 +171,11 @@ def caption_missing(model, features, pictures, records, save, batch_size):
     return len(missing), (time.perf_counter() - start_time) / max(1, len(missing))
 
 
-def report(rows, captioned, seconds, empty, left, args):
+def report(rows, captioned, seconds, empty, left, written, args):
     """Prints where the results are, and the first captions of a user's own images.
 
     rows, empty: of write_results. captioned: how many this run has captioned, in so many seconds
-    per image. left: of Exports.finish.
+    per image. left, written: of Exports.finish.
     """
     for path, reason in list(left.items())[:ON_SCREEN]:
         print_safely(f"left {escape_control(path)} as it is: {escape_control(reason)}", "stderr")
@@ -193,6 +194,8 @@ def report(rows, captioned, seconds, empty, left, args):
     before = f", {len(rows) - captioned:,} of them in earlier runs" if captioned < len(rows) else ""
     print_safely(f"captioned {counted(len(rows), 'image')}{before} ({seconds:.3f} s each); wrote "
                  f"{', '.join(files)} and gallery.html to {escape_control(args.savedir)}")
+    if written:
+        print_safely(f"for training: {escape_control(', '.join(written))}")
 
 
 def main():
@@ -220,8 +223,9 @@ def main():
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
     folder, images = output_folder(args.features or savedir), len(pictures)
     reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
-    features, pictures, bad = image_features(model.clip, pictures, folder, unread=alone, **reading)
     records = on_rank0(lambda: Records(savedir, settings_of(args, model)))
+    unread = () if records.lost(pictures) else alone
+    features, pictures, bad = image_features(model.clip, pictures, folder, unread=unread, **reading)
     chosen = [row for row, picture in enumerate(pictures)
               if picture.path not in alone or picture.key in records.places]
     features, pictures = features[chosen], [pictures[row] for row in chosen]
@@ -240,9 +244,9 @@ def main():
                                          args.batch_size)
     if rank == 0 and pictures:
         rows, empty = write_results(savedir, records, pictures, args.gallery, args.csv, **reading)
-        left = exports.finish(rows)
+        left, written = exports.finish(rows)
         report_bad_images(bad)
-        report(rows, captioned, seconds, empty, left, args)
+        report(rows, captioned, seconds, empty, left, written, args)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Exports:
         listed, and some may be no images. Returns the paths of images that have a text already,
         which must not be replaced."""
         if self.args.metadata:
-            metadata_path(pictures)
+            metadata_path(pictures, self.args.images)
         if self.args.shards:
             check_shards(self.args.shards)
         if not self.args.sidecar:
@@ -49,7 +49,7 @@ class Exports:
     def begin(self, pictures):
         """Takes the pictures that are captioned."""
         if self.args.metadata and pictures:
-            self.metadata = metadata_path(pictures)
+            self.metadata = metadata_path(pictures, self.args.images)
         if self.args.sidecar:
             self.sidecars, self.left = sidecars_of(pictures, self.args.sidecar_suffix)
 
@@ -62,14 +62,19 @@ class Exports:
         return write_sidecars(records, self.sidecars, self.text_of, self.args.overwrite)
 
     def finish(self, records):
-        """Writes all that is left to write. Returns {path: reason} of files that do not hold their
-        text."""
-        left = self.left | self.add(records)
+        """Writes all that is left to write. Returns ({path: reason} of files that do not hold their
+        text, those of few files first; a list that says what holds the texts)."""
+        left, written, texts = {}, [], self.add(records)
+        if done := len(self.sidecars) - len(texts):
+            written.append(counted(done, f"{self.args.sidecar_suffix} file"))
         if self.metadata:
             left |= write_metadata(self.metadata, records, self.text_of, self.args.overwrite)
+            written += [str(self.metadata)] * (self.metadata not in left)
         if self.args.shards:
             left |= write_shards(self.args.shards, records, self.text_of)
-        return left
+            written.append(f"{counted(len(read_sizes(Path(self.args.shards))), 'shard')} in "
+                           f"{self.args.shards}")
+        return left | self.left | texts, written
 
 
 def reason_of(error):
@@ -137,10 +142,15 @@ def write_sidecars(records, sidecars, text_of, overwrite):
 
 # ----------------------------------------------------------------------------------- metadata.jsonl
 
-def metadata_path(pictures):
-    """metadata.jsonl in the deepest folder that holds all of the images. Raises InputError where
-    that is the whole file system."""
-    folder = Path(os.path.commonpath([os.path.abspath(p.path.parent) for p in pictures]))
+def metadata_path(pictures, named=()):
+    """metadata.jsonl in the deepest folder that holds all of the images and the folders among the
+    paths that were named, so that it stays where it is when these grow. Raises InputError where
+    that is the whole file system, or where images lie in a tar file."""
+    if inside := next((p.path for p in pictures if split_path(p.path)), None):
+        raise InputError(f"--metadata cannot describe images in a tar file, such as {inside}; "
+                         f"--shards writes their captions")
+    folders = [p.path.parent for p in pictures] + [p for p in named or () if os.path.isdir(p)]
+    folder = Path(os.path.commonpath([*map(os.path.abspath, folders)]))
     if folder == folder.parent:
         raise InputError(f"--metadata writes one file above all images, and these share no folder "
                          f"but {folder}; caption each folder on its own")
@@ -176,12 +186,33 @@ def write_metadata(path, records, text_of, overwrite):
             lines[places[name]] = json.dumps(row, ensure_ascii=False)
         with atomic(path) as file:
             file.writelines(line + "\n" for line in lines)
+        warn_of_readers(path, places, records)
     except (OSError, InputError) as error:
         return {path: reason_of(error)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {path: "it is no metadata of an imagefolder"}
     remark = f"{kept} of its lines have another text; --overwrite replaces them"
     return {path: remark} if kept else {}
+
+
+def warn_of_readers(path, names, records):
+    """Warns of what load_dataset("imagefolder") stumbles over: lines of images that have gone, and
+    other metadata of the same images. names: file_name of all lines. records: of images that are
+    there."""
+    folder, there = path.parent, {record["file"] for record in records}
+    others = (name for name in names if str(folder / name) not in there)
+    gone = [name for name in others if not os.path.lexists(folder / name)]
+    if gone:
+        warn(f"{path} has {counted(len(gone), 'line')} of images that are not there, such as "
+             f"{gone[0]}; load_dataset fails where it reads them, so take these lines out")
+    below = {Path(parent) for file in there
+             for parent in Path(os.path.relpath(file, folder)).parents} - {Path()}
+    kinds = "metadata.jsonl", "metadata.csv", "metadata.parquet"
+    twice = [folder / part / kind for part in sorted(below) for kind in kinds]
+    twice = [other for other in [*(folder / kind for kind in kinds[1:]), *twice] if other.exists()]
+    if twice:
+        warn(f"{twice[0]} describes images of {path}, too; load_dataset reads both and takes such "
+             f"images twice, so remove one of them")
 
 
 # ----------------------------------------------------------------------------------------- shards

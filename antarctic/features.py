@@ -262,7 +262,8 @@ def report_bad_images(bad):
     for path, reason in bad:
         print_safely(f"skipped {escape_control(path)}: {escape_control(reason)}", "stderr")
     if bad:
-        print_safely(f"{counted(len(bad), 'image')} could not be read and were skipped", "stderr")
+        were = "was" if len(bad) == 1 else "were"
+        print_safely(f"{counted(len(bad), 'image')} could not be read and {were} skipped", "stderr")
 
 
 # ------------------------------------------------------------------------------------------ texts

@@ -24,6 +24,7 @@ class Records:
         self.settings, self.details = settings, folder / "details.jsonl"
         self.part = folder / f"details-{settings}.jsonl.part"
         self.places = {}  # {key of an image: (file, where its line begins)}
+        self.files = set()  # paths of the images at that time
         if self.details.is_file():
             with open(self.details, "rb") as file:
                 self.index(file, self.details)
@@ -39,6 +40,7 @@ class Records:
             record, left = self.parse(line, path)
             if record:
                 batch[key_of(record)] = path, start
+                self.files.add(str(record["file"]))
             elif path == self.part:
                 break
             start += len(line)
@@ -66,6 +68,11 @@ class Records:
         """The rows of the pictures without a record, each image once."""
         first = {picture.key: row for row, picture in reversed(list(enumerate(pictures)))}
         return sorted(row for key, row in first.items() if key not in self.places)
+
+    def lost(self, pictures):
+        """Whether some record is of an image that was moved or removed, so that images at other
+        paths may be it."""
+        return not self.files <= {str(picture.path) for picture in pictures}
 
     def append(self, pictures, captions):
         """Adds a batch to the part. captions: a model.Caption of each picture. Returns the records,

@@ -16,7 +16,15 @@ from PIL import Image
 from test_sampler import photos, run_sampler, sample
 
 from antarctic.errors import InputError
-from antarctic.exports import Exports, check_shards, suffix_of, write_metadata, write_shards
+from antarctic.exports import (
+    Exports,
+    check_shards,
+    metadata_path,
+    suffix_of,
+    write_metadata,
+    write_shards,
+)
+from antarctic.folders import Picture
 from antarctic.images import read_image
 from antarctic.results import write_captions
 from model import rescore
@@ -64,6 +72,28 @@ def test_a_folder_of_texts_alone_leaves_earlier_results_as_they_are(script, worl
                       "--sidecar", "--sidecar_suffix", ".caption", "--topk", "6")
     assert run.code == 0 and "left 2 images alone that have a .caption file" in run.err, run.err
     assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", ["folder", "pair"])
+def test_photos_that_moved_with_their_texts_stay_in_the_results(script, world, cache, checkpoint,
+                                                               tmp_path, monkeypatch, change):
+    folder = photos(world, tmp_path / "photos")
+    (folder / "1.txt").write_text("by hand")
+    command = ("--ckpt", checkpoint, "--sidecar", "--metadata", "--shards", tmp_path / "shards")
+    first = sample(script, cache, tmp_path / "r", "--images", folder, *command)
+    if change == "folder":
+        folder = folder.rename(tmp_path / "moved")
+    else:
+        for suffix in (".png", ".txt"):
+            (folder / "0").with_suffix(suffix).rename((folder / "00").with_suffix(suffix))
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))  # as a copy has it
+    monkeypatch.setattr("model.rescore", None)  # nothing is captioned
+    again = sample(script, cache, tmp_path / "r", "--images", folder, *command)
+    assert [r["caption"] for r in again] == [r["caption"] for r in first]
+    assert [Path(r["file"]) for r in again] == [
+        path for path in sorted(folder.glob("*.png")) if path.name != "1.png"]
+    assert json.loads((tmp_path / "shards" / "sizes.json").read_text()) == {"000000.tar": 3}
 
 
 def test_a_text_that_another_run_or_a_person_wrote_stays(script, world, cache, checkpoint, tmp_path,
@@ -167,7 +197,8 @@ def test_a_name_as_long_as_can_be_has_a_sidecar(script, world, cache, checkpoint
     assert run.code == 0 and len(list(folder.iterdir())) == 2, run.err
 
 
-@pytest.mark.parametrize("suffix", ["", "txt", ".", "./../x", ".a/b", ".a\0", ".png.", ".."])
+@pytest.mark.parametrize("suffix", ["", "txt", ".", "./../x", ".a/b", ".a\0", ".png.", "..", ".a ",
+                                    ".jpg", ".HEIC", ".tar"])
 def test_a_suffix_that_is_none_is_refused(script, cache, tmp_path, suffix):
     run = run_sampler(script, cache, tmp_path, "--images", tmp_path, "--sidecar",
                       "--sidecar_suffix", suffix)
@@ -178,8 +209,8 @@ def test_a_suffix_that_is_none_is_refused(script, cache, tmp_path, suffix):
 
 def exports(**changes):
     """Exports of a run with these flags."""
-    flags = {"sidecar": False, "sidecar_suffix": ".txt", "metadata": False, "shards": None,
-             "caption_prefix": "", "caption_suffix": "", "overwrite": False}
+    flags = {"images": None, "sidecar": False, "sidecar_suffix": ".txt", "metadata": False,
+             "shards": None, "caption_prefix": "", "caption_suffix": "", "overwrite": False}
     return Exports(SimpleNamespace(**flags | changes))
 
 
@@ -210,6 +241,11 @@ def test_trigger_words_stand_in_all_that_is_for_training_and_not_in_the_results(
         assert [tar.extractfile(f"{i:09}.txt").read().decode() for i in range(2)] == texts
     assert (tmp_path / "r" / "preds.txt").read_text().splitlines() == [
         record["caption"] for record in records]
+    run = run_sampler(script, cache, tmp_path / "r", "--images", folder, "--ckpt", checkpoint,
+                      "--sidecar", "--metadata", "--shards", tmp_path / "shards")
+    assert run.out.splitlines()[-1] == (
+        f"for training: 2 .txt files, 1 shard in {tmp_path / 'shards'}")
+    assert f"left {folder / 'metadata.jsonl'} as it is: 2 of its lines have another" in run.err
 
 
 def test_metadata_grows_and_the_lines_that_are_there_stay(tmp_path):
@@ -227,6 +263,39 @@ def test_metadata_grows_and_the_lines_that_are_there_stay(tmp_path):
     names = [json.loads(line) for line in path.read_text().splitlines()]
     assert names[0] == {"file_name": "a/0.jpeg", "text": "a dog.", "license": "mine"}
     assert [row["text"] for row in names] == ["a dog.", "a cat.", "a fox."]
+
+
+def test_metadata_of_a_folder_stays_at_its_place_when_the_folder_grows(tmp_path):
+    cat, dog = (Picture(name, tmp_path / name / "0.jpg") for name in ("cats", "dogs"))
+    for path in (cat, dog):
+        path.path.parent.mkdir()
+    for pictures in ([cat], [cat, dog]):
+        assert metadata_path(pictures, [str(tmp_path)]) == tmp_path / "metadata.jsonl"
+    for named in (None, [str(cat.path)], [str(tmp_path / "*" / "0.jpg")]):
+        assert metadata_path([cat], named) == tmp_path / "cats" / "metadata.jsonl"
+        assert metadata_path([cat, dog], named) == tmp_path / "metadata.jsonl"
+
+
+def test_metadata_of_images_in_a_tar_file_is_refused_before_the_work(tmp_path):
+    write_shards(tmp_path / "s", rows_of(tmp_path / "a", ["a dog"]), exports().text_of)
+    inside = tmp_path / "s" / "000000.tar" / "000000000.jpg"
+    with pytest.raises(InputError, match="images in a tar file.*--shards"):
+        exports(metadata=True).check([Picture("0", inside)])
+
+
+def test_lines_and_files_that_load_dataset_stumbles_over_are_told_of(tmp_path, capsys):
+    rows, path = rows_of(tmp_path / "a" / "b", ["a dog", "a cat"]), tmp_path / "metadata.jsonl"
+    assert not write_metadata(path, rows, exports().text_of, False)
+    assert not capsys.readouterr().err
+    before = path.read_text()
+    Path(rows[0]["file"]).rename(tmp_path / "a" / "b" / "renamed.jpeg")
+    assert not write_metadata(path, rows[1:], exports().text_of, False)
+    assert path.read_text() == before
+    assert "has 1 line of images that are not there, such as a/b/0.jpeg" in capsys.readouterr().err
+    for other in (tmp_path / "a" / "b" / "metadata.jsonl", tmp_path / "metadata.csv"):
+        other.touch()
+        assert not write_metadata(path, rows[1:], exports().text_of, False)
+        assert f"{other} describes images of {path}, too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"5\n", b"\xff\xfe", b'{"text": "a"}',
