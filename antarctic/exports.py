@@ -9,11 +9,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.distributed import warn
+from antarctic.distributed import on_rank0, warn
 from antarctic.errors import InputError, counted
-from antarctic.files import atomic, create, output_folder, read_text, write_json, write_lines
+from antarctic.files import (
+    atomic,
+    create,
+    locked,
+    output_folder,
+    read_text,
+    write_json,
+    write_lines,
+)
 from antarctic.folders import IMAGE_SUFFIXES
 from antarctic.images import file_status, is_image, open_file
+from antarctic.runtime import cleanup
 from antarctic.tars import split_path
 
 SIZES = "sizes.json"  # {name of a shard: images in it}, as OpenCLIP's users know it
@@ -24,10 +33,14 @@ EXISTS = "it exists; --overwrite replaces it"
 
 
 class Exports:
-    """What a run of the sampler writes beside its images. args: the sampler's flags."""
+    """What a run of the sampler writes beside its images. args: the sampler's flags. All processes
+    make one; raises InputError where another run writes to --shards."""
 
     def __init__(self, args):
         self.args, self.sidecars, self.left, self.metadata = args, {}, {}, None
+        if args.shards:  # what a killed run left there may be a gigabyte; two runs would mix theirs
+            on_rank0(lambda: output_folder(args.shards))
+            cleanup.enter_context(locked(Path(args.shards) / ".shards.lock"))
 
     def check(self, pictures):
         """Before any work: raises InputError for what cannot be written. pictures: all that are

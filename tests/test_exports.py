@@ -22,6 +22,7 @@ from antarctic.files import file_sha256
 from antarctic.folders import Picture
 from antarctic.images import read_image
 from antarctic.results import write_captions
+from antarctic.runtime import cleanup
 from model import rescore
 
 # --------------------------------------------------------------------------------------- sidecars
@@ -201,6 +202,13 @@ def test_a_suffix_that_is_none_is_refused(script, cache, tmp_path, suffix):
 
 
 # ------------------------------------------------------------------------- prefix, metadata and CSV
+
+@pytest.fixture(autouse=True)
+def release():
+    """What a run releases at its end."""
+    yield cleanup
+    cleanup.close()
+
 
 def exports(**changes):
     """Exports of a run with these flags."""
@@ -439,6 +447,18 @@ def test_a_kill_between_any_two_writes_of_shards_leaves_a_folder_that_the_next_r
         write_shards(folder, few, exports().text_of)
         assert {name: data for name, data in shards_of(folder).items() if name[0] != "."} == (
             shards_of(tmp_path / "whole"))
+
+
+def test_two_runs_never_mix_their_shards_and_a_killed_ones_half_shard_goes(tmp_path, release):
+    half = tmp_path / ".captions-000000.tar-0.999999999.tmp"
+    half.touch()
+    (tmp_path / ".shards.lock").write_text("process 999999999 on here")
+    exports(shards=tmp_path)
+    assert not half.exists()
+    with pytest.raises(InputError, match="another run is writing"):
+        exports(shards=tmp_path)
+    release.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shard_holds_what_was_captioned_or_nothing(tmp_path):
