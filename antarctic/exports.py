@@ -1,40 +1,55 @@
 """Captions as trainers of image models read them: a text beside each image, metadata.jsonl,
 WebDataset shards."""
 
+import hashlib
 import json
 import os
-import re
+import posixpath
 from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.distributed import warn
+from antarctic.distributed import on_rank0, warn
 from antarctic.errors import InputError, counted
-from antarctic.files import atomic, create, output_folder, read_text, write_json, write_lines
+from antarctic.files import (
+    atomic,
+    create,
+    locked,
+    output_folder,
+    read_text,
+    write_json,
+    write_lines,
+)
+from antarctic.folders import IMAGE_SUFFIXES
 from antarctic.images import file_status, is_image, open_file
+from antarctic.runtime import cleanup
 from antarctic.tars import split_path
 
 SIZES = "sizes.json"  # {name of a shard: images in it}, as OpenCLIP's users know it
-SHARD_NAME = re.compile(r"\d{6}\.tar")
+SHARD = "captions-%06d.tar"  # data sets of others have 000000.tar, and sizes.json, too
 SHARD_IMAGES, SHARD_BYTES = 10_000, 1 << 30  # of a shard at most
 EMPTY = "its caption is empty"
 EXISTS = "it exists; --overwrite replaces it"
 
 
 class Exports:
-    """What a run of the sampler writes beside its images. args: the sampler's flags."""
+    """What a run of the sampler writes beside its images. args: the sampler's flags. All processes
+    make one; raises InputError where another run writes to --shards."""
 
     def __init__(self, args):
         self.args, self.sidecars, self.left, self.metadata = args, {}, {}, None
+        if args.shards:  # what a killed run left there may be a gigabyte; two runs would mix theirs
+            on_rank0(lambda: output_folder(args.shards))
+            cleanup.enter_context(locked(Path(args.shards) / ".shards.lock"))
 
     def check(self, pictures):
         """Before any work: raises InputError for what cannot be written. pictures: all that are
         listed, and some may be no images. Returns the paths of images that have a text already,
         which must not be replaced."""
         if self.args.metadata:
-            metadata_path(pictures, self.args.images)
+            self.metadata = metadata_path(pictures, self.args.images)
         if self.args.shards:
-            check_shards(self.args.shards)
+            check_shards(self.args.shards, pictures)
         if not self.args.sidecar:
             return set()
         folders = {picture.path.parent for picture in pictures if not split_path(picture.path)}
@@ -48,14 +63,14 @@ class Exports:
 
     def begin(self, pictures):
         """Takes the pictures that are captioned."""
-        if self.args.metadata and pictures:
-            self.metadata = metadata_path(pictures, self.args.images)
         if self.args.sidecar:
             self.sidecars, self.left = sidecars_of(pictures, self.args.sidecar_suffix)
 
     def text_of(self, caption):
         """The text for training that a caption becomes."""
-        return " ".join(f"{self.args.caption_prefix}{caption}{self.args.caption_suffix}".split())
+        text = f"{self.args.caption_prefix}{caption}{self.args.caption_suffix}"
+        # A command line may hold bytes that are no UTF-8, and no text file may.
+        return " ".join(text.split()).encode(errors="replace").decode()
 
     def add(self, records):
         """Writes the sidecars of a batch, at once, so that a stop keeps them."""
@@ -72,8 +87,8 @@ class Exports:
             written += [str(self.metadata)] * (self.metadata not in left)
         if self.args.shards:
             left |= write_shards(self.args.shards, records, self.text_of)
-            written.append(f"{counted(len(read_sizes(Path(self.args.shards))), 'shard')} in "
-                           f"{self.args.shards}")
+            shards = counted(len(own_shards(Path(self.args.shards))), "shard")
+            written.append(f"{shards} in {self.args.shards}")
         return left | self.left | texts, written
 
 
@@ -130,14 +145,22 @@ def write_sidecars(records, sidecars, text_of, overwrite):
                 left[path] = EMPTY
             elif not os.path.lexists(path):
                 create(path, text + "\n")
-            elif path.read_bytes().decode(errors="replace") != text + "\n":
-                if overwrite:
+            elif not holds(path, text + "\n"):
+                if overwrite and not is_image(path):
                     write_lines(path, [text])
                 else:
-                    left[path] = EXISTS
+                    left[path] = "it is an image" if overwrite else EXISTS
         except (OSError, InputError) as error:
             left[path] = reason_of(error)
     return left
+
+
+def holds(path, text):
+    """Whether a file holds this text and nothing else. What is no file, such as a pipe, and what is
+    larger, is not read."""
+    content = text.encode()
+    return (path.is_file() and path.stat().st_size == len(content)
+            and path.read_bytes() == content)
 
 
 # ----------------------------------------------------------------------------------- metadata.jsonl
@@ -145,12 +168,13 @@ def write_sidecars(records, sidecars, text_of, overwrite):
 def metadata_path(pictures, named=()):
     """metadata.jsonl in the deepest folder that holds all of the images and the folders among the
     paths that were named, so that it stays where it is when these grow. Raises InputError where
-    that is the whole file system, or where images lie in a tar file."""
-    if inside := next((p.path for p in pictures if split_path(p.path)), None):
-        raise InputError(f"--metadata cannot describe images in a tar file, such as {inside}; "
-                         f"--shards writes their captions")
-    folders = [p.path.parent for p in pictures] + [p for p in named or () if os.path.isdir(p)]
-    folder = Path(os.path.commonpath([*map(os.path.abspath, folders)]))
+    that is the whole file system, or where all images lie in tar files."""
+    folders = {os.path.abspath(p.path.parent) for p in pictures if not split_path(p.path)}
+    if not folders:
+        raise InputError("--metadata names image files, and all of these lie in tar files; "
+                         "--shards writes their captions")
+    folders |= {os.path.abspath(path) for path in named or () if os.path.isdir(path)}
+    folder = Path(os.path.commonpath(folders))
     if folder == folder.parent:
         raise InputError(f"--metadata writes one file above all images, and these share no folder "
                          f"but {folder}; caption each folder on its own")
@@ -163,11 +187,14 @@ def write_metadata(path, records, text_of, overwrite):
 
     Returns {path: reason} where the file does not hold the texts.
     """
+    if path.is_symlink():  # to a file elsewhere, which would be copied here
+        return {path: "it is a link"}
     try:
-        lines = read_text(path, "metadata").splitlines() if os.path.lexists(path) else []
-        rows = [json.loads(line) for line in lines]
-        places = {row["file_name"]: i for i, row in enumerate(rows)}
-        kept = 0
+        before = read_text(path, "metadata") if os.path.lexists(path) else ""
+        lines = before.removesuffix("\n").split("\n") if before else []
+        rows = {i: json.loads(line) for i, line in enumerate(lines) if line.strip()}
+        places = {posixpath.normpath(row["file_name"]): i for i, row in rows.items()}
+        kept = in_tars = 0
         for record in records:
             name = Path(os.path.relpath(record["file"], path.parent)).as_posix()
             row, text = {"file_name": name}, text_of(record["caption"])
@@ -176,23 +203,32 @@ def write_metadata(path, records, text_of, overwrite):
                 if row.get("text") == text or not overwrite:
                     kept += row.get("text") != text
                     continue
+            elif split_path(record["file"]):
+                in_tars += 1
+                continue
             elif record["caption"]:
                 places[name] = len(lines)
+                rows[len(lines)] = row
                 lines.append("")
-                rows.append(row)
             else:
                 continue
             row["text"] = text
             lines[places[name]] = json.dumps(row, ensure_ascii=False)
-        with atomic(path) as file:
-            file.writelines(line + "\n" for line in lines)
+        after = "".join(line + "\n" for line in lines)
+        if after.removesuffix("\n") != before.removesuffix("\n"):
+            with atomic(path) as file:
+                file.write(after)
         warn_of_readers(path, places, records)
     except (OSError, InputError) as error:
         return {path: reason_of(error)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {path: "it is no metadata of an imagefolder"}
-    remark = f"{kept} of its lines have another text; --overwrite replaces them"
-    return {path: remark} if kept else {}
+    remarks = []
+    if kept:
+        remarks.append(f"{kept} of its lines have another text; --overwrite replaces them")
+    if in_tars:
+        remarks.append(f"{counted(in_tars, 'image')} in tar files cannot be named in it")
+    return {path: "; ".join(remarks)} if remarks else {}
 
 
 def warn_of_readers(path, names, records):
@@ -217,57 +253,65 @@ def warn_of_readers(path, names, records):
 
 # ----------------------------------------------------------------------------------------- shards
 
-def check_shards(folder):
-    """Raises InputError where a folder cannot be written to, or holds shards that write_shards did
-    not write."""
+def check_shards(folder, pictures):
+    """Raises InputError where a folder cannot be written to, or holds other shards than those of
+    write_shards, or those that the pictures are read from."""
     folder = output_folder(folder)
-    others = sorted({path.name for path in folder.glob("*.tar")} - set(read_sizes(folder)))
+    others = sorted({path.name for path in folder.glob("*.tar")} - set(own_shards(folder)))
     if others:
         raise InputError(f"{folder} holds shards of something else, such as {others[0]}; name "
                          f"another folder by --shards")
+    tars = {split[0] for split in map(split_path, {p.path for p in pictures}) if split}
+    if any(os.path.samefile(os.path.dirname(tar) or ".", folder) for tar in tars):
+        raise InputError(f"{folder} holds the images that are captioned; name another folder by "
+                         f"--shards")
 
 
-def read_sizes(folder):
-    try:
-        sizes = json.loads((folder / SIZES).read_bytes())
-        return sizes if isinstance(sizes, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+def own_shards(folder):
+    """The names of the shards of write_shards in a folder."""
+    return [path.name for path in folder.glob(SHARD.replace("%06d", "[0-9]" * 6))]
 
 
 def write_shards(folder, records, text_of):
     """Writes images, as they are, with their texts into tars that WebDataset reads: for each image
-    000000012.jpg, .txt (the text) and .json (id, file, caption, score).
+    000000012.jpg, .txt (the text) and .json (the record: id, file, caption, score, sha256).
 
-    A shard holds SHARD_IMAGES images and SHARD_BYTES at most; SIZES, which is written first, tells
+    A shard holds SHARD_IMAGES images and SHARD_BYTES at most; SIZES, which is written last, tells
     how many. An image without a caption is left out. Returns {path: reason} of images that could
-    not be read any more.
+    not be read any more, or are not what was captioned.
     """
     from webdataset import TarWriter
-    folder, left = output_folder(folder), {}
-    earlier = read_sizes(folder)
-    shards = {f"{i:06}.tar": part for i, part in enumerate(parts_of(records))}
-    sizes = {name: len(part) for name, part in shards.items()}
-    write_json(folder / SIZES, sizes, indent=1)
-    bar = tqdm([*shards.items()], "writing shards", unit="shard")
-    for name, part in bar:
+    folder, left, sizes = output_folder(folder), {}, {}
+    (folder / SIZES).unlink(missing_ok=True)
+    shards = {SHARD % i: part for i, part in enumerate(parts_of(records))}
+    for name, part in tqdm([*shards.items()], "writing shards", unit="shard"):
+        sizes[name] = 0
         with atomic(folder / name, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for number, record in part:
                 path, about = Path(record["file"]), json.dumps(record)
                 try:
-                    with open_file(path) as image:
-                        content = image.read()
+                    content = read_captioned(path, record["sha256"])
                 except OSError as error:
-                    left[path], sizes[name] = reason_of(error), sizes[name] - 1
+                    left[path] = reason_of(error)
                     continue
                 tar.write({"__key__": f"{number:09}", suffix_of(path): content,
                            "txt": text_of(record["caption"]).encode(), "json": about.encode()})
-    if left:
-        write_json(folder / SIZES, sizes, indent=1)
-    for name in earlier.keys() - shards.keys():
-        if SHARD_NAME.fullmatch(name):
+                sizes[name] += 1
+    for name in own_shards(folder):
+        if name not in shards:
             (folder / name).unlink(missing_ok=True)
+    write_json(folder / SIZES, sizes, indent=1)
     return left
+
+
+def read_captioned(path, sha256):
+    """The bytes of an image file. Raises OSError where it is not the file that was captioned: it
+    may be another one by now, or a link to one that is nobody else's business."""
+    with open_file(path) as image:
+        content = image.read()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError("it has changed since it was captioned")
+    return content
 
 
 def parts_of(records):
@@ -288,7 +332,8 @@ def parts_of(records):
 
 
 def suffix_of(path):
-    """What a shard calls an image file: jpg, as most readers ask for, also for .jpeg and the like,
-    else its suffix."""
-    suffix = path.suffix.lower().removeprefix(".")
-    return "jpg" if suffix in ("jpeg", "jpe", "jfif", "jif", "") else suffix
+    """What a shard calls an image file: its suffix, but jpg, as most readers ask for, for .jpeg and
+    the like and where the suffix is that of no image, such as txt."""
+    suffix = path.suffix.lower()
+    other = suffix in (".jpeg", ".jpe", ".jfif", ".jif") or suffix not in IMAGE_SUFFIXES
+    return "jpg" if other else suffix.removeprefix(".")

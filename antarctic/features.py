@@ -239,6 +239,8 @@ def write_features(path, vectors, keys):
 def read_features(path, dim):
     """What write_features wrote: a list of (status, digest, vector). Rows that are damaged are left
     out, all of them where the file is."""
+    if not path.is_file():  # opening a pipe waits for its writer
+        return []
     try:
         with safe_open(path, "pt") as file:
             vectors, keys = file.get_tensor("features"), file.get_tensor("keys")

@@ -28,6 +28,9 @@ class Records:
         if self.details.is_file():
             with open(self.details, "rb") as file:
                 self.index(file, self.details)
+        if self.part.is_symlink() or self.part.exists() and not self.part.is_file():
+            # What a link names would be cut off, and a pipe is waited for.
+            raise InputError(f"{self.part} is a link, a folder or a pipe; remove it")
         if self.part.exists():
             with writing(self.part), open(self.part, "rb+") as file:
                 file.truncate(self.index(file, self.part))

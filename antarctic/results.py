@@ -16,7 +16,7 @@ def write_results(savedir, records, pictures, gallery=200, as_csv=False, **readi
 
     They are preds.txt, ref*.txt, captions.json, details.jsonl and gallery.html. as_csv: also
     captions.csv. gallery: images on the page at most. reading: settings of read_image. Returns (a
-    dict of COLUMNS for each image; the number of images without a candidate).
+    dict of COLUMNS and sha256 for each image; the number of images without a candidate).
     """
     from antarctic.gallery import write_gallery
     from antarctic.images import read_image  # Pillow
@@ -27,7 +27,7 @@ def write_results(savedir, records, pictures, gallery=200, as_csv=False, **readi
             if len(shown) < gallery:
                 shown.append(record)
             empty += not record["candidates"]
-            rows.append({name: record[name] for name in COLUMNS})
+            rows.append({name: record[name] for name in (*COLUMNS, "sha256")})
         write_captions(savedir, rows, as_csv)
         references = [picture.captions for picture in pictures]
         write_references(savedir, references)
@@ -55,7 +55,7 @@ def write_captions(savedir, records, as_csv):
         file.write("\ufeff")  # tells Excel that it is UTF-8
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({name: cell_of(value) for name, value in row.items()} for row in records)
+        writer.writerows({name: cell_of(row[name]) for name in COLUMNS} for row in records)
 
 
 def cell_of(value):

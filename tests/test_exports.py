@@ -1,6 +1,7 @@
 """Captions beside the images, for training: nobody's own work is touched, and readers of the field
 take what is written."""
 
+import contextlib
 import csv
 import errno
 import io
@@ -24,9 +25,11 @@ from antarctic.exports import (
     write_metadata,
     write_shards,
 )
+from antarctic.files import file_sha256
 from antarctic.folders import Picture
 from antarctic.images import read_image
 from antarctic.results import write_captions
+from antarctic.runtime import cleanup
 from model import rescore
 
 # --------------------------------------------------------------------------------------- sidecars
@@ -93,7 +96,8 @@ def test_photos_that_moved_with_their_texts_stay_in_the_results(script, world, c
     assert [r["caption"] for r in again] == [r["caption"] for r in first]
     assert [Path(r["file"]) for r in again] == [
         path for path in sorted(folder.glob("*.png")) if path.name != "1.png"]
-    assert json.loads((tmp_path / "shards" / "sizes.json").read_text()) == {"000000.tar": 3}
+    assert json.loads((tmp_path / "shards" / "sizes.json").read_text()) == {
+        "captions-000000.tar": 3}
 
 
 def test_a_text_that_another_run_or_a_person_wrote_stays(script, world, cache, checkpoint, tmp_path,
@@ -197,6 +201,29 @@ def test_a_name_as_long_as_can_be_has_a_sidecar(script, world, cache, checkpoint
     assert run.code == 0 and len(list(folder.iterdir())) == 2, run.err
 
 
+def test_what_stands_in_a_texts_place_is_not_read_and_no_image_is_replaced(tmp_path):
+    """--overwrite replaces a text; a pipe would be waited for, and a photo would be lost."""
+    rows = rows_of(tmp_path, "abcde")
+    paths = [Path(row["file"]) for row in rows]
+    texts = [path.with_suffix(".txt") for path in paths]
+    os.mkfifo(texts[0])
+    texts[1].mkdir()
+    texts[2].write_bytes(paths[3].read_bytes())  # an image that is not listed
+    target = tmp_path / "elsewhere"
+    target.write_text("by hand")
+    texts[3].symlink_to(target)
+    texts[4].symlink_to(tmp_path / "nowhere")
+    photo = texts[2].read_bytes()
+    for overwrite in (False, True):
+        export = exports(sidecar=True, overwrite=overwrite)
+        export.begin([Picture(str(path), path) for path in paths])
+        left, _ = export.finish(rows)
+        assert target.read_text() == "by hand" and texts[2].read_bytes() == photo
+        assert left.keys() == set(texts if not overwrite else texts[1:3])
+    assert [texts[i].read_text() for i in (0, 3, 4)] == ["a\n", "d\n", "e\n"]
+    assert not (tmp_path / "nowhere").exists()
+
+
 @pytest.mark.parametrize("suffix", ["", "txt", ".", "./../x", ".a/b", ".a\0", ".png.", "..", ".a ",
                                     ".jpg", ".HEIC", ".tar"])
 def test_a_suffix_that_is_none_is_refused(script, cache, tmp_path, suffix):
@@ -206,6 +233,13 @@ def test_a_suffix_that_is_none_is_refused(script, cache, tmp_path, suffix):
 
 
 # ------------------------------------------------------------------------- prefix, metadata and CSV
+
+@pytest.fixture(autouse=True)
+def release():
+    """What a run releases at its end."""
+    yield cleanup
+    cleanup.close()
+
 
 def exports(**changes):
     """Exports of a run with these flags."""
@@ -221,7 +255,8 @@ def rows_of(folder, captions):
         path = folder / f"{i}.jpeg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 6), (i, 0, 0)).save(path)
-        rows.append({"image_id": str(path), "file": str(path), "caption": caption, "score": 0.25})
+        rows.append({"image_id": str(path), "file": str(path), "caption": caption, "score": 0.25,
+                     "sha256": file_sha256(path)})
     return rows
 
 
@@ -237,7 +272,7 @@ def test_trigger_words_stand_in_all_that_is_for_training_and_not_in_the_results(
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
         {"file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
-    with tarfile.open(tmp_path / "shards" / "000000.tar") as tar:
+    with tarfile.open(tmp_path / "shards" / "captions-000000.tar") as tar:
         assert [tar.extractfile(f"{i:09}.txt").read().decode() for i in range(2)] == texts
     assert (tmp_path / "r" / "preds.txt").read_text().splitlines() == [
         record["caption"] for record in records]
@@ -265,6 +300,74 @@ def test_metadata_grows_and_the_lines_that_are_there_stay(tmp_path):
     assert [row["text"] for row in names] == ["a dog.", "a cat.", "a fox."]
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"], ids=repr)
+def test_lines_of_metadata_are_those_of_json_and_stay_byte_for_byte(tmp_path, end):
+    """U+2028, say, ends no line of JSON; a name may hold it."""
+    rows = rows_of(tmp_path, "ab")
+    for row, name in zip(rows, ("a\u2028b\x85.jpeg", "a\nb\udcff.jpeg")):
+        row["file"] = str(Path(row["file"]).rename(tmp_path / name))
+    path, mine = tmp_path / "metadata.jsonl", '{"file_name": "./c.jpeg", "text": "c\u2029d"}'
+    path.write_text(mine + end, newline="", encoding="utf-8")
+    assert write_metadata(path, rows, exports().text_of, False) == {}
+    lines = path.read_bytes().decode().split("\n")
+    assert "\n".join(lines).startswith(mine + end) and [*map(json.loads, filter(str.strip, lines))][
+        1:] == [{"file_name": Path(row["file"]).name, "text": row["caption"]} for row in rows]
+    os.utime(path, (1, 1))
+    rows.append({"file": str(tmp_path / "c.jpeg"), "caption": "c\u2029d"})
+    remark, = write_metadata(path, rows, exports().text_of, False).values()
+    assert remark.startswith("1 of its lines")  # c.jpeg is no line more
+    assert path.stat().st_mtime == 1  # nothing was to be written
+
+
+def test_metadata_that_is_a_link_a_pipe_or_a_folder_is_left_alone(tmp_path):
+    rows, secret = rows_of(tmp_path / "a", "a"), tmp_path / "secret"
+    secret.write_text('{"file_name": "x", "key": "secret"}\n')
+    path = tmp_path / "a" / "metadata.jsonl"
+    for make in (lambda: path.symlink_to(secret), lambda: path.symlink_to("nowhere"),
+                 lambda: os.mkfifo(path), path.mkdir):
+        make()
+        before = os.lstat(path)
+        assert list(write_metadata(path, rows, exports().text_of, True)) == [path]
+        assert os.lstat(path) == before
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert secret.read_text() == '{"file_name": "x", "key": "secret"}\n'
+
+
+def test_metadata_lies_where_it_lay_whichever_images_can_be_read_or_have_a_text(tmp_path):
+    pictures = [Picture(row["file"], Path(row["file"])) for folder in "ab"
+                for row in rows_of(tmp_path / folder, "a")]
+    export = exports(metadata=True)
+    export.check(pictures)
+    export.begin(pictures[:1])
+    assert export.metadata == tmp_path / "metadata.jsonl"
+
+
+def test_images_in_tar_files_have_no_line_of_metadata(tmp_path):
+    rows = rows_of(tmp_path, "ab")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(rows[0]["file"], "0.jpeg")
+    inside = tmp_path / "0.tar" / "0.jpeg"
+    export = exports(metadata=True)
+    with pytest.raises(InputError, match="lie in tar files"):
+        export.check([Picture("0", inside)])
+    export.check([Picture("0", inside), Picture(rows[1]["file"], Path(rows[1]["file"]))])
+    rows[0]["file"] = str(inside)
+    assert export.finish(rows)[0] == {
+        tmp_path / "metadata.jsonl": "1 image in tar files cannot be named in it"}
+    assert (tmp_path / "metadata.jsonl").read_text() == '{"file_name": "1.jpeg", "text": "b"}\n'
+
+
+def test_a_prefix_that_is_no_text_becomes_one(tmp_path):
+    rows = rows_of(tmp_path, "a")
+    export = exports(sidecar=True, metadata=True, shards=tmp_path / "s", caption_prefix="\udcff ")
+    pictures = [Picture(row["file"], Path(row["file"])) for row in rows]
+    for _ in range(2):
+        export.check(pictures)
+        export.begin(pictures)
+        assert export.finish(rows)[0] == {}
+    assert (tmp_path / "0.txt").read_text() == "? a\n"
+
+
 def test_metadata_of_a_folder_stays_at_its_place_when_the_folder_grows(tmp_path):
     cat, dog = (Picture(name, tmp_path / name / "0.jpg") for name in ("cats", "dogs"))
     for path in (cat, dog):
@@ -274,13 +377,6 @@ def test_metadata_of_a_folder_stays_at_its_place_when_the_folder_grows(tmp_path)
     for named in (None, [str(cat.path)], [str(tmp_path / "*" / "0.jpg")]):
         assert metadata_path([cat], named) == tmp_path / "cats" / "metadata.jsonl"
         assert metadata_path([cat, dog], named) == tmp_path / "metadata.jsonl"
-
-
-def test_metadata_of_images_in_a_tar_file_is_refused_before_the_work(tmp_path):
-    write_shards(tmp_path / "s", rows_of(tmp_path / "a", ["a dog"]), exports().text_of)
-    inside = tmp_path / "s" / "000000.tar" / "000000000.jpg"
-    with pytest.raises(InputError, match="images in a tar file.*--shards"):
-        exports(metadata=True).check([Picture("0", inside)])
 
 
 def test_lines_and_files_that_load_dataset_stumbles_over_are_told_of(tmp_path, capsys):
@@ -330,11 +426,11 @@ def test_webdataset_reads_the_shards_and_each_image_once(tmp_path, monkeypatch):
     monkeypatch.setattr("antarctic.exports.SHARD_IMAGES", 3)
     rows = rows_of(tmp_path / "a", ["ein Bär", "", *"bcdefg"])
     folder = tmp_path / "shards"
-    check_shards(folder)
+    check_shards(folder, [])
     assert write_shards(folder, rows, exports(caption_prefix="x ").text_of) == {}
     assert json.loads((folder / "sizes.json").read_text()) == {
-        "000000.tar": 3, "000001.tar": 3, "000002.tar": 1}
-    samples = list(webdataset.WebDataset([str(folder / f"{i:06}.tar") for i in range(3)],
+        "captions-000000.tar": 3, "captions-000001.tar": 3, "captions-000002.tar": 1}
+    samples = list(webdataset.WebDataset([str(folder / f"captions-{i:06}.tar") for i in range(3)],
                                          shardshuffle=False))
     captioned = [row for row in rows if row["caption"]]
     assert [sample["__key__"] for sample in samples] == [f"{i:09}" for i in range(7)]
@@ -343,11 +439,11 @@ def test_webdataset_reads_the_shards_and_each_image_once(tmp_path, monkeypatch):
         assert each["txt"].decode() == f"x {row['caption']}" and json.loads(each["json"]) == row
 
     before = shards_of(folder)
-    check_shards(folder)  # they are this project's, and are replaced
+    check_shards(folder, [])  # they are this project's, and are replaced
     write_shards(folder, rows, exports(caption_prefix="x ").text_of)
     assert shards_of(folder) == before
     write_shards(folder, rows[:4], exports().text_of)
-    assert list(shards_of(folder)) == ["000000.tar", "sizes.json"]
+    assert list(shards_of(folder)) == ["captions-000000.tar", "sizes.json"]
 
 
 def test_a_shard_is_bounded_in_bytes_too_and_an_image_that_has_gone_is_named(tmp_path, monkeypatch):
@@ -364,23 +460,85 @@ def test_a_shard_is_bounded_in_bytes_too_and_an_image_that_has_gone_is_named(tmp
             assert len(tar.getnames()) == 3 * n
 
 
-def test_shards_of_others_are_never_replaced(tmp_path):
-    rows, folder = rows_of(tmp_path / "a", "ab"), tmp_path / "s"
+@pytest.mark.parametrize("sizes", [{}, {"000000.tar": 9}, {"../victim.tar": 1}], ids=str)
+def test_shards_of_others_are_never_replaced(tmp_path, sizes):
+    """A data set of somebody else has 000000.tar and sizes.json, too."""
+    rows, folder, victim = rows_of(tmp_path / "a", "ab"), tmp_path / "s", tmp_path / "victim.tar"
     folder.mkdir()
-    (folder / "000000.tar").write_text("mine")
+    for path in (folder / "000000.tar", victim):
+        path.write_text("mine")
+    (folder / "sizes.json").write_text(json.dumps(sizes))
     with pytest.raises(InputError, match="holds shards of something else, such as 000000.tar"):
-        check_shards(folder)
-    (folder / "000000.tar").unlink()
-    victim = tmp_path / "victim.tar"
-    victim.touch()
-    (folder / "sizes.json").write_text(json.dumps({"../victim.tar": 1, "victim.tar": 2}))
-    (folder / "victim.tar").touch()
+        check_shards(folder, [])
     write_shards(folder, rows, exports().text_of)
-    assert victim.exists() and (folder / "victim.tar").exists()
+    assert [path.read_text() for path in (folder / "000000.tar", victim)] == ["mine"] * 2
+
+
+def test_shards_are_not_written_over_the_images_that_they_are_made_of(tmp_path):
+    write_shards(tmp_path / "s", rows_of(tmp_path / "a", "ab"), exports().text_of)
+    (tmp_path / "link").symlink_to("s")
+    inside = tmp_path / "s" / "captions-000000.tar" / "000000001.jpg"
+    with pytest.raises(InputError, match="holds the images that are captioned"):
+        check_shards(tmp_path / "link", [Picture("1", inside)])
+    check_shards(tmp_path / "other", [Picture("1", inside)])
+
+
+def test_a_kill_between_any_two_writes_of_shards_leaves_a_folder_that_the_next_run_takes(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr("antarctic.exports.SHARD_IMAGES", 2)
+    many, few = rows_of(tmp_path / "a", "abcdef"), rows_of(tmp_path / "b", "gh")
+    write_shards(tmp_path / "whole", few, exports().text_of)
+
+    class Killed(BaseException):
+        pass
+
+    def dying(real, calls):
+        def call(*how, **more):
+            if next(calls, None) is None:
+                raise Killed
+            return real(*how, **more)
+        return call
+    for stop in range(9):
+        folder, calls = tmp_path / str(stop), iter(range(stop))
+        write_shards(folder, many, exports().text_of)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name in ("replace", "unlink"):
+                patch.setattr(os, name, dying(getattr(os, name), calls))
+            write_shards(folder, few, exports().text_of)
+        check_shards(folder, [])
+        write_shards(folder, few, exports().text_of)
+        assert {name: data for name, data in shards_of(folder).items() if name[0] != "."} == (
+            shards_of(tmp_path / "whole"))
+
+
+def test_two_runs_never_mix_their_shards_and_a_killed_ones_half_shard_goes(tmp_path, release):
+    half = tmp_path / ".captions-000000.tar-0.999999999.tmp"
+    half.touch()
+    (tmp_path / ".shards.lock").write_text("process 999999999 on here")
+    exports(shards=tmp_path)
+    assert not half.exists()
+    with pytest.raises(InputError, match="another run is writing"):
+        exports(shards=tmp_path)
+    release.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_holds_what_was_captioned_or_nothing(tmp_path):
+    rows, secret = rows_of(tmp_path / "a", "abc"), tmp_path / "secret"
+    secret.write_text("secret")
+    paths = [Path(row["file"]) for row in rows]
+    paths[0].write_bytes(paths[2].read_bytes())
+    paths[1].unlink()
+    paths[1].symlink_to(secret)
+    assert write_shards(tmp_path / "s", rows, exports().text_of) == dict.fromkeys(
+        paths[:2], "it has changed since it was captioned")
+    assert json.loads((tmp_path / "s" / "sizes.json").read_text()) == {"captions-000000.tar": 1}
 
 
 @pytest.mark.parametrize("name, suffix", [("a.JPG", "jpg"), ("a.jpeg", "jpg"), ("a.jfif", "jpg"),
-                                          ("a.PNG", "png"), ("a", "jpg"), ("a.b.webp", "webp")])
+                                          ("a.PNG", "png"), ("a", "jpg"), ("a.b.webp", "webp"),
+                                          ("a.txt", "jpg"), ("a.json", "jpg"), ("a.x\ny", "jpg"),
+                                          ("a.pyd", "jpg")])
 def test_a_shard_calls_images_as_readers_do(name, suffix):
     assert suffix_of(Path(name)) == suffix
 
@@ -388,6 +546,6 @@ def test_a_shard_calls_images_as_readers_do(name, suffix):
 def test_what_a_shard_holds_is_read_as_the_photo(tmp_path):
     rows = rows_of(tmp_path / "a", ["a dog"])
     write_shards(tmp_path / "s", rows, exports().text_of)
-    with tarfile.open(tmp_path / "s" / "000000.tar") as tar:
+    with tarfile.open(tmp_path / "s" / "captions-000000.tar") as tar:
         image = tar.extractfile("000000000.jpg").read()
     assert read_image(io.BytesIO(image)).tobytes() == read_image(rows[0]["file"]).tobytes()

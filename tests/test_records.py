@@ -10,7 +10,7 @@ from conftest import CLIP
 from test_sampler import photos, run_sampler, sample
 
 from antarctic.errors import InputError
-from antarctic.features import image_features
+from antarctic.features import Store, image_features
 from antarctic.folders import Picture
 from antarctic.records import Records
 from antarctic.results import write_results
@@ -225,3 +225,15 @@ def test_what_is_no_record_is_cut_off(tmp_path, line):
     part.write_bytes(whole + line)
     assert Records(tmp_path, "0").missing(PICTURES) == [2, 3, 4, 5]
     assert part.read_bytes() == whole
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("mine"), os.mkfifo, Path.mkdir,
+                                  lambda path: path.symlink_to("nowhere")], ids=range(4))
+def test_what_is_no_file_in_the_place_of_one_is_neither_read_nor_written(tmp_path, make):
+    (tmp_path / "mine").write_text("by hand")
+    make(tmp_path / "details-0.jsonl.part")
+    with pytest.raises(InputError, match="remove it"):
+        Records(tmp_path, "0")
+    assert (tmp_path / "mine").read_text() == "by hand" and not (tmp_path / "nowhere").exists()
+    make(tmp_path / "features-0-0.part")
+    assert Store(tmp_path, "0", [None], 4).missing() == ([0], set(), True)
