@@ -1,33 +1,18 @@
-"""Captions as trainers of image models read them: a text beside each image, metadata.jsonl,
-WebDataset shards."""
+"""Captions beside the images, for training: sidecars and metadata.jsonl; shards are in `shards`."""
 
-import hashlib
 import json
 import os
 import posixpath
 from pathlib import Path
 
-from tqdm import tqdm
-
 from antarctic.distributed import on_rank0, warn
 from antarctic.errors import InputError, counted
-from antarctic.files import (
-    atomic,
-    create,
-    locked,
-    output_folder,
-    read_text,
-    write_json,
-    write_lines,
-)
-from antarctic.folders import IMAGE_SUFFIXES
-from antarctic.images import file_status, is_image, open_file
+from antarctic.files import atomic, create, locked, output_folder, read_text, reason_of, write_lines
+from antarctic.images import is_image
 from antarctic.runtime import cleanup
+from antarctic.shards import check_shards, own_shards, write_shards
 from antarctic.tars import split_path
 
-SIZES = "sizes.json"  # {name of a shard: images in it}, as OpenCLIP's users know it
-SHARD = "captions-%06d.tar"  # data sets of others have 000000.tar, and sizes.json, too
-SHARD_IMAGES, SHARD_BYTES = 10_000, 1 << 30  # of a shard at most
 EMPTY = "its caption is empty"
 EXISTS = "it exists; --overwrite replaces it"
 
@@ -90,10 +75,6 @@ class Exports:
             shards = counted(len(own_shards(Path(self.args.shards))), "shard")
             written.append(f"{shards} in {self.args.shards}")
         return left | self.left | texts, written
-
-
-def reason_of(error):
-    return getattr(error, "strerror", None) or str(error)
 
 
 # --------------------------------------------------------------------------------------- sidecars
@@ -249,91 +230,3 @@ def warn_of_readers(path, names, records):
     if twice:
         warn(f"{twice[0]} describes images of {path}, too; load_dataset reads both and takes such "
              f"images twice, so remove one of them")
-
-
-# ----------------------------------------------------------------------------------------- shards
-
-def check_shards(folder, pictures):
-    """Raises InputError where a folder cannot be written to, or holds other shards than those of
-    write_shards, or those that the pictures are read from."""
-    folder = output_folder(folder)
-    others = sorted({path.name for path in folder.glob("*.tar")} - set(own_shards(folder)))
-    if others:
-        raise InputError(f"{folder} holds shards of something else, such as {others[0]}; name "
-                         f"another folder by --shards")
-    tars = {split[0] for split in map(split_path, {p.path for p in pictures}) if split}
-    if any(os.path.samefile(os.path.dirname(tar) or ".", folder) for tar in tars):
-        raise InputError(f"{folder} holds the images that are captioned; name another folder by "
-                         f"--shards")
-
-
-def own_shards(folder):
-    """The names of the shards of write_shards in a folder."""
-    return [path.name for path in folder.glob(SHARD.replace("%06d", "[0-9]" * 6))]
-
-
-def write_shards(folder, records, text_of):
-    """Writes images, as they are, with their texts into tars that WebDataset reads: for each image
-    000000012.jpg, .txt (the text) and .json (the record: id, file, caption, score, sha256).
-
-    A shard holds SHARD_IMAGES images and SHARD_BYTES at most; SIZES, which is written last, tells
-    how many. An image without a caption is left out. Returns {path: reason} of images that could
-    not be read any more, or are not what was captioned.
-    """
-    from webdataset import TarWriter
-    folder, left, sizes = output_folder(folder), {}, {}
-    (folder / SIZES).unlink(missing_ok=True)
-    shards = {SHARD % i: part for i, part in enumerate(parts_of(records))}
-    for name, part in tqdm([*shards.items()], "writing shards", unit="shard"):
-        sizes[name] = 0
-        with atomic(folder / name, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for number, record in part:
-                path, about = Path(record["file"]), json.dumps(record)
-                try:
-                    content = read_captioned(path, record["sha256"])
-                except OSError as error:
-                    left[path] = reason_of(error)
-                    continue
-                tar.write({"__key__": f"{number:09}", suffix_of(path): content,
-                           "txt": text_of(record["caption"]).encode(), "json": about.encode()})
-                sizes[name] += 1
-    for name in own_shards(folder):
-        if name not in shards:
-            (folder / name).unlink(missing_ok=True)
-    write_json(folder / SIZES, sizes, indent=1)
-    return left
-
-
-def read_captioned(path, sha256):
-    """The bytes of an image file. Raises OSError where it is not the file that was captioned: it
-    may be another one by now, or a link to one that is nobody else's business."""
-    with open_file(path) as image:
-        content = image.read()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError("it has changed since it was captioned")
-    return content
-
-
-def parts_of(records):
-    """Yields the records of each shard, as pairs (number of the image, record)."""
-    part, size = [], 0
-    for number, record in enumerate(record for record in records if record["caption"]):
-        try:
-            more = file_status(record["file"])[0]
-        except OSError:  # write_shards tells of it
-            more = 0
-        if part and (len(part) == SHARD_IMAGES or size + more > SHARD_BYTES):
-            yield part
-            part, size = [], 0
-        part.append((number, record))
-        size += more
-    if part:
-        yield part
-
-
-def suffix_of(path):
-    """What a shard calls an image file: its suffix, but jpg, as most readers ask for, for .jpeg and
-    the like and where the suffix is that of no image, such as txt."""
-    suffix = path.suffix.lower()
-    other = suffix in (".jpeg", ".jpe", ".jfif", ".jif") or suffix not in IMAGE_SUFFIXES
-    return "jpg" if other else suffix.removeprefix(".")

@@ -224,6 +224,11 @@ def existing_caches(textfiles, embfiles):
 
 # ---------------------------------------------------------------------------------------- reading
 
+def reason_of(error):
+    """Why a file could not be read or written, in a few words. error: an OSError or InputError."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def existing_file(path, kind):
     """The Path of a file. Raises InputError where there is none. kind: what the file is."""
     path = Path(path)

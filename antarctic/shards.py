@@ -1,6 +1,8 @@
-"""WebDataset's tar shards: of each key an image and its caption, read without unpacking."""
+"""WebDataset's tar shards, of each key an image and its caption: read without unpacking, and
+written."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -8,9 +10,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from antarctic import tars
 from antarctic.distributed import warn
 from antarctic.errors import InputError
+from antarctic.files import atomic, output_folder, reason_of, write_json
 from antarctic.folders import IMAGE_SUFFIXES
 from antarctic.layouts import SPLIT_NAMES, Entry, Inside, Layout, captions_of, lines_of, reading
 
@@ -20,6 +25,9 @@ FIELDS = "caption", "captions", "text"  # of a .json that hold the caption
 LONGEST_MEMBER = 1 << 20  # bytes of a caption's member
 MOST_SHARDS = 100_000  # of a pattern
 RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+SIZES = "sizes.json"  # {name of a shard: images in it}, as OpenCLIP's users know it
+SHARD = "captions-%06d.tar"  # data sets of others have 000000.tar, and sizes.json, too
+SHARD_IMAGES, SHARD_BYTES = 10_000, 1 << 30  # of a shard at most
 COMPRESSED = ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"
 
 
@@ -164,3 +172,93 @@ def expand(pattern):
                       for i in range(first, last + 1)]
         names = wider
     return names
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+def check_shards(folder, pictures):
+    """Raises InputError where a folder cannot be written to, or holds other shards than those of
+    write_shards, or those that the pictures are read from."""
+    folder = output_folder(folder)
+    others = sorted({path.name for path in folder.glob("*.tar")} - set(own_shards(folder)))
+    if others:
+        raise InputError(f"{folder} holds shards of something else, such as {others[0]}; name "
+                         f"another folder by --shards")
+    sources = {split[0] for split in map(tars.split_path, {p.path for p in pictures}) if split}
+    if any(os.path.samefile(os.path.dirname(tar) or ".", folder) for tar in sources):
+        raise InputError(f"{folder} holds the images that are captioned; name another folder by "
+                         f"--shards")
+
+
+def own_shards(folder):
+    """The names of the shards of write_shards in a folder."""
+    return [path.name for path in folder.glob(SHARD.replace("%06d", "[0-9]" * 6))]
+
+
+def write_shards(folder, records, text_of):
+    """Writes images, as they are, with their texts into tars that WebDataset reads: for each image
+    000000012.jpg, .txt (the text) and .json (the record: id, file, caption, score, sha256).
+
+    A shard holds SHARD_IMAGES images and SHARD_BYTES at most; SIZES, which is written last, tells
+    how many. An image without a caption is left out. Returns {path: reason} of images that could
+    not be read any more, or are not what was captioned.
+    """
+    from webdataset import TarWriter  # takes seconds to load, as do the models
+    folder, left, sizes = output_folder(folder), {}, {}
+    (folder / SIZES).unlink(missing_ok=True)
+    shards = {SHARD % i: part for i, part in enumerate(parts_of(records))}
+    for name, part in tqdm([*shards.items()], "writing shards", unit="shard"):
+        sizes[name] = 0
+        with atomic(folder / name, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for number, record in part:
+                path, about = Path(record["file"]), json.dumps(record)
+                try:
+                    content = read_captioned(path, record["sha256"])
+                except OSError as error:
+                    left[path] = reason_of(error)
+                    continue
+                tar.write({"__key__": f"{number:09}", suffix_of(path): content,
+                           "txt": text_of(record["caption"]).encode(), "json": about.encode()})
+                sizes[name] += 1
+    for name in own_shards(folder):
+        if name not in shards:
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / SIZES, sizes, indent=1)
+    return left
+
+
+def read_captioned(path, sha256):
+    """The bytes of an image file. Raises OSError where it is not the file that was captioned: it
+    may be another one by now, or a link to one that is nobody else's business."""
+    from antarctic.images import open_file  # Pillow
+    with open_file(path) as image:
+        content = image.read()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError("it has changed since it was captioned")
+    return content
+
+
+def parts_of(records):
+    """Yields the records of each shard, as pairs (number of the image, record)."""
+    from antarctic.images import file_status
+    part, size = [], 0
+    for number, record in enumerate(record for record in records if record["caption"]):
+        try:
+            more = file_status(record["file"])[0]
+        except OSError:  # write_shards tells of it
+            more = 0
+        if part and (len(part) == SHARD_IMAGES or size + more > SHARD_BYTES):
+            yield part
+            part, size = [], 0
+        part.append((number, record))
+        size += more
+    if part:
+        yield part
+
+
+def suffix_of(path):
+    """What a shard calls an image file: its suffix, but jpg, as most readers ask for, for .jpeg and
+    the like and where the suffix is that of no image, such as txt."""
+    suffix = path.suffix.lower()
+    other = suffix in (".jpeg", ".jpe", ".jfif", ".jif") or suffix not in IMAGE_SUFFIXES
+    return "jpg" if other else suffix.removeprefix(".")

@@ -17,19 +17,13 @@ from PIL import Image
 from test_sampler import photos, run_sampler, sample
 
 from antarctic.errors import InputError
-from antarctic.exports import (
-    Exports,
-    check_shards,
-    metadata_path,
-    suffix_of,
-    write_metadata,
-    write_shards,
-)
+from antarctic.exports import Exports, metadata_path, write_metadata
 from antarctic.files import file_sha256
 from antarctic.folders import Picture
 from antarctic.images import read_image
 from antarctic.results import write_captions
 from antarctic.runtime import cleanup
+from antarctic.shards import check_shards, suffix_of, write_shards
 from model import rescore
 
 # --------------------------------------------------------------------------------------- sidecars
@@ -423,7 +417,7 @@ def shards_of(folder):
 
 def test_webdataset_reads_the_shards_and_each_image_once(tmp_path, monkeypatch):
     webdataset = pytest.importorskip("webdataset")
-    monkeypatch.setattr("antarctic.exports.SHARD_IMAGES", 3)
+    monkeypatch.setattr("antarctic.shards.SHARD_IMAGES", 3)
     rows = rows_of(tmp_path / "a", ["ein Bär", "", *"bcdefg"])
     folder = tmp_path / "shards"
     check_shards(folder, [])
@@ -448,7 +442,7 @@ def test_webdataset_reads_the_shards_and_each_image_once(tmp_path, monkeypatch):
 
 def test_a_shard_is_bounded_in_bytes_too_and_an_image_that_has_gone_is_named(tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "a", "abcd")
-    monkeypatch.setattr("antarctic.exports.SHARD_BYTES", 2 * Path(rows[0]["file"]).stat().st_size)
+    monkeypatch.setattr("antarctic.shards.SHARD_BYTES", 2 * Path(rows[0]["file"]).stat().st_size)
     gone = Path(rows[2]["file"])
     gone.unlink()
     assert write_shards(tmp_path / "s", rows, exports().text_of) == {
@@ -485,7 +479,7 @@ def test_shards_are_not_written_over_the_images_that_they_are_made_of(tmp_path):
 
 def test_a_kill_between_any_two_writes_of_shards_leaves_a_folder_that_the_next_run_takes(
         tmp_path, monkeypatch):
-    monkeypatch.setattr("antarctic.exports.SHARD_IMAGES", 2)
+    monkeypatch.setattr("antarctic.shards.SHARD_IMAGES", 2)
     many, few = rows_of(tmp_path / "a", "abcdef"), rows_of(tmp_path / "b", "gh")
     write_shards(tmp_path / "whole", few, exports().text_of)
 
