@@ -88,7 +88,7 @@ def read_paths(path):
              for line in content.split(separator)]
     paths = [line for line in paths if line]
     if not paths:
-        raise InputError(f"there is no path in {path}")
+        raise InputError(f"there is no path in {'standard input' if path == '-' else path}")
     return paths
 
 

@@ -105,8 +105,8 @@ def member_captions(path, name, suffix, file, index):
 def find_shards(root):
     """The Layout of a folder of tar files, or None.
 
-    Splits are subfolders, or the beginnings of file names (train-0000.tar), where all tar files
-    have one. Links that lead out of the folder are not followed.
+    Splits are subfolders or in the file names (train-0000.tar, cc3m-train-0000.tar), where all tar
+    files have one. Links that lead out of the folder are not followed.
     """
     paths = [*root.glob("*.tar"), *root.glob("*/*.tar")]
     inside = Inside(root)
@@ -127,14 +127,20 @@ def shard_layout(paths, root):
     for path in paths:
         by_split.setdefault(shard_split(path, root), []).append(path)
     if None in by_split:
+        if len(by_split) > 1:
+            warn(f"{by_split[None][0]} names no split, though {len(paths) - len(by_split[None])} "
+                 f"other tar files do; all are read as one set without splits")
         by_split = {None: paths}
     readers = {split: partial(read_shards, part, root) for split, part in by_split.items()}
     return Layout("tar shards", paths[0], root, readers, checked=True)
 
 
 def shard_split(path, root):
-    """The split that a shard's folder, or the beginning of its name, is called after, or None."""
-    for name in (path.relative_to(root).parts[0], re.split(r"[-_.]", path.name)[0]):
+    """The split that a shard's folder is called after, or the beginning of its name, or what stands
+    there before the number; or None."""
+    words = re.split(r"[-_.]", path.name)
+    numbered = [word for word, after in zip(words, words[1:]) if after.isdecimal()]
+    for name in (path.relative_to(root).parts[0], words[0], *numbered):
         if name in SPLIT_NAMES:
             return name
     return None

@@ -278,6 +278,21 @@ def test_splits_are_those_of_the_layout(tmp_path, layout, numbers):
         read_split(tmp_path, "tset")
 
 
+@pytest.mark.parametrize("names", [
+    ("train/0.tar", "validation/0.tar"), ("train-0000.tar", "validation-0000.tar"),
+    ("train.tar", "validation.tar"), ("cc3m-train-0000.tar", "cc3m-validation-0000.tar"),
+    ("a_train_000000-of-000002.tar", "a_validation_000000-of-000001.tar")],
+    ids=lambda names: names[0])
+def test_shards_are_of_the_split_that_their_names_say(tmp_path, capsys, names):
+    for part, name in enumerate(names):
+        write_tar(tmp_path / name, [(f"{part}.jpg", jpeg()), (f"{part}.txt", b"a dog")])
+    assert [p.id for split in ("train", "val") for p in read_split(tmp_path, split)] == ["0", "1"]
+    assert "warning" not in capsys.readouterr().err
+    write_tar(tmp_path / "my-test-set-0000.tar", [("2.jpg", jpeg()), ("2.txt", b"a cat")])
+    assert len(read_split(tmp_path, "all")) == 3
+    assert "names no split, though 2 other tar files do" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("folder", ["", "images"])
 def test_splits_of_coco_without_captions_are_read(tmp_path, folder):
     draw(tmp_path / folder / "test2017")

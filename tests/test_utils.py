@@ -186,8 +186,11 @@ def test_paths_are_read_from_a_list(tmp_path, monkeypatch, separator):
     assert folders.read_paths("-") == expected
     for empty in (b"", separator):
         (tmp_path / "list").write_bytes(empty)
-        with pytest.raises(InputError, match="no path"):
+        with pytest.raises(InputError, match=f"no path in {tmp_path / 'list'}"):
             folders.read_paths(str(tmp_path / "list"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(empty)))
+        with pytest.raises(InputError, match="no path in standard input"):
+            folders.read_paths("-")
 
 
 def test_one_image_by_many_ways_is_one_image(tmp_path, monkeypatch):
