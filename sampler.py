@@ -86,8 +86,8 @@ def parse():
                        "ref0.txt ..., captions.json, details.jsonl and gallery.html, whose earlier "
                        "ones are replaced (default %(default)s)")
     group.add_argument("--csv", action="store_true", help="also write captions.csv")
-    group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most "
-                       "(default %(default)s)")
+    group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most; "
+                       "those of more than 500 lie in gallery_files/ (default %(default)s)")
     group.add_argument("--features", metavar="DIR", help="folder where image features are kept for "
                        "later runs (default: --savedir)")
     group = parser.add_argument_group("captions beside the images, for training on them")

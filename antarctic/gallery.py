@@ -2,60 +2,95 @@
 caption comes from."""
 
 import base64
+import hashlib
 import html
 import io
 import re
+from pathlib import Path
+from urllib.parse import quote
 
-from antarctic.files import atomic
+from antarctic.errors import InputError, counted
+from antarctic.files import atomic, writing
+from antarctic.gallery_page import SCRIPT, STEPS, head
 from antarctic.images import read_image
 
-# The page needs no script and no other file, and its policy lets no text of a user load one.
-HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>%s</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1240px;
-  padding: 0 1rem; color: #1c2430; background: #f4f6f8 }
-h1 { font-size: 1.5rem }
-h2 { font-size: 1.15rem; margin: 2rem 0 .2rem }
-h2 + p { margin: 0 0 .8rem; color: #56616f }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 14px }
-.card { background: #fff; border-radius: 10px; padding: 12px; box-shadow: 0 1px 3px #0002;
-  overflow-wrap: anywhere }
-.top { display: flex; gap: 12px }
-.top img { width: 148px; height: 148px; object-fit: contain; border-radius: 6px;
-  background: #eef1f4 }
-.caption { font-size: 1.08rem; font-weight: 600 }
-.small { color: #6a7583; font-size: .82rem }
-.entries { display: flex; flex-wrap: wrap; gap: 4px; margin: 8px 0 4px }
-.entry { font-size: .78rem; padding: 1px 7px; border-radius: 9px; border: 1px solid #d5dbe2 }
-.used { border-color: #2f7d4f }
-details { font-size: .84rem }
-li { margin: 1px 0 }
-</style>
-<h1>%s</h1>
-"""
-LEGEND = """<p class=small>Under each caption are the cache entries that it was written from, best
-first. Darker entries match the image better. Entries whose words are in the caption are
-outlined.</p>
-"""
+# A page of more images has them as files beside it, which a browser reads when they come into
+# sight. Up to here it is one file, which opens in half a second.
+MOST_INLINE = 500
+SIDE = 384  # pixels of an image's longer side at most: enough to look at it enlarged
+ENTRIES = 24  # of a table that a card shows; the others are folded
+# Names of the images beside a page, and of those that a killed run was writing.
+IMAGE_NAME = re.compile(r"[0-9a-f]{16}\.jpg|\.[0-9a-f]{16}\.jpg-[0-9a-f]{8}\.\d+\.tmp")
 
 
-def thumbnail(path, read=read_image, side=296):
-    """An image as a data URI, a JPEG of at most `side` pixels each way; an empty one where the file
-    cannot be read any more. read: read_image, or the same with other settings."""
+# ----------------------------------------------------------------------------------------- images
+
+def thumbnail(path, read=read_image, side=SIDE):
+    """An image as (bytes of a JPEG of at most `side` pixels each way, its width and height); None
+    where the file cannot be read any more. read: read_image, or the same with other settings."""
     try:
         image = read(path)
     except OSError:
-        return "data:,"
+        return None
     image.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=86)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue(), image.size
 
+
+def data_uri(jpeg):
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+class ImagesBeside:
+    """The folder gallery_files of a page gallery.html, which holds the page's images.
+
+    An image's name is a hash of its content, so that an earlier page keeps its own until the new
+    one is whole. Raises InputError where the folder cannot be written.
+    """
+
+    def __init__(self, page):
+        self.folder, self.names = Path(page).with_name(f"{Path(page).stem}_files"), set()
+
+    def add(self, jpeg):
+        """Writes an image. Returns its address, relative to the page."""
+        if not self.names:
+            self.make_folder()
+        name = f"{hashlib.sha256(jpeg).hexdigest()[:16]}.jpg"
+        path = self.folder / name
+        if name not in self.names and not self.has(path, jpeg):
+            with atomic(path, "wb") as file:
+                file.write(jpeg)
+        self.names.add(name)
+        return f"{quote(self.folder.name)}/{name}"
+
+    def make_folder(self):
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        if self.folder.is_symlink():
+            raise InputError(f"{self.folder} is a link, and the page's images go into a folder of "
+                             f"its own; remove the link")
+
+    def has(self, path, jpeg):
+        """Whether a file holds these bytes, from an earlier run."""
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != len(jpeg):
+            return False
+        return path.read_bytes() == jpeg
+
+    def remove_others(self):
+        """Removes the images of earlier pages, and the folder where nothing is left in it."""
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return
+        with writing(self.folder):
+            for path in self.folder.iterdir():
+                own = IMAGE_NAME.fullmatch(path.name) and not path.is_dir()
+                if own and path.name not in self.names:
+                    path.unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+
+# ------------------------------------------------------------------------------------------- HTML
 
 def as_text(text):
     """HTML that shows a text as it is. Marks of the reading direction have no effect beyond it."""
@@ -66,63 +101,87 @@ def words_of(text):
     return set(re.findall(r"\w+", text.lower()))
 
 
-def entry_tags(table, caption):
-    """The entries of a table as HTML. Better ones are darker, those in the caption outlined.
+def entry_items(table, caption):
+    """The entries of a table as HTML, each a bar that is longer where the entry fits better. Those
+    whose words are in the caption are marked.
 
-    table: a list of (entry, cosine).
+    table: a list of (entry, cosine). Returns a list of strings.
     """
-    words = words_of(caption)
-    cosines = [cosine for _, cosine in table]
+    words, cosines = words_of(caption), [cosine for _, cosine in table]
     low, high = min(cosines), max(cosines)
-    tags = []
+    items = []
     for entry, cosine in table:
-        used = " used" if words_of(entry) <= words else ""
-        opacity = 0.08 + 0.5 * (cosine - low) / (high - low or 1)
-        tags.append(f'<span class="entry{used}" title="cosine {cosine:.3f}" '
-                    f'style="background:rgba(70,160,110,{opacity:.2f})">{as_text(entry)}</span>')
-    return "".join(tags)
+        own = words_of(entry)
+        used = " used" if own and own <= words else ""
+        long = round(STEPS * (0.1 + 0.9 * (cosine - low) / (high - low or 1)))
+        items.append(f'<li class="b{long}{used}">{as_text(entry)} {cosine:.3f}')
+    return items
 
 
-def folded_list(count, kind, items):
-    """A list that opens at a click on its summary, as HTML. items: HTML of each."""
-    rows = "".join(f"<li>{item}</li>" for item in items)
-    return f"<details><summary>{count} {kind}</summary><ul>{rows}</ul></details>"
+def folded(entries, candidates, references):
+    """What opens at a click on the numbers of it, as HTML: the items of more entries, candidates
+    (text, CLIP's cosine, likelihood), of which the first ten are shown, and references."""
+    lists = [
+        (f"{len(entries)} more of the table", "ol", entries),
+        (counted(len(candidates), "candidate"), "ul",
+         [f"<li>{as_text(text)} · CLIP {cosine:.3f}" for text, cosine, _ in candidates[:10]]),
+        (counted(len(references), "reference"), "ul",
+         [f"<li>{as_text(text)}" for text in references])]
+    lists = [(name, tag, "".join(items)) for name, tag, items in lists if items]
+    if not lists:
+        return ""
+    summary = ", ".join(name for name, _, _ in lists)
+    content = "".join(f'<{tag} aria-label="{name}">{items}</{tag}>' for name, tag, items in lists)
+    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
-def gallery_card(record, references, read=read_image):
+def image_tag(image, source, alt):
+    """The HTML of an image. image: of thumbnail. source: a function of its bytes that gives their
+    address."""
+    if image is None:
+        return f'<img src="data:," alt="{html.escape(alt)}">'
+    jpeg, (width, height) = image
+    return (f'<img src="{source(jpeg)}" alt="{html.escape(alt)}" width="{width}" '
+            f'height="{height}" loading="lazy" decoding="async">')
+
+
+def gallery_card(number, record, references, source=data_uri, read=read_image):
     """One image of the gallery as HTML: the picture, its caption, and the evidence.
 
-    record: a line of details.jsonl. references: the image's captions in the data set. read: see
-    thumbnail.
+    number: of the card on its page. record: a line of details.jsonl. references: the image's
+    captions in the data set. source: see image_tag. read: see thumbnail.
     """
-    candidates = folded_list(
-        len(record["candidates"]), "candidates",
-        [f"{as_text(text)} <span class=small>CLIP {cosine:.3f}</span>"
-         for text, cosine, _ in record["candidates"][:10]])
-    listed = ""
-    if references:
-        listed = folded_list(len(references), "references", map(as_text, references))
-    name = as_text(str(record["image_id"]))
-    return (f'<div class="card"><div class="top">'
-            f'<img alt="" src="{thumbnail(record["file"], read)}"><div>'
-            f'<div class="caption">{as_text(record["caption"])}</div>'
-            f'<div class="small">{name} · CLIP {record["score"]:.3f}</div></div></div>'
-            f'<div class="entries">{entry_tags(record["table"], record["caption"])}</div>'
-            f'{candidates}{listed}</div>\n')
+    name = str(record["image_id"])
+    image = image_tag(thumbnail(record["file"], read), source, record["caption"] or name)
+    entries = entry_items(record["table"], record["caption"])
+    return (f'<div class="card" data-score="{record["score"]:.5f}">'
+            f'<figure popover id="i{number}"><button popovertarget="i{number}">{image}</button>'
+            f'<figcaption><div class="caption">{as_text(record["caption"])}</div>'
+            f'<div class="small">{as_text(name)} · CLIP {record["score"]:.3f}</div></figcaption>'
+            f'</figure><ol>{"".join(entries[:ENTRIES])}</ol>'
+            f'{folded(entries[ENTRIES:], record["candidates"], references)}</div>\n')
 
 
-def write_gallery(path, title, sections, read=read_image):
-    """Writes one self-contained HTML page, which shows every text of a user as text.
+def write_gallery(path, title, sections, read=read_image, most_inline=MOST_INLINE):
+    """Writes an HTML page, which shows every text of a user as text. It holds its images, or has
+    them in a folder beside it where they are more than most_inline. Images of an earlier page in
+    that folder are removed.
 
-    sections: (heading, remark, records, references) each. records: as in details.jsonl. references:
-    a list of tuples, one a record. read: see thumbnail.
+    sections: (heading, remark, records, references) each. records: as in details.jsonl, any
+    iterable. references: a list of tuples, one a record. read: see thumbnail. Raises InputError
+    where the page or its images cannot be written.
     """
+    beside, number = ImagesBeside(path), 0
+    many = sum(len(references) for *_, references in sections) > most_inline
     with atomic(path) as file:
-        file.write(HEAD % (html.escape(title), html.escape(title)))
-        file.write(LEGEND)
+        file.write(head(title, "'self' data:" if many else "data:"))
         for heading, remark, records, references in sections:
-            file.write(f"<h2>{as_text(heading)}</h2><p>{as_text(remark)}</p><div class=grid>\n")
+            file.write(f'<section><h2>{as_text(heading)}</h2><p>{as_text(remark)}</p>'
+                       f'<div class="grid">\n')
             for record, captions in zip(records, references):
-                file.write(gallery_card(record, captions, read))
-            file.write("</div>\n")
-        file.write("</html>\n")
+                source = beside.add if many else data_uri
+                file.write(gallery_card(number, record, captions, source, read))
+                number += 1
+            file.write("</div></section>\n")
+        file.write(f"<script>{SCRIPT}</script>\n</html>\n")
+    beside.remove_others()

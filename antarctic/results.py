@@ -6,6 +6,7 @@ from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 
+from antarctic.errors import counted
 from antarctic.files import atomic, write_json, write_lines
 
 COLUMNS = "image_id", "file", "caption", "score"
@@ -20,21 +21,20 @@ def write_results(savedir, records, pictures, gallery=200, as_csv=False, **readi
     """
     from antarctic.gallery import write_gallery
     from antarctic.images import read_image  # Pillow
-    rows, shown, empty = [], [], 0  # shown: on the gallery
+    rows, empty = [], 0
     with atomic(savedir / "details.jsonl") as details:
         for record in records.read(pictures):
             details.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if len(shown) < gallery:
-                shown.append(record)
             empty += not record["candidates"]
             rows.append({name: record[name] for name in (*COLUMNS, "sha256")})
         write_captions(savedir, rows, as_csv)
         references = [picture.captions for picture in pictures]
         write_references(savedir, references)
-        remark = f"{len(rows)} images"
+        shown, remark = pictures[:gallery], counted(len(rows), "image")
         if len(shown) < len(rows):
-            remark += f", the first {len(shown)} of them"
-        section = "Captions", remark, shown, references
+            remark += f", the first {len(shown):,} of them"
+        # The records are read again: those of thousands of images would take gigabytes.
+        section = "Captions", remark, records.read(shown), references[:gallery]
         read = partial(read_image, **reading)
         write_gallery(savedir / "gallery.html", "Captions", [section], read)
     # Last, since a stopped run resumes from it. Others were left by runs with other settings.

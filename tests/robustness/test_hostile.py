@@ -6,6 +6,7 @@ import html.parser
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -844,10 +845,14 @@ def page_of(path, texts):
     return page.read_bytes().decode()
 
 
-def without_use(elements):
-    """The elements without the class that marks entries whose words are in the caption."""
-    return [(tag, attributes | {"class": "entry"} if attributes.get("class") == "entry used"
-             else attributes) for tag, attributes in elements]
+def without_texts(elements):
+    """The elements without what depends on texts: an image's alternative text, and the class that
+    marks entries whose words are in the caption."""
+    def plain(name, value):
+        return value.replace(" used", "") if name == "class" else value
+
+    return [(tag, {name: plain(name, value) for name, value in attributes.items() if name != "alt"})
+            for tag, attributes in elements]
 
 
 def test_nothing_of_a_users_text_becomes_an_element_or_an_attribute(tmp_path):
@@ -857,7 +862,9 @@ def test_nothing_of_a_users_text_becomes_an_element_or_an_attribute(tmp_path):
     Image.new("RGB", (8, 8), "red").save(path)
     plain = Page(page_of(path, [f"w{i} and" for i in range(len(EVIL))]))
     evil = Page(page_of(path, EVIL))
-    assert without_use(evil.elements) == without_use(plain.elements)
+    assert without_texts(evil.elements) == without_texts(plain.elements)
+    alts = [attributes["alt"] for tag, attributes in evil.elements if tag == "img"]
+    assert alts == [text.replace("\ud800", "\\ud800") for text in EVIL]
     jpeg = "data:image/jpeg;base64,"
     for _, attributes in evil.elements:
         assert not any(name.startswith("on") for name in attributes)
@@ -873,12 +880,17 @@ def test_a_policy_forbids_scripts_even_so(tmp_path):
     elements = Page(page_of(tmp_path / "a.png", EVIL)).elements
     policy, = (attributes["content"] for _, attributes in elements
                if attributes.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    name = r"'sha256-[\w+/]{43}='"
+    assert re.fullmatch(f"default-src 'none'; img-src data:; style-src {name}; script-src {name}; "
+                        "base-uri 'none'; form-action 'none'", policy)
 
 
 def test_an_image_that_has_gone_leaves_its_place_empty(tmp_path):
-    assert thumbnail(tmp_path / "gone.png") == "data:,"
-    assert Page(page_of(tmp_path / "gone.png", ["a dog"])).texts.count("a dog") == 7
+    assert thumbnail(tmp_path / "gone.png") is None
+    page = Page(page_of(tmp_path / "gone.png", ["a dog"]))
+    assert page.texts.count("a dog") == 7
+    image, = (attributes for tag, attributes in page.elements if tag == "img")
+    assert image == {"src": "data:,", "alt": "a dog"}
 
 
 # ------------------------------------------------------------------------------------- the terminal
