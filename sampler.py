@@ -151,11 +151,12 @@ def caption_missing(model, features, pictures, records, save, batch_size):
     """Captions the pictures that have no record, and adds their records.
 
     features: float32 (n, dim), of n pictures. records: a Records. save: a function of each batch's
-    new records. Each process captions every world-th batch. Returns (the number of images that were
-    captioned, seconds for each).
+    new records. Each process captions every world-th batch. Returns (the rows of the pictures that
+    had none, seconds for each).
     """
     rank, world = rank_and_world()
-    missing = records.missing(pictures)
+    new = [row for row, picture in enumerate(pictures) if picture.key not in records.places]
+    missing = records.missing(pictures)  # of equal images the first one
     start_time = time.perf_counter()
     with tqdm(total=len(pictures), initial=len(pictures) - len(missing), desc="captioning",
               unit="image", disable=rank > 0 or not pictures) as bar:
@@ -168,14 +169,14 @@ def caption_missing(model, features, pictures, records, save, batch_size):
             if rank == 0:
                 save(records.append([pictures[row] for row in turn], captions))
             bar.update(len(turn))
-    return len(missing), (time.perf_counter() - start_time) / max(1, len(missing))
+    return new, (time.perf_counter() - start_time) / max(1, len(missing))
 
 
 def report(rows, captioned, seconds, empty, left, written, args):
-    """Prints where the results are, and the first captions of a user's own images.
+    """Prints where the results are, and the first new captions of a user's own images.
 
-    rows, empty: of write_results. captioned: how many this run has captioned, in so many seconds
-    per image. left, written: of Exports.finish.
+    rows, empty: of write_results. captioned: which of them this run has captioned, in so many
+    seconds per image. left, written: of Exports.finish.
     """
     for path, reason in list(left.items())[:ON_SCREEN]:
         print_safely(f"left {escape_control(path)} as it is: {escape_control(reason)}", "stderr")
@@ -185,13 +186,14 @@ def report(rows, captioned, seconds, empty, left, written, args):
         print_safely(f"an empty caption for {counted(empty, 'image')}: every candidate held a "
                      f"banned word", "stderr")
     if args.images:
-        for row in rows[:ON_SCREEN]:
+        for row in [rows[i] for i in captioned[:ON_SCREEN]]:
             print_safely(f"{escape_control(row['file'])}: {escape_control(row['caption'])}")
-        if len(rows) > ON_SCREEN:
+        if more := len(rows) - len(captioned[:ON_SCREEN]):
             path = escape_control(Path(args.savedir) / "preds.txt")
-            print_safely(f"... and {len(rows) - ON_SCREEN:,} more in {path}")
+            print_safely(f"... and {more:,} more in {path}")
     files = ["preds.txt", "captions.json", "details.jsonl", *["captions.csv"] * args.csv]
-    before = f", {len(rows) - captioned:,} of them in earlier runs" if captioned < len(rows) else ""
+    earlier = len(rows) - len(captioned)
+    before = f", {earlier:,} of them in earlier runs" if earlier else ""
     print_safely(f"captioned {counted(len(rows), 'image')}{before} ({seconds:.3f} s each); wrote "
                  f"{', '.join(files)} and gallery.html to {escape_control(args.savedir)}")
     if written:
@@ -204,7 +206,7 @@ def main():
     if args.images_from:
         args.images = on_rank0(lambda: read_paths(args.images_from))
     # Rank 0 lists them for all, since a folder may change meanwhile.
-    pictures = on_rank0(lambda: list_images(args.images) if args.images
+    pictures = on_rank0(lambda: list_images(args.images, skip=args.images_from) if args.images
                         else read_split(args.datadir, args.split))
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
     savedir, device, dtype = start_run(args)

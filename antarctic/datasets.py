@@ -101,11 +101,11 @@ class DataSet:
             name = next((name for name in wanted if name in readers), None)
             if name is not None:
                 return take(layout, name, readers, need_images)
-            there.append(f"{layout.name} has {', '.join(sorted(readers))}")
+            there.append(f"{layout.name}: {', '.join(sorted(readers))}")
         if not there:
             raise InputError(f"there is no data set in {self.datadir}; these are read: {KINDS}")
-        raise InputError(f"there is no split {split or default} in {self.datadir}: "
-                         f"{'; '.join(there)}")
+        raise InputError(f"there is no split {split or default} in {self.datadir}; splits that are "
+                         f"there: {'; '.join(there)}")
 
 
 def read_coco(datadir, split, need_images=True):

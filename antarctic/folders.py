@@ -41,19 +41,23 @@ class Picture(NamedTuple):
         return f"{self.seed}/{self.sha256}"
 
 
-def list_images(paths):
+def list_images(paths, skip=False):
     """The images of files, folders (with subfolders) and patterns such as "photos/*.jpg".
 
     Returns a list of Picture, sorted within each path, each image once. Nothing is fetched: URLs
     are not paths. Links inside a folder are followed only within it, so that a folder from
     elsewhere cannot show a file of this computer. A warning counts the others, which can be named
     as paths. Hidden images (see is_hidden) are read only where a path names them or their folder,
-    and a warning counts the others. Raises InputError where a path has no image.
+    and a warning counts the others. skip: paths where nothing is are listed as they are, so that
+    they are told of with the images that cannot be read, and do not end a run of millions. Raises
+    InputError where a path has no image.
     """
     images, hidden = {}, {}  # {absolute path: path}
     for path in map(Path, paths):
         matches = matching(path)
-        if not matches:
+        if not matches and skip:
+            images.setdefault(os.path.abspath(path), path)
+        elif not matches:
             raise InputError(f"there is no image or folder at {path}; only local files are read")
         for match in matches:
             inside, passed_over = [match], []

@@ -337,8 +337,8 @@ def test_the_first_layout_that_has_the_split_is_taken(tmp_path):
     assert len(read_split(tmp_path, "restval")) == 1
     with pytest.raises(InputError) as error:
         read_split(tmp_path, "test2015")
-    assert "COCO's layout has val2017" in str(error.value)
-    assert "dataset_coco.json has all, restval, test, train, val" in str(error.value)
+    assert "COCO's layout: val2017" in str(error.value)
+    assert "dataset_coco.json: all, restval, test, train, val" in str(error.value)
 
 
 @pytest.mark.parametrize("file", [None, "notes.txt", "a.png", "a.tar.gz", "captions.txt"])

@@ -185,7 +185,7 @@ def test_records_are_in_memory_one_after_the_other(tmp_path, records):
     class Records:
         def read(self, pictures):
             for picture in pictures:
-                record = Record(records[picture.id])
+                record = Record(records[picture.id] | {"sha256": ""})
                 living.add(record)
                 most.append(len(living))
                 yield record

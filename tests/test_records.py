@@ -52,6 +52,7 @@ def test_a_photo_more_is_captioned_alone(script, world, cache, checkpoint, tmp_p
     shutil.copy(sorted((world / "near").glob("*.png"))[5], folder / "1b.png")
     run = run_sampler(script, cache, tmp_path / "r", "--images", folder, *flags)
     assert run.code == 0 and "captioned 5 images, 4 of them in earlier runs" in run.out
+    assert run.out.count(str(folder)) == 1 and f"{folder / '1b.png'}: " in run.out  # the new one
     assert counted() == (1, 1)
     grown = [json.loads(line) for line in (tmp_path / "r" / "details.jsonl").open()]
     assert [Path(r["file"]).name for r in grown] == ["0.png", "1.png", "1b.png", "2.png", "3.png"]

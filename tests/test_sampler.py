@@ -176,6 +176,11 @@ def test_a_list_of_paths_is_captioned_as_the_paths(script, world, cache, checkpo
     by_path = sample(script, cache, tmp_path / "a", "--ckpt", checkpoint, "--images", *paths)
     assert by_path == sample(script, cache, tmp_path / "b", "--ckpt", checkpoint, "--images_from",
                              tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("\n".join(map(str, [tmp_path / "gone.png", *paths])))
+    run = run_sampler(script, cache, tmp_path / "b", "--ckpt", checkpoint, "--images_from",
+                      tmp_path / "list.txt")
+    assert run.code == 0 and f"skipped {tmp_path / 'gone.png'}: No such file" in run.err
+    assert "captioned 3 images" in run.out
     run = run_sampler(script, cache, tmp_path / "c", "--ckpt", checkpoint, "--images", *paths,
                       "--images_from", tmp_path / "list.txt")
     assert run.code == 2 and "exactly one of" in run.err
