@@ -13,6 +13,7 @@ import argparse
 import os
 import shlex
 import tempfile
+import threading
 from dataclasses import asdict
 from os.path import isfile
 from pathlib import Path
@@ -40,6 +41,7 @@ from utils import (
 DEMOS = "demo", "demo/small"  # folders of ./demo.sh
 SNOWGLOBE = "snowglobe/weights"
 EXAMPLES = 12
+EXAMPLE_SPLITS = {"out": 6, "near": 3, "val2017": 3}  # the first two hold what no cache names yet
 LOCAL = "127.0.0.1", "localhost", "::1"
 STORY_TOKENS = 100
 
@@ -113,8 +115,9 @@ def find_demo(args):
         args.textfile, args.embfile, args.ckpt = files[:1], files[1:2], files[2]
         args.clip_model, args.lm = f"{SNOWGLOBE}/clip", f"{SNOWGLOBE}/bart"
         args.story_lm = args.story_lm or f"{SNOWGLOBE}/gpt"
-        pictures = [f"{demo}/world/{split}" for split in ("near", "out", "val2017")]
-        args.examples = args.examples or [path for path in pictures if Path(path).is_dir()]
+        args.examples = args.examples or [
+            str(path) for split, number in EXAMPLE_SPLITS.items()
+            for path in sorted(Path(f"{demo}/world/{split}").glob("*.png"))[:number]]
         print_safely(escape_control(f"by default: the snowglobe of ./demo.sh, {demo}/cache.txt and "
                                     f"{files[2]}, with the models of {SNOWGLOBE}"))
         return
@@ -142,11 +145,9 @@ def check(args):
 
 
 def example_paths(args):
-    """Paths of a dozen images of --examples; of several folders some of each."""
-    pictures = [list_images([path]) for path in args.examples or ()]
-    each = -(-EXAMPLES // max(1, len(pictures)))
-    chosen = [picture for folder in pictures for picture in folder[:each]]
-    return [picture.path for picture in chosen[:EXAMPLES]]
+    """Paths of the first dozen images of --examples."""
+    pictures = list_images(args.examples) if args.examples else []
+    return [picture.path for picture in pictures[:EXAMPLES]]
 
 
 def quiet_gradio(folder):
@@ -228,7 +229,7 @@ def main():
     blocks, address = launch(page, args.host, args.port, args.auth, args.max_mb, args.queue)
     cleanup.callback(blocks.close, verbose=False)
     print_safely(f"the page is at {address}; Ctrl-C ends it")
-    blocks.block_thread()
+    threading.Event().wait()  # Gradio's own wait would end before the folder is removed
 
 
 if __name__ == "__main__":

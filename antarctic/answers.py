@@ -122,7 +122,7 @@ class Answers:
                     result, _ = self.studio.caption(path, words, dials, request and
                                                     request.session_hash)
                     picture = self.folder.picture(self.studio.picture(path), "small", 400)
-                    shown.append((picture, f"{name}: {result.caption}"))
+                    shown.append((picture, result.caption))
                     records.append((name, result.caption, result.score))
                 except InputError as error:
                     reasons[name] = error

@@ -21,6 +21,8 @@ CSS = page.CSS + """
   #examples .gallery { flex-wrap: nowrap; overflow-x: auto }
   #examples .gallery > * { flex: none } }
 #gallery .caption-label { white-space: normal; max-width: calc(100% - 8px) }
+@media (max-width: 760px) {
+  #gallery .grid-container { grid-template-columns: 1fr 1fr !important } }
 progress { width: 100%; accent-color: #2e9463 }
 """
 # A pause in typing lays the words over: the button stands for whoever does without scripts' timing.
@@ -103,8 +105,8 @@ class Page:
                 if self.answers.story:
                     story = gr.HTML(elem_id="story", padding=False)
                 with gr.Accordion("Search in the vocabulary", open=False):
-                    text = gr.Textbox(label="Why is a word in the table, or not?", max_length=200,
-                                      placeholder="penguin", elem_id="search")
+                    text = gr.Textbox("", label="Why is a word in the table, or not?",
+                                      max_length=200, placeholder="penguin", elem_id="search")
                     find = gr.Button("Search", elem_id="find", size="sm")
                     found = gr.HTML(elem_id="found", padding=False)
             with gr.Column(elem_id="ac-words"):
@@ -125,14 +127,14 @@ class Page:
 
     def word_boxes(self):
         with gr.Accordion("Your words", open=True):
-            words = gr.Textbox(label="Add, a word or phrase a line", lines=3, max_lines=12,
+            words = gr.Textbox("", label="Add, a word or phrase a line", lines=3, max_lines=12,
                                placeholder="penguin\npenguins", max_length=20_000,
                                elem_id="own-words", elem_classes="ac-box",
                                info="They count at once, for you alone. Nothing is trained.")
-            ban = gr.Textbox(label="Ban, a word a line", lines=1, max_lines=8, max_length=20_000,
-                             elem_id="ban-words", elem_classes="ac-box",
+            ban = gr.Textbox("", label="Ban, a word a line", lines=2, max_lines=8,
+                             max_length=20_000, elem_id="ban-words", elem_classes="ac-box",
                              info="No entry and no caption holds them, as whole words.")
-            only = gr.Textbox(label="Only these", lines=1, max_lines=12, max_length=20_000,
+            only = gr.Textbox("", label="Only these, a word or phrase a line", lines=2, max_lines=12, max_length=20_000,
                               elem_id="only-words", elem_classes="ac-box",
                               info="The vocabulary is these lines alone.")
             with gr.Row():
@@ -176,8 +178,8 @@ class Page:
             start = gr.Button("Caption all", variant="primary", elem_id="many")
             stop = gr.Button("Stop", elem_id="stop-many")
         state = gr.HTML(elem_id="state", padding=False)
-        gallery = gr.Gallery(label="Captions", columns=4, object_fit="contain", elem_id="gallery",
-                             interactive=False, buttons=["fullscreen"])
+        gallery = gr.Gallery(label="Captions", columns=4, height="auto", object_fit="contain",
+                             elem_id="gallery", interactive=False, buttons=["fullscreen"])
         downloads = gr.File(label="Downloads", file_count="multiple", interactive=False,
                             elem_id="downloads")
         folder.upload(lambda paths: paths, folder, files, **PRIVATE)
