@@ -144,12 +144,22 @@ class Answers:
                     num_return_sequences, temperature, top_p, lm_weight, seed):
         dials = (topk, do_sample, num_beams, num_return_sequences, temperature, top_p, lm_weight,
                  seed)
-        _, result, seconds = for_clients(self.record, photo, words, only, ban, *dials)
+
+        def made():
+            if not photo:
+                raise InputError("a caption needs an image")
+            self.folder.sweep()
+            return self.studio.caption(photo, as_words(words, only, ban), dict(zip(DIALS, dials)))
+
+        result, seconds = for_clients(made)
         return {**result._asdict(), "seconds": seconds}
 
     def api_search(self, text, photo, words, only, ban):
-        words = for_clients(as_words, words, only, ban)
-        return for_clients(self.studio.search, photo, text, words)
+        def found():
+            if not photo:
+                raise InputError("a search needs an image")
+            return self.studio.search(photo, text, as_words(words, only, ban))
+        return for_clients(found)
 
     def api_story(self, text):
         def told():

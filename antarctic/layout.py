@@ -134,9 +134,9 @@ class Page:
             ban = gr.Textbox("", label="Ban, a word a line", lines=2, max_lines=8,
                              max_length=20_000, elem_id="ban-words", elem_classes="ac-box",
                              info="No entry and no caption holds them, as whole words.")
-            only = gr.Textbox("", label="Only these, a word or phrase a line", lines=2, max_lines=12, max_length=20_000,
-                              elem_id="only-words", elem_classes="ac-box",
-                              info="The vocabulary is these lines alone.")
+            only = gr.Textbox("", label="Only these, a word or phrase a line", lines=2,
+                              max_lines=12, max_length=20_000, elem_id="only-words",
+                              elem_classes="ac-box", info="The vocabulary is these lines alone.")
             with gr.Row():
                 use = gr.Button("Caption again", variant="primary", elem_id="use-words", size="sm")
                 save = gr.Button("Save", elem_id="save", size="sm")
