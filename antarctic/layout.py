@@ -17,9 +17,10 @@ CSS = page.CSS + """
 #ac-grid > * { min-width: 0 !important }
 #ac-photo { grid-area: photo } #ac-result { grid-area: result } #ac-words { grid-area: words }
 @media (max-width: 760px) { #ac-grid { grid-template-columns: minmax(0, 1fr);
-  grid-template-areas: "photo" "result" "words" }
-  #examples .gallery { flex-wrap: nowrap; overflow-x: auto }
-  #examples .gallery > * { flex: none } }
+  grid-template-areas: "photo" "result" "words" } }
+/* One row, so that the caption is in sight while one types below. */
+#examples .gallery { flex-wrap: nowrap; overflow-x: auto; padding-bottom: 6px }
+#examples .gallery > * { flex: none }
 #gallery .caption-label { white-space: normal; max-width: calc(100% - 8px) }
 @media (max-width: 760px) {
   #gallery .grid-container { grid-template-columns: 1fr 1fr !important } }
@@ -90,7 +91,7 @@ class Page:
         with gr.Row(elem_id="ac-grid"):
             with gr.Column(elem_id="ac-photo"):
                 photo = uploads_only(gr.Image(
-                    type="filepath", label="Image", height=300, elem_id="photo", buttons=[],
+                    type="filepath", label="Image", height=250, elem_id="photo", buttons=[],
                     sources=["upload", "clipboard", "webcam"]))
                 if self.examples:
                     gr.Examples([[path] for path in self.examples], [photo], label="Examples",
