@@ -6,6 +6,7 @@ table candidates, and CLIP chooses the caption.
 """
 
 import contextlib
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from os.path import isfile
@@ -28,7 +29,7 @@ from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
-from antarctic.words import WholeWords, restrict, warn_of_entries, warn_of_long_entries
+from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
     MAXLEN_DEC,
     MAXLEN_ENC,
@@ -370,6 +371,48 @@ class Model:
             self.entries = self.entries + words
             self.embeddings = Embeddings([*self.embeddings.parts, vectors])
         return words
+
+    def with_words(self, words=(), only=(), ban=(), topk=None):
+        """A Model of another vocabulary, which shares the weights; this one stays as it is.
+
+        words: entries that lie over the cache, as by add_words(). only: the only entries that are
+        left; those of them that are in no cache are added. ban: words that no entry, also of words,
+        and no caption may hold, beside those that this Model bans. topk: entries of a table
+        (default: as here). Raises InputError as add_words() does, and where no entry is left.
+        """
+        model = copy(self)
+        model.topk = topk or self.topk
+        words, only = as_list(words), as_list(only)
+        if only:
+            folded = set(map(fold, self.entries))
+            words = [*words, *(word for word in only if fold(word) not in folded)]
+        if words:
+            model.add_words(words)
+        if ban:  # after this, so that one's own words can be banned too
+            model.banned = WholeWords([*(self.banned.lines if self.banned else ()), *as_list(ban)])
+        if only or ban:
+            model.entries, model.embeddings = restrict(model.entries, model.embeddings, only,
+                                                       model.banned if ban else None)
+            model.search = search  # an index may hold entries that are not left
+        return model
+
+    def places(self, feature, texts):
+        """Where texts stand among the entries for one image: a list of (cosine, rank), rank 1 the
+        nearest. A text that is no entry gets the rank that it would have.
+
+        feature: the image's unit vector, float32 (dim,).
+        """
+        chunks = range(0, len(self.embeddings), 65536)
+        cosines = torch.cat([self.embeddings[at:at + 65536] @ feature for at in chunks])  # (N,)
+        rows = {entry: row for row, entry in enumerate(self.entries)}
+        places = []
+        for text in texts:
+            if text in rows:
+                cosine = cosines[rows[text]]
+            else:
+                cosine = self.clip.encode_texts([self.prefix + text])[0] @ feature
+            places.append((cosine.item(), 1 + (cosines > cosine).sum().item()))
+        return places
 
     def features(self, images):
         """CLIP's unit vectors, float32 (n, dim). images: n paths or PIL images, one batch.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from antarctic.captions import read_captions
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
-from antarctic.english import noun_phrase
+from antarctic.english import OPENING, fill
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import append, atomic, fingerprint, write_lines
 from antarctic.runtime import run
@@ -31,7 +31,6 @@ from utils import (
     start_run,
 )
 
-OPENING = "Once upon a time there {was} {caption}"
 REQUEST = f"Write a short story for children that begins with: {OPENING}"  # to an instruct model
 
 
@@ -103,23 +102,6 @@ def captions_of(args):
     if not captions:
         raise InputError(f"there is no caption in {args.captions or '--caption'} to continue")
     return captions
-
-
-def fill(template, caption):
-    """The prompt: a template whose {caption} becomes the caption, as the middle of a sentence.
-
-    Other braces stay as they are.
-    """
-    if "{was}" in template:
-        was, caption = noun_phrase(caption)
-        template = template.replace("{was}", was)
-    else:
-        article, *rest = caption.rstrip(" .").split()
-        if article in ("A", "An", "The") and not template.startswith("{caption}"):
-            article = article.lower()  # another word's capital may be a name's
-        caption = " ".join([article, *rest])
-    prompt = template.replace("{caption}", caption)
-    return prompt.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates
 
 
 def batches_of(prompts, room, args):

@@ -6,6 +6,8 @@ need no parser and no data. Two capitalized words in a row are a name.
 
 import re
 
+OPENING = "Once upon a time there {was} {caption}"
+
 
 def words_of(text):
     return frozenset(text.split())
@@ -179,3 +181,20 @@ def noun_phrase(caption):
         plural = first not in SINGULAR and is_plural(head_of(words))
     counted = first in PLURAL or first.isdecimal() and first != "1" or MANY.match(phrase)
     return "were" if counted or plural else "was", phrase
+
+
+def fill(template, caption):
+    """The prompt: a template whose {caption} becomes the caption, as the middle of a sentence.
+
+    Other braces stay as they are.
+    """
+    if "{was}" in template:
+        was, caption = noun_phrase(caption)
+        template = template.replace("{was}", was)
+    else:
+        article, *rest = caption.rstrip(" .").split()
+        if article in ("A", "An", "The") and not template.startswith("{caption}"):
+            article = article.lower()  # another word's capital may be a name's
+        caption = " ".join([article, *rest])
+    prompt = template.replace("{caption}", caption)
+    return prompt.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates

@@ -33,6 +33,9 @@ class PlainTiff(TiffImageFile):
             kind = {1: "", 2: "signed ", 3: "floating-point "}.get(tags.get(339, (1,))[0], "odd ")
             raise OSError(f"TIFFs of {' + '.join(map(str, bits))} bits ({kind}PhotometricInterpr"
                           f"etation {tags.get(262)}) are not read: {error}") from error
+        if tags.get(262) == 6 and tags.get(259, 1) == 1:  # Pillow 12 takes it for 4 bytes a pixel
+            self._mode = "YCbCr"
+            self.tile = [tile._replace(args=("YCbCr", *tile.args[1:])) for tile in self.tile]
         self._size = self._tile_size
         if self.mode in ("P", "PA") and max(tags[320]) < 256:  # some programs write 8 bits of 16
             self.palette.palette = bytes(tags[320])

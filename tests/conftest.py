@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import contextlib
 import importlib
 import io
+import signal
+import subprocess
 import sys
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -129,3 +131,28 @@ def checkpoint(script, world, cache, tmp_path_factory):
     train = commands(world, cache, None)["trainer"]
     succeed("trainer", *train(folder, topk=24, batch_size=16, lrate="2e-2", epochs=1))
     return folder / "best.safetensors"
+
+
+@pytest.fixture(scope="session")
+def served(cache, world, tmp_path_factory):
+    """app.py as a user starts it: address, folder (its own temporary files), saved (where "Save"
+    writes) and penguin (a drawing of one). BART as pretrained repeats the table, so captions hold
+    the nearest entries."""
+    folder = tmp_path_factory.mktemp("page")
+    command = [sys.executable, ROOT / "app.py", *flags({
+        "port": "0", "clip_model": CLIP, "lm": BART, "ckpt": "none", "textfile": cache.textfile,
+        "embfile": cache.embfile, "examples": world / "near", "savedir": folder / "saved",
+        "story_lm": GPT, "device": "cpu", "max_mb": "1"})]
+    environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
+                                "GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/"}
+    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                               env=environment)
+    lines = iter(process.stdout.readline, "")
+    line = next((line for line in lines if line.startswith("the page is at")), "")
+    assert line, "app.py ended"
+    yield SimpleNamespace(address=line.split()[4].rstrip(";"), folder=folder, process=process,
+                          saved=folder / "saved", penguin=world / "out" / "000030000004.png")
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    process.stdout.close()
+    assert not list(folder.glob("antarctic-page-*"))  # uploads are gone with the page

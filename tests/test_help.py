@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY = {"torch", "transformers", "numpy", "nltk", "PIL", "pycocoevalcap", "matplotlib", "faiss",
-         "safetensors", "huggingface_hub"}
+         "safetensors", "huggingface_hub", "gradio"}
 WATCHED = """
 import json, runpy, sys
 script, report, *arguments = sys.argv[1:]
@@ -30,7 +30,8 @@ def start(tmp_path, script, *arguments):
     return done.returncode, done.stdout, done.stderr, set(json.loads(report.read_text()))
 
 
-@pytest.mark.parametrize("script", ["compute_cache", "trainer", "sampler", "scorer", "stories"])
+@pytest.mark.parametrize("script", ["compute_cache", "trainer", "sampler", "scorer", "stories",
+                                    "app"])
 def test_help_loads_no_heavy_library(tmp_path, script):
     code, out, _, modules = start(tmp_path, script, "--help")
     assert code == 0 and not modules & HEAVY
@@ -49,6 +50,8 @@ def test_help_loads_no_heavy_library(tmp_path, script):
     ("sampler", ["--images", "none.jpg"], "no cache here"),
     ("scorer", [], "exactly one of"),
     ("scorer", ["--preds", "none.txt", "--refs", "none.txt"], "none.txt"),
+    ("app", ["--auth", "user"], "--auth"),
+    ("app", [], "demo.sh"),
     ("stories", [], "exactly one of"),
     ("stories", ["--captions", "none.txt"], "none.txt"),
     ("stories", ["--caption", "a dog", "--top_p", "2"], "--top_p"),

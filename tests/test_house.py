@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ["compute_cache", "trainer", "sampler", "scorer", "stories"]
+SCRIPTS = ["compute_cache", "trainer", "sampler", "scorer", "stories", "app"]
 MODULES = sorted(path.stem for path in (ROOT / "antarctic").glob("*.py") if path.stem != "__init__")
 README = (ROOT / "README.md").read_text()
 DESIGN = (ROOT / "docs" / "design.md").read_text()

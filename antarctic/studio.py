@@ -1,0 +1,236 @@
+"""What the page asks of a Model: captions under one's own words and dials, one at a time."""
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from antarctic.errors import InputError
+from antarctic.files import file_sha256, one_line, output_folder, write_lines
+from antarctic.images import MOST_PIXELS, read_image
+
+MOST_WORDS, LONGEST_WORD = 1000, 200  # lines of a box; characters of a line
+MOST_SAVED = 1000  # caches in the folder of "Save"
+# The least and the greatest value of each dial. An image must not keep the others waiting for long.
+BOUNDS = {"topk": (1, 100), "num_beams": (1, 16), "num_return_sequences": (1, 1000),
+          "temperature": (0.05, 5), "top_p": (0.01, 1), "lm_weight": (0, 5),
+          "seed": (-2**53, 2**53)}
+
+
+class Stopped(Exception):
+    """The visitor does not want the caption any more."""
+
+
+class Words(NamedTuple):
+    """A visitor's vocabulary: three tuples of lines."""
+
+    words: tuple = ()  # entries that lie over the cache
+    only: tuple = ()  # the only entries
+    ban: tuple = ()  # what no entry and no caption may hold
+
+
+AS_IT_IS = Words()
+
+def lines_of(text):
+    """The distinct lines of a box, a tuple. Raises InputError where they are too many, or one is
+    too long."""
+    lines = [line for line in str(text or "").splitlines() if line.strip()]
+    if len(lines) > MOST_WORDS:
+        raise InputError(f"a box takes {MOST_WORDS:,} lines, not {len(lines):,}; "
+                         f"compute_cache.py --entries makes a cache of more")
+    return tuple(dict.fromkeys(one_line(line, "the box", LONGEST_WORD) for line in lines))
+
+
+def checked_dials(dials):
+    """The dials as numbers within BOUNDS. Raises InputError."""
+    checked = {}
+    for name, value in dials.items():
+        if name not in BOUNDS:
+            checked[name] = bool(value)
+            continue
+        low, high = BOUNDS[name]
+        number = value if isinstance(value, int | float) else low - 1  # an empty field is None
+        if not low <= number <= high:  # nan is not
+            raise InputError(f"{name} must be a number from {low:g} to {high:g}")
+        checked[name] = number if name in ("temperature", "top_p", "lm_weight") else int(number)
+    if not checked.get("do_sample"):
+        beams = checked.get("num_beams", 1)
+        checked["num_return_sequences"] = min(beams, checked.get("num_return_sequences", beams))
+    return checked
+
+
+class Recent(OrderedDict):
+    """The values that were used last, at most `most` of them."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.lock = most, threading.Lock()
+
+    def find(self, key, make):
+        """The value of a key; make() computes it where it is not there."""
+        with self.lock:
+            if key in self:
+                self.move_to_end(key)
+                return self[key]
+        value = make()
+        with self.lock:
+            self[key] = value
+            while len(self) > self.most:
+                self.popitem(last=False)
+        return value
+
+
+class Studio:
+    """A Model as many visitors use it at once.
+
+    model: a model.Model, which stays as it is. max_pixels: of an image at most. What was computed
+    last is kept: an image's vector, so that another word or dial does not wait for CLIP, and
+    vocabularies, so that a new line is encoded alone. Attributes: model, dials, those that the
+    model begins with. Raises InputError where one of these is out of BOUNDS.
+    """
+
+    def __init__(self, model, max_pixels=MOST_PIXELS):
+        self.model, self.max_pixels = model, max_pixels
+        self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
+        self.device, self.running, self.stopped = threading.Lock(), None, False
+        # The decoder runs once a token: between two of them a caption can be stopped.
+        model.captioner.model.get_decoder().register_forward_pre_hook(self.stop_here)
+        decoding = model.decoding
+        self.dials = {"topk": model.topk, "do_sample": decoding.do_sample,
+                      **{name: getattr(decoding, name) for name in BOUNDS if name != "topk"}}
+        checked_dials(self.dials)
+
+    # ----------------------------------------------------------------------- one at a time
+
+    @contextmanager
+    def turn(self, visitor):
+        """The device, for one visitor at a time. Raises Stopped where stop() is called meanwhile.
+        visitor: any name, or None."""
+        with self.device:
+            self.running, self.stopped = visitor, False
+            try:
+                yield
+            finally:
+                self.running = None
+
+    def stop(self, visitor):
+        """Stops what is computed for this visitor, if anything is."""
+        if visitor is not None and self.running == visitor:
+            self.stopped = True
+
+    def stop_here(self, *_):
+        if self.stopped and self.running is not None:
+            raise Stopped
+
+    # ------------------------------------------------------------------------ what is asked
+
+    def picture(self, path):
+        """An upload as an RGB picture. Raises InputError where it is no image that can be read."""
+        try:
+            return read_image(path, self.max_pixels)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"this image cannot be read ({reason}); try another one") from error
+
+    def feature(self, path):
+        """(the file's sha256, CLIP's unit vector of its image, float32 (1, dim))."""
+        try:
+            key = file_sha256(path)
+        except OSError as error:
+            raise InputError("the image is not here any more; upload it again") from error
+        return key, self.features.find(key, lambda: self.model.features(self.picture(path)))
+
+    def with_words(self, words):
+        """The Model of a vocabulary. words: a Words."""
+        if not any(words):
+            return self.model
+
+        def make():
+            model, known = self.model, 0  # lines that were encoded for a shorter list
+            for length in range(len(words.words) - 1, 0, -1):
+                shorter = self.models.get(Words(words.words[:length]))
+                if shorter is not None:
+                    model, known = shorter, length
+                    break
+            if known or not (words.only or words.ban):
+                model = model.with_words(words.words[known:])
+                return model.with_words((), words.only, words.ban) if any(words[1:]) else model
+            return model.with_words(*words)
+        return self.models.find(words, make)
+
+    def caption(self, path, words=AS_IT_IS, dials=None, visitor=None):
+        """(the model.Caption of an image, the seconds that it took).
+
+        path: an image file. words: a Words. dials: fields of utils.Decoding, and topk; those that
+        are missing are the model's. Raises InputError, and Stopped.
+        """
+        dials = checked_dials({**self.dials, **(dials or {})})
+        with self.turn(visitor):
+            start = time.perf_counter()
+            key, feature = self.feature(path)
+
+            def make():  # an answer that is kept keeps its seconds
+                changes = {name: value for name, value in dials.items() if name != "topk"}
+                model = self.with_words(words).with_words(topk=dials["topk"])
+                tables = model.tables(feature)
+                candidates = model.candidates(tables, [key], **changes)
+                [result] = model.choose(feature, tables, candidates, **changes)
+                return result, time.perf_counter() - start
+
+            return self.captions.find((key, words, tuple(sorted(dials.items()))), make)
+
+    def search(self, path, text, words=AS_IT_IS, topk=None, visitor=None):
+        """Where a text stands among the entries for an image: a dict with text, known (whether it
+        is an entry), cosine, rank, entries (how many there are), topk, last (the cosine of the
+        table's last entry) and others, (entry, cosine, rank) of up to ten entries that hold it.
+        Raises InputError."""
+        lines = lines_of(text)
+        if len(lines) != 1:
+            raise InputError("type one word, or one phrase, to search for")
+        text = lines[0]
+        with self.turn(visitor):
+            _, feature = self.feature(path)
+            model = self.with_words(words)
+            folded, holding = text.casefold(), []
+            for entry in model.entries:
+                if folded in entry.casefold() and entry != text:
+                    holding.append(entry)
+                    if len(holding) == 200:
+                        break
+            places = model.places(feature[0], [text, *holding])
+            topk = min(topk or model.topk, len(model.entries))
+            last = model.with_words(topk=topk).tables(feature)[0][-1][1]
+        others = [(entry, *place) for entry, place in zip(holding, places[1:])]
+        others.sort(key=lambda other: other[2])
+        return {"text": text, "known": text in model.entries, "cosine": places[0][0],
+                "rank": places[0][1], "entries": len(model.entries), "topk": topk, "last": last,
+                "others": others[:10]}
+
+    def save(self, words, folder):
+        """Writes a visitor's words as a small cache into a folder: {flag: path} of the files, which
+        sampler.py takes. Files that are there stay; the same words are written once. Raises
+        InputError."""
+        from antarctic.cache import write_cache
+        if not any(words):
+            raise InputError("there is nothing to save yet: write a word into one of the boxes")
+        name = hashlib.sha256(repr(tuple(words)).encode()).hexdigest()[:8]
+        folder = output_folder(folder)
+        base, files = folder / f"words-{name}", {}
+        if len(list(folder.glob("words-*.txt"))) >= MOST_SAVED:
+            raise InputError(f"{folder} holds {MOST_SAVED:,} lists of words; remove some of them")
+        own = tuple(dict.fromkeys((*words.words, *words.only)))
+        if own:
+            files = {"--textfile": f"{base}.txt", "--embfile": f"{base}.npy"}
+            if not Path(files["--embfile"]).exists():
+                clip, prefix = self.model.clip, self.model.prefix
+                with self.turn(None):
+                    vectors = clip.encode_texts([prefix + word for word in own])  # (own, dim)
+                write_cache(*files.values(), own, vectors.numpy(), clip.identity, prefix)
+        for flag, lines in (("--only", words.only), ("--ban", words.ban)):
+            if lines:
+                files[flag] = f"{base}-{flag[2:]}.txt"
+                write_lines(files[flag], lines)
+        return files

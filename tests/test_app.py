@@ -1,0 +1,373 @@
+"""app.py: what the page computes against Model, its answers to programs, what it lets nobody do."""
+
+import csv
+import io
+import json
+import os
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from conftest import BART, CLIP, ROOT, flags
+from PIL import Image
+
+import app
+from antarctic import page
+from antarctic.errors import InputError
+from antarctic.files import file_sha256
+from antarctic.studio import MOST_WORDS, Stopped, Studio, Words, checked_dials, lines_of
+from antarctic.uploads import KEPT_SECONDS, Folder, examples_of, names_of, write_downloads
+from model import Caption, Model
+
+HOSTILE = '<img src=x onerror="document.title=1">${document.title=2}{{3}}</style><script>'
+
+
+@pytest.fixture(scope="module")
+def method(cache):
+    return Model.load(CLIP, BART, "none", cache.textfile, cache.embfile, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def studio(method):
+    return Studio(method)
+
+
+@pytest.fixture(scope="module")
+def penguin(world):
+    return str(world / "out" / "000030000004.png")
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    from gradio_client import Client
+    return Client(served.address, verbose=False, analytics_enabled=False)
+
+
+def uploaded(path):
+    from gradio_client import handle_file
+    return handle_file(str(path))
+
+
+# --------------------------------------------------------------------------- one's own vocabulary
+
+@pytest.mark.parametrize("words", [
+    Words(), Words(words=("penguin", "a red hat")), Words(ban=("beach", "sea")),
+    Words(only=("penguin", "sea", "dog")), Words(("penguin",), ("sea", "penguin"), ("sea",))],
+    ids=str)
+def test_words_are_those_of_caches_and_flags(script, cache, method, studio, penguin, tmp_path,
+                                             words):
+    """The page's captions are those of a Model that was loaded with the words."""
+    own = [*words.words, *words.only]
+    textfile, embfile = [str(cache.textfile)], [str(cache.embfile)]
+    if own:
+        (tmp_path / "own.txt").write_text("\n".join(dict.fromkeys(own)))
+        run = script("compute_cache", "--entries", tmp_path / "own.txt", "--textfile",
+                     tmp_path / "o.txt", "--embfile", tmp_path / "o.npy", "--clip_model", CLIP)
+        assert run.code == 0, run.err
+        textfile.append(str(tmp_path / "o.txt"))
+        embfile.append(str(tmp_path / "o.npy"))
+    loaded = Model.load(CLIP, BART, "none", textfile, embfile, only=list(words.only) or None,
+                        ban=list(words.ban) or None, device="cpu")
+    before = list(method.entries)
+    result, seconds = studio.caption(penguin, words)
+    [expected] = loaded.caption([penguin], ids=[file_sha256(penguin)])
+    assert (result.caption, seconds > 0) == (expected.caption, True)
+    assert [entry for entry, _ in result.table] == [entry for entry, _ in expected.table]
+    assert method.entries == before and method.banned is None
+
+
+def test_a_new_line_is_encoded_alone(studio, monkeypatch):
+    clip, encoded = studio.model.clip, []
+    encode = clip.encode_texts
+    monkeypatch.setattr(clip, "encode_texts", lambda texts, *a: encoded.append(texts) or
+                        encode(texts, *a))
+    studio.with_words(Words(("one line", "two lines")))
+    studio.with_words(Words(("one line", "two lines", "three lines")))
+    assert encoded[-1] == ["three lines"]
+
+
+@pytest.mark.parametrize("dials", [
+    {"topk": 3}, {"num_beams": 5}, {"do_sample": True, "num_return_sequences": 20, "seed": 3},
+    {"lm_weight": 0.5}], ids=str)
+def test_dials_are_the_sampler_s(method, studio, penguin, dials):
+    result, _ = studio.caption(penguin, dials=dials)
+    changes = {name: value for name, value in dials.items() if name != "topk"}
+    [expected] = method.with_words(topk=dials.get("topk")).caption(
+        [penguin], ids=[file_sha256(penguin)], **changes)
+    assert result == expected
+
+
+@pytest.mark.parametrize("dials", [{"topk": 0}, {"topk": 10**9}, {"num_beams": None},
+                                   {"temperature": "hot"}, {"top_p": float("nan")},
+                                   {"num_return_sequences": 1e6}], ids=str)
+def test_dials_that_cannot_work_are_one_sentence(studio, penguin, dials):
+    with pytest.raises(InputError, match=next(iter(dials))):
+        studio.caption(penguin, dials=dials)
+
+
+def test_ranks_are_those_of_all_cosines(method, studio, penguin):
+    feature = method.features([penguin])[0]
+    cosines = method.embeddings[:] @ feature
+    order = cosines.argsort(descending=True).tolist()
+    for rank in (1, 7, len(order)):
+        entry = method.entries[order[rank - 1]]
+        [(cosine, place)] = method.places(feature, [entry])
+        assert place == 1 + (cosines > cosines[order[rank - 1]]).sum()
+        assert cosine == pytest.approx(cosines[order[rank - 1]].item(), abs=1e-6)
+    found = studio.search(penguin, "penguin")
+    assert not found["known"] and found["rank"] == 1 + (cosines > found["cosine"]).sum()
+    after = studio.search(penguin, "penguin", Words(("penguin",)))
+    assert after["known"] and after["rank"] == found["rank"]
+    assert all("sea" in entry for entry, *_ in studio.search(penguin, "sea")["others"])
+
+
+def test_saved_words_are_a_cache_that_the_command_uses(script, studio, cache, penguin, tmp_path):
+    words = Words(("penguin", "a red hat"), (), ("sandy",))
+    files = studio.save(words, tmp_path / "saved")
+    assert studio.save(words, tmp_path / "saved") == files
+    args = SimpleNamespace(textfile=[cache.textfile], embfile=[cache.embfile], clip_model=CLIP,
+                           lm=BART, ckpt=None)
+    command = app.command_of(args)(files).split()
+    assert command[:4] == ["python", "sampler.py", "--images", "photos/"]
+    run = script("sampler", "--images", penguin, *command[4:], "--savedir", tmp_path / "out")
+    assert run.code == 0, run.err
+    record = json.loads((tmp_path / "out" / "details.jsonl").read_text())
+    assert record["caption"] == studio.caption(penguin, words)[0].caption
+    with pytest.raises(InputError, match="nothing to save"):
+        studio.save(Words(), tmp_path / "saved")
+
+
+def test_boxes_are_bounded():
+    assert lines_of("b\r\n a  c \n\nb\n") == ("b", "a c")
+    for text in ("x\n" * (MOST_WORDS + 1), "x" * 300):
+        with pytest.raises(InputError):
+            lines_of(text)
+    assert checked_dials({"num_beams": 4, "num_return_sequences": 9})["num_return_sequences"] == 4
+
+
+# ------------------------------------------------------------------------------- one at a time
+
+def test_a_caption_is_stopped_between_two_tokens(studio, penguin):
+    stopped = []
+
+    def ask():
+        try:
+            studio.caption(penguin, Words(("long",)),
+                           {"do_sample": True, "num_return_sequences": 1000, "seed": 9}, "ann")
+        except Stopped:
+            stopped.append(True)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while studio.running != "ann":
+        time.sleep(0.001)
+    studio.stop("bob")
+    studio.stop("ann")
+    thread.join(20)
+    assert stopped and studio.caption(penguin, Words(("long",)))[0].caption  # others go on
+
+
+# ------------------------------------------------------------------------------------ text is text
+
+def test_what_is_hostile_is_text():
+    table = [(HOSTILE, 0.3), ("b", 0.2)]
+    result = Caption(HOSTILE, 0.3, table, [(HOSTILE, 0.3, -1.0)] * 12)
+    other = Caption("b", 0.2, table[1:], [("b", 0.2, -1.0)])
+    parts = [page.caption_html(result, 0.1), page.caption_html(result, 0.1, other),
+             page.problem(HOSTILE), page.saved_html([HOSTILE], HOSTILE),
+             page.search_html({"text": HOSTILE, "known": True, "cosine": 0.1, "rank": 1,
+                               "entries": 2, "topk": 1, "last": 0.1,
+                               "others": [(HOSTILE, 0.1, 2)]})]
+    for part in parts:
+        assert "<img" not in part and "<script" not in part and "&lt;img" in part
+
+
+def test_a_caption_of_nothing_says_why():
+    assert "banned" in page.caption_html(Caption("", 0.0, [("a", 0.1)], []), 0.1)
+
+
+# ----------------------------------------------------------------------------------------- uploads
+
+def test_old_uploads_go_and_examples_stay(tmp_path, world):
+    folder = Folder(tmp_path)
+    [example] = examples_of(folder, [sorted((world / "near").glob("*.png"))[0], __file__])
+    folder.keep()
+    old = folder.picture(Image.new("RGB", (9, 9)), "old", 8)
+    os.utime(old, (1, 1))
+    folder.picture(Image.new("RGB", (9, 9)), "new", 8)
+    folder.sweep()
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["example.png", "new.jpeg"]
+    os.utime(example, (1, 1))
+    folder.sweep(time.time() + KEPT_SECONDS / 2)
+    assert example in map(str, tmp_path.rglob("*.*"))
+
+
+def test_downloads_hold_a_caption_an_image(tmp_path):
+    names = names_of(["x/dog.jpg", "y/dog.jpg", "z/Dog.png", "w/cat.jpg"])
+    assert names == ["dog.jpg", "dog-2.jpg", "Dog-3.png", "cat.jpg"]
+    records = [(name, f"a, {HOSTILE}", 0.5) for name in names]
+    as_csv, as_zip = write_downloads(Folder(tmp_path), records)
+    with open(as_csv, newline="") as file:
+        assert [row[:2] for row in csv.reader(file)][1:] == [[n, c] for n, c, _ in records]
+    with zipfile.ZipFile(as_zip) as archive:
+        assert archive.namelist() == ["dog.txt", "dog-2.txt", "Dog-3.txt", "cat.txt"]
+        assert archive.read("cat.txt").decode() == records[0][1] + "\n"
+
+
+# ------------------------------------------------------------------------------------ the defaults
+
+def test_the_demo_is_found_where_nothing_is_better(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    with pytest.raises(InputError, match="demo.sh"):
+        app.check(app.parse())
+    (tmp_path / "demo" / "checkpoints").mkdir(parents=True)
+    for name in ("cache.txt", "cache.npy", "checkpoints/best.safetensors"):
+        (tmp_path / "demo" / name).touch()
+    args = app.parse()
+    app.check(args)
+    assert args.textfile == ["demo/cache.txt"] and args.clip_model == "snowglobe/weights/clip"
+    assert "by default: the snowglobe" in capsys.readouterr().out
+    for name in ("cache.txt", "cache.npy"):
+        (tmp_path / name).touch()
+    args = app.parse()
+    app.find_demo(args)
+    assert args.textfile is None and args.clip_model == "ViT-B/16"
+
+
+@pytest.mark.parametrize("options", [{"auth": "user"}, {"port": 70000}, {"max_mb": 0},
+                                     {"num_beams": 0}], ids=str)
+def test_flags_that_cannot_work_are_refused(monkeypatch, options):
+    monkeypatch.setattr("sys.argv", ["app.py", *map(str, flags(options))])
+    with pytest.raises(InputError):
+        app.check(app.parse())
+
+
+# ------------------------------------------------------------------------------------ for programs
+
+def test_programs_get_the_captions(served, client, studio):
+    record = client.predict(photo=uploaded(served.penguin), words="penguin", api_name="/caption")
+    expected = studio.caption(served.penguin, Words(("penguin",)))[0]
+    assert record["caption"] == expected.caption and "penguin" in record["caption"]
+    assert [entry for entry, _ in record["table"]] == [entry for entry, _ in expected.table]
+    plain = client.predict(photo=uploaded(served.penguin), api_name="/caption")
+    assert "penguin" not in plain["caption"]
+    banned = client.predict(photo=uploaded(served.penguin), words="penguin", ban="penguin",
+                            api_name="/caption")
+    assert "penguin" not in banned["caption"]
+    found = client.predict(text="penguin", photo=uploaded(served.penguin), api_name="/search")
+    assert found["rank"] == studio.search(served.penguin, "penguin")["rank"] <= 10
+    assert not found["known"]
+    story = client.predict(text="a red dog", api_name="/story")
+    assert story.startswith("Once upon a time there was a red dog")
+
+
+def test_programs_get_errors_in_a_sentence(served, client, tmp_path):
+    (tmp_path / "none.png").write_text("no image")
+    for changes in ({"photo": uploaded(tmp_path / "none.png")}, {"topk": 10**6},
+                    {"words": "x" * 900}):
+        with pytest.raises(Exception) as error:
+            client.predict(**({"photo": uploaded(served.penguin)} | changes), api_name="/caption")
+        assert "Traceback" not in str(error.value) and len(str(error.value)) < 400
+
+
+# -------------------------------------------------------------------------------------- the safety
+
+def get(address, path, **named):
+    import httpx
+    return httpx.get(address.rstrip("/") + path, timeout=20, **named)
+
+
+def post(address, path, **named):
+    import httpx
+    return httpx.post(address.rstrip("/") + path, timeout=20, **named)
+
+
+@pytest.mark.parametrize("path", [
+    "/gradio_api/file=/etc/passwd", f"/gradio_api/file={ROOT}/app.py", "/gradio_api/file=app.py",
+    "/gradio_api/file=../../etc/passwd", "/gradio_api/file=file:///etc/passwd",
+    "/gradio_api/file=%2Fetc%2Fpasswd", "/static/..%2f..%2f..%2fblocks.py",
+    "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/file=http://127.0.0.1:1/x",
+    "/monitoring", "/gradio_api/mcp/"])
+def test_no_file_of_the_machine_is_served(served, path):
+    answer = get(served.address, path, follow_redirects=False)
+    assert answer.status_code >= 300, path
+    assert "root:" not in answer.text and "InputError" not in answer.text
+
+
+def call(served, photo, words="", samples=0):
+    """What the API answers to a photo that a request describes: the text of its events."""
+    data = [photo, words, "", "", 10, samples > 0, 3, samples or 3, 1, 1, 0, 0]
+    answer = post(served.address, "/gradio_api/call/caption", json={"data": data})
+    if answer.status_code != 200:
+        return f"error {answer.status_code}"
+    path = f"/gradio_api/call/caption/{answer.json()['event_id']}"
+    return get(served.address, path).text if samples == 0 else path
+
+
+@pytest.mark.parametrize("photo", [
+    {"path": "/etc/passwd"}, {"path": str(ROOT / "snowglobe" / "gallery.png")},
+    {"path": "http://127.0.0.1:9/x.png"}, {"path": "", "url": "data:image/png;base64,AAAA"},
+    {"path": "x.png", "url": "http://127.0.0.1:9/x.png"}, {"path": "../../etc/passwd"}], ids=str)
+def test_a_request_names_no_file_and_no_address(served, photo):
+    answer = call(served, {**photo, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.png"})
+    assert "error" in answer and "complete" not in answer
+
+
+def test_uploads_are_bounded(served):
+    answer = post(served.address, "/gradio_api/upload",
+                  files={"files": ("big.png", io.BytesIO(b"x" * (2 << 20)))})
+    assert answer.status_code == 413
+
+
+def test_another_site_s_name_does_not_reach_the_page(served):
+    assert get(served.address, "/", headers={"Host": "evil.example:80"}).status_code == 400
+    assert get(served.address, "/config", headers={"Host": "localhost:80"}).status_code == 200
+
+
+def test_the_page_listens_here_alone_and_tells_nobody(served):
+    import psutil
+    process = psutil.Process(served.process.pid)
+    connections = process.net_connections()
+    assert {c.laddr.ip for c in connections if c.status == "LISTEN"} == {"127.0.0.1"}
+    assert not [c for c in connections if c.raddr and c.raddr.ip != "127.0.0.1"]
+    config = get(served.address, "/config").json()
+    assert config["analytics_enabled"] is False and not config.get("is_colab")
+
+
+# ----------------------------------------------------------------------------------------- many
+
+@pytest.mark.slow
+def test_twenty_clients_get_their_own_captions(served, world, studio):
+    """Each of 200 requests is answered right, memory stays bounded, and a client that asks for much
+    and leaves harms none."""
+    import psutil
+    pictures = sorted((world / "out").glob("*.png"))
+    files = []
+    for picture in pictures:
+        answer = post(served.address, "/gradio_api/upload",
+                      files={"files": (picture.name, picture.read_bytes())})
+        files.append({"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}})
+    kinds, process = ["penguin", "whale", "snowman", "train"], psutil.Process(served.process.pid)
+
+    def work(number):
+        answers = []
+        for turn in range(10):
+            place, word = (number + turn) % len(pictures), kinds[number % len(kinds)]
+            event, _, data = call(served, files[place], word).strip().rpartition("data: ")
+            answers.append((pictures[place], word, event, json.loads(data)))
+        return answers
+
+    work(0)
+    before = process.memory_info().rss
+    call(served, files[0], samples=1000)  # and reads no answer
+    with ThreadPoolExecutor(20) as pool:
+        answers = [answer for each in pool.map(work, range(20)) for answer in each]
+    assert len(answers) == 200
+    for picture, word, event, data in answers:
+        assert "complete" in event and "error" not in event
+        assert data[0]["caption"] == studio.caption(picture, Words((word,)))[0].caption
+    assert process.memory_info().rss < before + (300 << 20)
