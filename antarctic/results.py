@@ -51,11 +51,17 @@ def write_captions(savedir, records, as_csv):
     if not as_csv:
         (savedir / "captions.csv").unlink(missing_ok=True)  # an earlier run's
         return
-    with atomic(savedir / "captions.csv") as file:
+    write_csv(savedir / "captions.csv", COLUMNS,
+              ([record[name] for name in COLUMNS] for record in records))
+
+
+def write_csv(path, columns, records):
+    """Writes a CSV file as spreadsheets read it. records: a tuple of values each."""
+    with atomic(path) as file:
         file.write("\ufeff")  # tells Excel that it is UTF-8
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({name: cell_of(row[name]) for name in COLUMNS} for row in records)
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(map(cell_of, record) for record in records)
 
 
 def cell_of(value):

@@ -1,7 +1,6 @@
 """Files between the page and its visitors: examples, small pictures, downloads, a folder that is
 emptied."""
 
-import csv
 import html
 import io
 import time
@@ -11,6 +10,7 @@ from tempfile import mkdtemp
 
 from antarctic.files import atomic
 from antarctic.images import read_image
+from antarctic.results import write_csv
 
 MOST_IMAGES = 500  # of "Many" at a time
 KEPT_SECONDS = 6 * 3600  # an upload that nobody asks for
@@ -83,10 +83,7 @@ def write_downloads(folder, records):
     folder: a Folder. records: (name, caption, score), names of names_of().
     """
     place = Path(mkdtemp(dir=folder.path))
-    with atomic(place / "captions.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(records)
+    write_csv(place / "captions.csv", COLUMNS, records)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, caption, _ in records:
