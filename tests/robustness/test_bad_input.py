@@ -591,7 +591,8 @@ def skipped(result, folder):
     prefix = f"skipped {folder}{os.sep}"
     names = [line.removeprefix(prefix).split(": ")[0] for line in result.err.splitlines()
              if line.startswith(prefix)]
-    assert f"{counted(len(names), 'image')} could not be read and were skipped" in result.err
+    were = "was" if len(names) == 1 else "were"
+    assert f"{counted(len(names), 'image')} could not be read and {were} skipped" in result.err
     return names
 
 
