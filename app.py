@@ -28,14 +28,13 @@ from utils import (
     ORIGINAL_CACHE,
     OWN_CACHE,
     Decoding,
-    add_cache_flags,
-    add_clip_flag,
+    add_captioner_flags,
+    add_decoding_flags,
     add_device_flags,
-    add_lm_flag,
-    add_sampling_flags,
+    choose_device,
+    choose_dtype,
     find_inputs,
     require_at_least,
-    start_run,
 )
 
 DEMOS = "demo", "demo/small"  # folders of ./demo.sh
@@ -68,32 +67,11 @@ def parse():
                        "(default %(default)s)")
     group.add_argument("--queue", type=int, default=256, help="requests that wait at most; more "
                        "are told to come back (default %(default)s)")
-    group = parser.add_argument_group("vocabulary")
-    add_cache_flags(group)
-    group.add_argument("--only", metavar="FILE", help="use only the lines of this file as entries")
-    group.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a "
-                       "line of this file, as whole words in any case")
-    group = parser.add_argument_group("models")
-    add_clip_flag(group)
-    add_lm_flag(group)
-    group.add_argument("--ckpt", metavar="FILE", help="checkpoint of trainer.py, or a .ckpt of the "
-                       "original; none: the language model as pretrained (default: "
-                       "checkpoints/best.safetensors, else the original's)")
-    group.add_argument("--topk", type=int, help="entries of a table (default: as in training; 10 "
-                       "with --ckpt none)")
+    group = add_captioner_flags(parser)
     group.add_argument("--story_lm", metavar="NAME", help="hub id, folder or GGUF file of a causal "
                        "language model for the button Tell a story, as stories.py --lm (default: "
                        "none, so no button)")
-    group = parser.add_argument_group("candidates, as the page begins")
-    group.add_argument("--num_beams", type=int, default=3, help="width of beam search (default "
-                       "%(default)s)")
-    group.add_argument("--num_return_sequences", type=int, default=3, help="candidates per image; "
-                       "beam search has at most --num_beams (default %(default)s)")
-    group.add_argument("--do_sample", action="store_true", help="sample instead of beam search")
-    add_sampling_flags(group, when=", with --do_sample")
-    group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language "
-                       "model's mean log-probability per token beside CLIP's cosine in the choice "
-                       "(default %(default)s: CLIP alone)")
+    add_decoding_flags(parser.add_argument_group("candidates, as the page begins"))
     add_device_flags(parser.add_argument_group("computation"))
     args = parser.parse_args()
     args.defaults = {name: parser.get_default(name) for name in ("clip_model", "lm")}
@@ -218,9 +196,8 @@ def load_page(args, decoding, folder, device, dtype):
 def main():
     args = parse()
     decoding = check(args)
-    args.savedir, savedir = None, args.savedir  # the page locks no folder
-    _, device, dtype = start_run(args)
-    args.savedir = savedir
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
     folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="antarctic-page-"))
     quiet_gradio(folder)
     from antarctic.page_layout import launch

@@ -28,11 +28,9 @@ from antarctic.results import write_results
 from antarctic.runtime import run
 from utils import (
     Decoding,
-    add_cache_flags,
-    add_clip_flag,
+    add_captioner_flags,
+    add_decoding_flags,
     add_device_flags,
-    add_lm_flag,
-    add_sampling_flags,
     find_inputs,
     require_at_least,
     start_run,
@@ -58,29 +56,8 @@ def parse():
                        "GB of memory for: 16 bytes a pixel)")
     group.add_argument("--truncated", action="store_true", help="read JPEGs and PNGs that are cut "
                        "off as far as they go, the rest grey, instead of skipping them")
-    group = parser.add_argument_group("vocabulary")
-    add_cache_flags(group)
-    group.add_argument("--only", metavar="FILE", help="use only the lines of this file as entries")
-    group.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a "
-                       "line of this file, as whole words in any case")
-    group = parser.add_argument_group("models")
-    add_clip_flag(group)
-    add_lm_flag(group)
-    group.add_argument("--ckpt", metavar="FILE", help="checkpoint of trainer.py, or a .ckpt of the "
-                       "original; none: the language model as pretrained (default: "
-                       "checkpoints/best.safetensors, else the original's)")
-    group.add_argument("--topk", type=int, help="entries of a table (default: as in training; 10 "
-                       "with --ckpt none)")
-    group = parser.add_argument_group("candidates")
-    group.add_argument("--num_beams", type=int, default=3, help="width of beam search (default "
-                       "%(default)s)")
-    group.add_argument("--num_return_sequences", type=int, default=3, help="candidates per image; "
-                       "beam search has at most --num_beams (default %(default)s)")
-    group.add_argument("--do_sample", action="store_true", help="sample instead of beam search")
-    add_sampling_flags(group, when=", with --do_sample")
-    group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language "
-                       "model's mean log-probability per token beside CLIP's cosine in the choice "
-                       "(default %(default)s: CLIP alone)")
+    add_captioner_flags(parser)
+    add_decoding_flags(parser.add_argument_group("candidates"))
     group = parser.add_argument_group("results")
     group.add_argument("--savedir", default="results", metavar="DIR", help="folder for preds.txt, "
                        "ref0.txt ..., captions.json, details.jsonl and gallery.html, whose earlier "

@@ -85,6 +85,38 @@ def add_sampling_flags(parser, top_p=1.0, when=""):
                         "%(default)s)")
 
 
+def add_captioner_flags(parser):
+    """The groups vocabulary and models of a script that captions: the flags of Model.load. Returns
+    the second one."""
+    group = parser.add_argument_group("vocabulary")
+    add_cache_flags(group)
+    group.add_argument("--only", metavar="FILE", help="use only the lines of this file as entries")
+    group.add_argument("--ban", metavar="FILE", help="leave out entries and captions that hold a "
+                       "line of this file, as whole words in any case")
+    group = parser.add_argument_group("models")
+    add_clip_flag(group)
+    add_lm_flag(group)
+    group.add_argument("--ckpt", metavar="FILE", help="checkpoint of trainer.py, or a .ckpt of the "
+                       "original; none: the language model as pretrained (default: "
+                       "checkpoints/best.safetensors, else the original's)")
+    group.add_argument("--topk", type=int, help="entries of a table (default: as in training; 10 "
+                       "with --ckpt none)")
+    return group
+
+
+def add_decoding_flags(group):
+    """The fields of Decoding."""
+    group.add_argument("--num_beams", type=int, default=3, help="width of beam search (default "
+                       "%(default)s)")
+    group.add_argument("--num_return_sequences", type=int, default=3, help="candidates per image; "
+                       "beam search has at most --num_beams (default %(default)s)")
+    group.add_argument("--do_sample", action="store_true", help="sample instead of beam search")
+    add_sampling_flags(group, when=", with --do_sample")
+    group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language "
+                       "model's mean log-probability per token beside CLIP's cosine in the choice "
+                       "(default %(default)s: CLIP alone)")
+
+
 def require_at_least(least, args, *names):
     """Raises InputError where one of these flags is below least. None passes: it was not given."""
     for name in names:
