@@ -203,7 +203,8 @@ def main():
     from antarctic.page_layout import launch
 
     page = load_page(args, decoding, folder, device, dtype)
-    blocks, address = launch(page, args.host, args.port, args.auth, args.max_mb, args.queue)
+    blocks, address = launch(page, args.host, args.port, args.host in LOCAL, args.auth, args.max_mb,
+                             args.queue)
     cleanup.callback(blocks.close, verbose=False)
     print_safely(f"the page is at {address}; Ctrl-C ends it")
     threading.Event().wait()  # Gradio's own wait would end before the folder is removed

@@ -101,21 +101,27 @@ def words_of(text):
     return set(re.findall(r"\w+", text.lower()))
 
 
+def graded(table, caption):
+    """The entries of a table as a list of (entry, cosine, whether its words are in the caption, how
+    well it fits beside the others, from 0 to 1). table: a list of (entry, cosine)."""
+    words, cosines = words_of(caption), [cosine for _, cosine in table]
+    low, high = min(cosines, default=0), max(cosines, default=1)
+    grades = []
+    for entry, cosine in table:
+        own = words_of(entry)
+        used = bool(own) and own <= words
+        grades.append((entry, cosine, used, (cosine - low) / (high - low or 1)))
+    return grades
+
+
 def entry_items(table, caption):
     """The entries of a table as HTML, each a bar that is longer where the entry fits better. Those
     whose words are in the caption are marked.
 
     table: a list of (entry, cosine). Returns a list of strings.
     """
-    words, cosines = words_of(caption), [cosine for _, cosine in table]
-    low, high = min(cosines), max(cosines)
-    items = []
-    for entry, cosine in table:
-        own = words_of(entry)
-        used = " used" if own and own <= words else ""
-        long = round(STEPS * (0.1 + 0.9 * (cosine - low) / (high - low or 1)))
-        items.append(f'<li class="b{long}{used}">{as_text(entry)} {cosine:.3f}')
-    return items
+    return [f'<li class="b{round(STEPS * (0.1 + 0.9 * fit))}{" used" * used}">{as_text(entry)} '
+            f'{cosine:.3f}' for entry, cosine, used, fit in graded(table, caption)]
 
 
 def folded(entries, candidates, references):

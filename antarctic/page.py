@@ -3,7 +3,7 @@
 Every text of a user, an entry or a model goes through as_text(), so that it is shown as text.
 """
 
-from antarctic.gallery import as_text, words_of
+from antarctic.gallery import as_text, graded, words_of
 
 SHOWN = 10  # candidates; the others are folded away
 
@@ -81,16 +81,13 @@ def bars(table, caption, new=(), gone=()):
     table: a list of (entry, cosine). caption: marks the entries whose words it holds. new, gone:
     entries that are marked as what came, or what went, with the visitor's words.
     """
-    words, cosines = words_of(caption), [cosine for _, cosine in table]
-    low, high = min(cosines, default=0), max(cosines, default=1)
     rows = []
-    for entry, cosine in table:
-        used = bool(words_of(entry)) and words_of(entry) <= words
+    for entry, cosine, used, fit in graded(table, caption):
         kinds = " ".join(name for name, holds in (("ac-used", used), ("ac-new", entry in new),
                                                   ("ac-gone", entry in gone)) if holds)
         name = f"<mark>{as_text(entry)}</mark>" if entry in new else as_text(entry)
         tick = '<span title="in the caption">✓</span>' if used else "<span></span>"
-        width = 12 + 88 * (cosine - low) / (high - low or 1)
+        width = 12 + 88 * fit
         rows.append(f'<li class="{kinds}">{tick}<span class="ac-entry">{name}</span><span><span '
                     f'class="ac-bar" style="width:{width:.0f}%"></span></span>'
                     f'<span class="ac-number">{cosine:.3f}</span></li>')

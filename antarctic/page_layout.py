@@ -201,17 +201,16 @@ class Page:
             button.click(self.answers.api_story, text, text, api_name="story", **DEVICE)
 
 
-def launch(page_of, host, port, auth=None, max_mb=64, queue=256):
+def launch(page_of, host, port, local, auth=None, max_mb=64, queue=256):
     """Starts a Page's server: (the gr.Blocks, its address). Nothing is fetched from elsewhere, and
     no file is served but uploads and results. Raises InputError where the address cannot be used.
 
-    port: 0 takes any. auth: "user:password", or None. max_mb: of an upload. queue: requests that
-    wait at most.
+    port: 0 takes any. local: whether host is this machine alone. auth: "user:password", or None.
+    max_mb: of an upload. queue: requests that wait at most.
     """
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    local = host in ("127.0.0.1", "localhost", "::1")
     # A page of another site must not reach this one under a name of its own.
     hosts = ["127.0.0.1", "localhost", "[::1]", "[", "testserver"] if local else ["*"]
     blocks = page_of.build("antarctic-captions")
