@@ -133,26 +133,34 @@ def checkpoint(script, world, cache, tmp_path_factory):
     return folder / "best.safetensors"
 
 
+@contextlib.contextmanager
+def running_page(*arguments, **environment):
+    """Starts app.py as a user does. Yields its process and its address. In the end it is stopped as
+    by Ctrl-C."""
+    process = subprocess.Popen([sys.executable, ROOT / "app.py", *map(str, arguments)],
+                               stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
+    lines = iter(process.stdout.readline, "")
+    line = next((line for line in lines if line.startswith("the page is at")), "")
+    assert line, "app.py ended"
+    yield process, line.split()[4].rstrip(";")
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    process.stdout.close()
+
+
 @pytest.fixture(scope="session")
 def served(cache, world, tmp_path_factory):
     """app.py as a user starts it: address, folder (its own temporary files), saved (where "Save"
     writes) and penguin (a drawing of one). BART as pretrained repeats the table, so captions hold
     the nearest entries."""
     folder = tmp_path_factory.mktemp("page")
-    command = [sys.executable, ROOT / "app.py", *flags({
+    arguments = flags({
         "port": "0", "clip_model": CLIP, "lm": BART, "ckpt": "none", "textfile": cache.textfile,
         "embfile": cache.embfile, "examples": world / "near", "savedir": folder / "saved",
-        "story_lm": GPT, "device": "cpu", "max_mb": "1"})]
-    environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
-                                "GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/"}
-    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                               env=environment)
-    lines = iter(process.stdout.readline, "")
-    line = next((line for line in lines if line.startswith("the page is at")), "")
-    assert line, "app.py ended"
-    yield SimpleNamespace(address=line.split()[4].rstrip(";"), folder=folder, process=process,
-                          saved=folder / "saved", penguin=world / "out" / "000030000004.png")
-    process.send_signal(signal.SIGINT)
-    process.wait(20)
-    process.stdout.close()
+        "story_lm": GPT, "device": "cpu", "max_mb": "1"})
+    with running_page(*arguments, TMPDIR=str(folder), GRADIO_SHARE="True",
+                      GRADIO_ALLOWED_PATHS="/") as (process, address):
+        yield SimpleNamespace(address=address, folder=folder, process=process,
+                              saved=folder / "saved", penguin=world / "out" / "000030000004.png")
     assert not list(folder.glob("antarctic-page-*"))  # uploads are gone with the page

@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import BART, CLIP, ROOT, VAL
+from conftest import BART, CLIP, ROOT, VAL, running_page
 from forks import context
 from hub import Hub, bart_of_2020, repositories, serving, siglip2_of_2025
 from huggingface_hub import constants
@@ -126,6 +126,30 @@ def test_every_script_runs_by_the_default_names_then_without_a_network(served, w
     for run in runs[2:3]:
         command(*run, **(online | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}))
     assert (results / "preds.txt").read_text() == first
+
+
+@pytest.mark.slow
+def test_the_page_runs_by_the_default_names_then_without_a_network(served, world, tmp_path):
+    from gradio_client import Client, handle_file
+    served.heal()
+    (tmp_path / "words.txt").write_text("a dog\nthe sea\nsnow\na red house\n")
+    cache = ("--textfile", tmp_path / "cache.txt", "--embfile", tmp_path / "cache.npy")
+    home = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    command("compute_cache", "--entries", tmp_path / "words.txt", *cache, **home)
+    arguments = (*cache, "--ckpt", "none", "--topk", 3, "--port", 0)
+    image, answers = world / "near" / "000020000000.png", []
+    for _ in range(2):
+        with running_page(*arguments, **home) as (_, address):
+            page = Client(address, verbose=False, analytics_enabled=False)
+            answer = page.predict(photo=handle_file(image), words="a penguin",
+                                  api_name="/caption")
+            answers.append({name: answer[name] for name in ("caption", "table", "candidates")})
+        if len(answers) == 1:
+            assert served.requests
+            served.requests.clear()
+            served.hang = {"api", "resolve", "blob", "other"}  # any request would not end
+    assert served.requests == []
+    assert answers[0] == answers[1] and len(answers[0]["table"]) == 3
 
 
 def test_models_of_the_hub_compute_as_the_same_models_in_folders(hub):
