@@ -20,9 +20,9 @@ from pathlib import Path
 
 from antarctic.distributed import warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
-from antarctic.files import read_words
 from antarctic.folders import list_images
 from antarctic.runtime import cleanup, run
+from antarctic.texts import read_words
 from utils import (
     CHECKPOINTS,
     ORIGINAL_CACHE,

@@ -19,18 +19,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from antarctic.cache_files import existing_caches
 from antarctic.datasets import read_split
 from antarctic.distributed import rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import (
-    existing_caches,
-    existing_file,
-    fingerprint,
-    locked,
-    output_folder,
-    read_lines,
-)
+from antarctic.files import existing_file, fingerprint, output_folder
+from antarctic.locks import locked
 from antarctic.runtime import cleanup, run
+from antarctic.texts import read_lines
 from utils import (
     Renamed,
     add_clip_flag,
@@ -194,7 +190,7 @@ def load_clip(args):
 def make_cache(args):
     """Reads captions, mines n-grams, encodes them and writes the cache. Raises InputError."""
     lines, source = read_source(args)
-    from antarctic.cache import write_cache
+    from antarctic.cache_changes import write_cache
     from antarctic.features import text_features
     from antarctic.words import warn_of_entries, warn_of_long_entries
     clip = load_clip(args)  # before mining, so a wrong name is reported early
@@ -230,7 +226,7 @@ def update_cache(args):
     remove = {" ".join(entry.split()) for entry in args.remove}
     if remove.intersection(add):
         raise InputError(f'"{min(remove.intersection(add))}" is to be added and removed')
-    from antarctic.cache import change_cache
+    from antarctic.cache_changes import change_cache
     clip = load_clip(args)
     change_cache(args.textfile, args.embfile, clip, add, remove, args.prefix, args.batch_size)
 

@@ -18,17 +18,19 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 
-from antarctic.cache import Embeddings, cache_description, read_cache, search, to_bfloat16
+from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
+from antarctic.cache_files import cache_description
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
 from antarctic.distributed import warn
 from antarctic.errors import InputError
-from antarctic.files import existing_file, file_sha256, one_line, read_words
+from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_index
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
+from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
     MAXLEN_DEC,

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from antarctic.datasets import read_split
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
-from antarctic.files import content_key, file_sha256, fingerprint, output_folder, read_words
+from antarctic.files import content_key, file_sha256, fingerprint, output_folder
 from antarctic.folders import IMAGE_SUFFIXES, list_images, read_paths
 from antarctic.records import Records
 from antarctic.results import write_results
 from antarctic.runtime import run
+from antarctic.texts import read_words
 from utils import (
     Decoding,
     add_captioner_flags,

@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from antarctic.cache_files import existing_caches, finish_cache
 from antarctic.distributed import rank_and_world, warn
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import existing_caches, existing_file, finish_cache, locked, output_folder
+from antarctic.files import existing_file, output_folder
+from antarctic.locks import locked
 from antarctic.runtime import cleanup
 
 SEPARATOR = " | "

@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 from antarctic.errors import InputError
-from antarctic.files import read_text
 from antarctic.layouts import (
     Entry,
     Layout,
@@ -16,6 +15,7 @@ from antarctic.layouts import (
     inside_name,
     reading,
 )
+from antarctic.texts import read_text
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # of images in nocaps' annotations
 # Where people keep the images of these data sets, beside folders of the split's name.

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from antarctic.errors import InputError
-from antarctic.files import one_line, read_text
+from antarctic.texts import one_line, read_text
 
 RECORD = {"image_id", "caption", "file"}  # what is read of a record of captions
 

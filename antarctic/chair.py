@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from antarctic.distributed import warn_of
 from antarctic.errors import InputError
-from antarctic.files import one_line, read_text
+from antarctic.texts import one_line, read_text
 
 METRICS = ("CHAIRs", "CHAIRi", "object recall")
 

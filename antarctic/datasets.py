@@ -13,7 +13,6 @@ from typing import NamedTuple
 from antarctic.annotations import COCO, find_coco, find_karpathy, find_nocaps, json_layout
 from antarctic.distributed import is_rank0, warn, warn_of
 from antarctic.errors import InputError, counted, escape_control, print_safely
-from antarctic.files import read_text
 from antarctic.folders import Picture, folder_images
 from antarctic.layouts import (
     ALL,
@@ -27,6 +26,7 @@ from antarctic.layouts import (
 )
 from antarctic.shards import COMPRESSED, find_shards, pattern_layout
 from antarctic.tables import METADATA, find_metadata, find_table, metadata_layout, table_layout
+from antarctic.texts import read_text
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # of a text beside its image
 VAL_SHARE = 20  # one of so many images is for validation, where a data set has no splits

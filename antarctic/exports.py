@@ -7,11 +7,13 @@ from pathlib import Path
 
 from antarctic.distributed import on_rank0, warn
 from antarctic.errors import InputError, counted
-from antarctic.files import atomic, create, locked, output_folder, read_text, reason_of, write_lines
+from antarctic.files import atomic, create, output_folder, reason_of, write_lines
 from antarctic.images import is_image
+from antarctic.locks import locked
 from antarctic.runtime import cleanup
 from antarctic.shards import check_shards, own_shards, write_shards
 from antarctic.tars import split_path
+from antarctic.texts import read_text
 
 EMPTY = "its caption is empty"
 EXISTS = "it exists; --overwrite replaces it"

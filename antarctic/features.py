@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import counted, escape_control, print_safely
-from antarctic.files import append, atomic, fingerprint, locked, writing
+from antarctic.files import append, atomic, fingerprint, writing
 from antarctic.images import (
     HEIF_SUFFIXES,
     MOST_PIXELS,
@@ -23,6 +23,7 @@ from antarctic.images import (
     read_image,
     reads_heif,
 )
+from antarctic.locks import locked
 from antarctic.tars import split_path
 
 CHUNK = 2048  # texts that a process encodes between two writes

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from antarctic.cache import BLOCK, cache_description, read_one_cache, search
+from antarctic.cache import BLOCK, read_one_cache, search
+from antarctic.cache_files import cache_description
 from antarctic.distributed import is_rank0
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import atomic, existing_file, file_sha256, fingerprint, write_json

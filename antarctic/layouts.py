@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from antarctic.errors import InputError
-from antarctic.files import one_line
+from antarctic.texts import one_line
 
 # Names of the same split in different data sets.
 SAME_SPLITS = (("train", "training"), ("val", "validation", "valid", "dev"), ("test", "testing"))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from antarctic.errors import InputError
-from antarctic.files import file_sha256, one_line, output_folder, write_lines
+from antarctic.files import file_sha256, output_folder, write_lines
 from antarctic.images import MOST_PIXELS, read_image
+from antarctic.texts import one_line
 
 MOST_WORDS, LONGEST_WORD = 1000, 200  # lines of a box; characters of a line
 MOST_SAVED = 1000  # caches in the folder of "Save"
@@ -213,7 +214,7 @@ class Studio:
         """Writes a visitor's words as a small cache into a folder: {flag: path} of the files, which
         sampler.py takes. Files that are there stay; the same words are written once. Raises
         InputError."""
-        from antarctic.cache import write_cache
+        from antarctic.cache_changes import write_cache
         if not any(words):
             raise InputError("there is nothing to save yet: write a word into one of the boxes")
         name = hashlib.sha256(repr(tuple(words)).encode()).hexdigest()[:8]

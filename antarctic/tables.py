@@ -8,7 +8,6 @@ from functools import partial
 from itertools import islice
 
 from antarctic.annotations import image_folders
-from antarctic.files import read_text
 from antarctic.layouts import (
     SPLIT_NAMES,
     Entry,
@@ -20,6 +19,7 @@ from antarctic.layouts import (
     reading,
     with_splits_of_paths,
 )
+from antarctic.texts import read_text
 
 # The columns that are read, by the names that they have in these data sets.
 NAMES = ("file_name", "filename", "image", "image_name")

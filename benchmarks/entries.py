@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch.nn.functional import normalize
 
-from antarctic.cache import read_cache, search, to_bfloat16, write_cache
+from antarctic.cache import read_cache, search, to_bfloat16
+from antarctic.cache_changes import write_cache
 from benchmarks import synthetic
 from benchmarks.measure import Part, least, weights
 from model import Clip

@@ -22,7 +22,8 @@ from statistics import median
 import torch
 from torch.nn.functional import embedding_bag, normalize
 
-from antarctic.cache import read_cache, search, write_cache
+from antarctic.cache import read_cache, search
+from antarctic.cache_changes import write_cache
 from antarctic.errors import InputError
 from antarctic.index import build_index, made_queries, open_index
 from antarctic.runtime import run

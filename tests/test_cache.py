@@ -10,7 +10,9 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import normalize
 
-from antarctic import cache, files
+from antarctic import cache, cache_changes, files
+from antarctic.cache_changes import write_cache
+from antarctic.cache_files import cache_description
 from antarctic.files import file_sha256
 
 
@@ -33,7 +35,7 @@ def test_search_in_chunks_equals_sorting_all_scores(n, k, chunk):
 
 def test_a_cache_comes_back_as_it_was_written(tmp_path):
     entries, rows = ["a dog", "grass", "naïve café"], unit_rows(3, 8)
-    cache.write_cache(tmp_path / "c.txt", tmp_path / "c.npy", entries, rows.numpy(), "clip@1", "")
+    write_cache(tmp_path / "c.txt", tmp_path / "c.npy", entries, rows.numpy(), "clip@1", "")
     lines, embeddings = cache.read_cache([tmp_path / "c.txt"], [tmp_path / "c.npy"], "clip@1")
     assert lines == entries
     assert torch.equal(embeddings[:], rows) and embeddings[:].dtype == torch.float32
@@ -42,10 +44,9 @@ def test_a_cache_comes_back_as_it_was_written(tmp_path):
 
 def test_several_caches_are_one_and_an_entry_counts_once(tmp_path):
     a, b = unit_rows(3, 8), unit_rows(2, 8, seed=5)
-    cache.write_cache(tmp_path / "a.txt", tmp_path / "a.npy", ["dog", "cat", "cow"], a.numpy(),
-                      "clip@1", "")
-    cache.write_cache(tmp_path / "b.txt", tmp_path / "b.npy", ["cat", "penguin"], b.numpy(),
-                      "clip@1", "")
+    write_cache(tmp_path / "a.txt", tmp_path / "a.npy", ["dog", "cat", "cow"], a.numpy(),
+                "clip@1", "")
+    write_cache(tmp_path / "b.txt", tmp_path / "b.npy", ["cat", "penguin"], b.numpy(), "clip@1", "")
     entries, embeddings = cache.read_cache([tmp_path / "a.txt", tmp_path / "b.txt"],
                                            [tmp_path / "a.npy", tmp_path / "b.npy"], "clip@1")
     assert entries == ["dog", "cat", "cow", "penguin"]
@@ -53,8 +54,8 @@ def test_several_caches_are_one_and_an_entry_counts_once(tmp_path):
 
 
 def test_a_cache_without_description_loads_with_a_warning(tmp_path, capsys):
-    cache.write_cache(tmp_path / "c.txt", tmp_path / "c.npy", ["dog"], unit_rows(1, 8).numpy(),
-                      "clip@1", "")
+    write_cache(tmp_path / "c.txt", tmp_path / "c.npy", ["dog"], unit_rows(1, 8).numpy(),
+                "clip@1", "")
     (tmp_path / "c.npy.json").unlink()
     assert cache.read_cache([tmp_path / "c.txt"], [tmp_path / "c.npy"], "clip@2")[0] == ["dog"]
     assert capsys.readouterr().err.count("warning") == 1
@@ -65,7 +66,7 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
     """A write that is killed before any of its renames leaves the old cache or the new one."""
     files = tmp_path / "c.txt", tmp_path / "c.npy"
     old, new = unit_rows(2, 4).numpy(), unit_rows(3, 4, seed=1).numpy()
-    cache.write_cache(*files, ["a", "b"], old, "clip", "")
+    write_cache(*files, ["a", "b"], old, "clip", "")
     replace, calls = os.replace, []
 
     def replace_until_killed(*paths):
@@ -76,25 +77,25 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
 
     monkeypatch.setattr(os, "replace", replace_until_killed)
     try:
-        cache.write_cache(*files, ["a", "b", "c"], new, "clip", "")
+        write_cache(*files, ["a", "b", "c"], new, "clip", "")
     except KeyboardInterrupt:
         pass
     monkeypatch.setattr(os, "replace", replace)
     entries, embeddings = cache.read_cache([files[0]], [files[1]], "clip", 4)
     assert len(entries) == (2 if killed_at < 3 else 3)
     assert np.array_equal(embeddings[:].numpy(), old if killed_at < 3 else new)
-    assert cache.cache_description(files[1])["text_sha256"] == file_sha256(files[0])
+    assert cache_description(files[1])["text_sha256"] == file_sha256(files[0])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_rows_on_the_disk_read_as_those_in_memory(tmp_path, monkeypatch, dtype):
     """Any slice is equal, of two caches that share entries, with all rows and with some."""
-    monkeypatch.setattr(cache, "BLOCK", 7)
+    monkeypatch.setattr(cache_changes, "BLOCK", 7)
     a, b = (unit_rows(n, 8, seed=n).numpy().astype(dtype) for n in (20, 9))
     entries_a, entries_b = [str(i) for i in range(20)], [str(i) for i in range(15, 24)]
     for name, lines, rows in (("a", entries_a, a), ("b", entries_b, b)):
-        cache.write_cache(tmp_path / f"{name}.txt", tmp_path / f"{name}.npy", lines, rows, "clip",
-                          "", dtype)
+        write_cache(tmp_path / f"{name}.txt", tmp_path / f"{name}.npy", lines, rows, "clip", "",
+                    dtype)
         np.save(tmp_path / "plain.npy", rows)
         assert (tmp_path / "plain.npy").read_bytes() == (tmp_path / f"{name}.npy").read_bytes()
     entries, rows = cache.read_cache([tmp_path / "a.txt", tmp_path / "b.txt"],

@@ -13,7 +13,9 @@ from conftest import BART, CLIP, ROOT
 from torch.nn.functional import normalize
 
 from antarctic import index
-from antarctic.cache import cache_description, read_cache, search, write_cache
+from antarctic.cache import read_cache, search
+from antarctic.cache_changes import write_cache
+from antarctic.cache_files import cache_description
 from antarctic.datasets import read_coco
 from antarctic.errors import InputError
 from antarctic.features import image_features

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import antarctic.checkpoints
 import antarctic.files
+import antarctic.locks
 import trainer
 from snowglobe import dials
 
@@ -246,7 +247,7 @@ def test_clocks_that_jump_change_nothing(
 def test_a_second_run_at_one_place_is_refused_with_the_firsts_number_and_host(
         script, commands, tmp_path, name):
     lock = tmp_path / (".c.npy.lock" if name == "compute_cache" else ".lock")
-    with antarctic.files.locked(lock):
+    with antarctic.locks.locked(lock):
         run = script(name, *commands[name](tmp_path))
         assert run.code == 2
         assert f"process {os.getpid()} on {socket.gethostname()}" in last_line(run)
@@ -258,7 +259,7 @@ def test_a_second_run_at_one_place_is_refused_with_the_firsts_number_and_host(
 def test_two_runs_do_not_encode_the_same_images_into_one_folder(script, commands, tmp_path,
                                                                 monkeypatch):
     sample, features, locks = commands["sampler"], tmp_path / "features", []
-    locked = antarctic.files.locked
+    locked = antarctic.locks.locked
 
     def noted(path):
         locks.append(path)
@@ -275,7 +276,7 @@ def test_two_runs_do_not_encode_the_same_images_into_one_folder(script, commands
 
 
 def test_two_processes_are_refused_together(commands, tmp_path):
-    with antarctic.files.locked(tmp_path / ".lock"):
+    with antarctic.locks.locked(tmp_path / ".lock"):
         processes = start_two(tmp_path / "logs", "trainer", *commands["trainer"](tmp_path))
         logs = logs_after(processes, tmp_path / "logs")
         assert processes[0].exitcode == 2 and processes[1].exitcode in (2, 130), logs

@@ -27,8 +27,9 @@ from test_hostile import DEEP, bounded
 
 import model
 import utils
-from antarctic import annotations, captions, chair, checkpoints, datasets, features, files, images
+from antarctic import annotations, captions, chair, checkpoints, datasets, features, images
 from antarctic import cache as cache_module
+from antarctic.cache_changes import write_cache
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.folders import Picture
@@ -37,6 +38,7 @@ from antarctic.pairs import Scored
 from antarctic.records import Records
 from antarctic.results import write_results
 from antarctic.sealed import DIGITS, seal
+from antarctic.texts import LONGEST_TEXT, read_lines
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -182,7 +184,7 @@ def made_cache(folder):
     """Writes a cache. Returns {name: bytes} of its three files."""
     noise = torch.randn(len(ENTRIES), DIM, generator=torch.Generator().manual_seed(0))
     rows = torch.nn.functional.normalize(noise, dim=1).numpy()
-    cache_module.write_cache(folder / "c.txt", folder / "c.npy", ENTRIES, rows, "clip@1", "")
+    write_cache(folder / "c.txt", folder / "c.npy", ENTRIES, rows, "clip@1", "")
     return {name: (folder / name).read_bytes() for name in ("c.txt", "c.npy", "c.npy.json")}
 
 
@@ -256,7 +258,7 @@ def read_annotations(path):
     for listing in (annotations.read_annotations(path), by_id):
         for image_id, (name, texts) in listing.items():
             assert type(image_id) in (int, str) and ".." not in Path(name).parts
-            assert all(caption.encode() and len(caption) <= files.LONGEST_TEXT
+            assert all(caption.encode() and len(caption) <= LONGEST_TEXT
                        for caption in texts if caption)
             utils.seed_of(0, image_id)
             os.fsencode(path.parent / name)
@@ -273,7 +275,7 @@ def read_data(path):
         json.dumps(picture.id).encode()
         assert os.path.normpath(picture.path).startswith(f"{root}{os.sep}")
         os.fsencode(picture.path)
-        assert all(text.encode() and len(text) <= files.LONGEST_TEXT for text in picture.captions)
+        assert all(text.encode() and len(text) <= LONGEST_TEXT for text in picture.captions)
         if path.suffix == ".tar":
             try:
                 images.open_file(picture.path).close()
@@ -351,7 +353,7 @@ def read_predictions(path):
 
 
 def read_words(path):
-    return [line.encode() for line in files.read_lines(path, "list of words")]
+    return [line.encode() for line in read_lines(path, "list of words")]
 
 
 # {name: (file; its values, or a text, or None for TEXT; whether there is a line for each, or seal;

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import model
 from antarctic import cache as cache_module
-from antarctic import checkpoints, errors, features, files, openai_clip, pickles
+from antarctic import cache_files, checkpoints, errors, features, openai_clip, pickles, texts
 from antarctic.annotations import read_annotations
 from antarctic.captions import read_captioned, read_captions, read_texts
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
@@ -406,7 +406,7 @@ JSON_READERS = {
     "annotations": read_annotations,
     "results": read_captioned,
     "stories": read_captions,
-    "description": lambda path: cache_module.cache_description(path.with_suffix("")),
+    "description": lambda path: cache_files.cache_description(path.with_suffix("")),
 }
 
 
@@ -429,7 +429,7 @@ def test_json_that_is_something_else_is_refused(tmp_path, read, text):
 
 LONG = "a" * 10_000_000
 TEXT_READERS = {
-    "list of words": lambda path: files.read_lines(path, "list of words"),
+    "list of words": lambda path: texts.read_lines(path, "list of words"),
     "predictions": lambda path: read_texts(path, "captions file"),
     "captions": read_captions,
     "cache": lambda path: cache_module.read_one_cache(path, path, "clip"),

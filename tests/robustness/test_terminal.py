@@ -514,12 +514,11 @@ def test_the_bar_of_images_counts_each_once(script, world, tmp_path, capsys):
 
 
 def test_the_bar_of_an_index_ends_full(capsys, tmp_path, monkeypatch):
-    from antarctic import cache as caches
-    from antarctic import index
+    from antarctic import cache_changes, index
     pytest.importorskip("faiss")
     rows = torch.nn.functional.normalize(torch.randn(700, 16), dim=1).numpy()
     files = tmp_path / "c[1].txt", tmp_path / "c[1].npy"
-    caches.write_cache(*files, [str(i) for i in range(700)], rows, "clip", "")
+    cache_changes.write_cache(*files, [str(i) for i in range(700)], rows, "clip", "")
     monkeypatch.setattr(index, "BLOCK", 300)
     abandoned = tmp_path / ".i[1].faiss.0.part"
     abandoned.touch()
