@@ -7,7 +7,8 @@ It also changes an existing cache, and encodes only the new entries:
 
     python compute_cache.py --textfile mine.txt --embfile mine.npy --add "Geoff Hinton" --remove dog
 
---index builds an approximate index over the cache, alone or beside these commands.
+--index builds an approximate index over the cache, alone or beside these commands. --check reads a
+cache and says whether it is whole.
 """
 
 import argparse
@@ -15,18 +16,19 @@ import glob
 import math
 import random
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.cache_files import existing_caches
+from antarctic.cache_files import existing_caches, finish_cache, staging_path
 from antarctic.datasets import read_split
-from antarctic.distributed import rank_and_world
+from antarctic.distributed import on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import existing_file, fingerprint, output_folder
 from antarctic.locks import locked
 from antarctic.runtime import cleanup, run
-from antarctic.texts import read_lines
+from antarctic.texts import LONGEST_TEXT, read_lines
 from utils import (
     Renamed,
     add_clip_flag,
@@ -34,7 +36,9 @@ from utils import (
     choose_device,
     choose_dtype,
     find_outputs,
+    refuse_overwriting,
     require_at_least,
+    same_file,
     warn_renamed,
 )
 
@@ -55,6 +59,8 @@ def parse():
     change.add_argument("--add", nargs="+", default=[], metavar="TEXT", help="entries to add")
     change.add_argument("--add_from", metavar="FILE", help="list of entries to add, one a line")
     change.add_argument("--remove", nargs="+", default=[], metavar="TEXT", help="entries to remove")
+    change.add_argument("--check", action="store_true", help="only read the cache, and name what "
+                        "is damaged")
 
     mining = parser.add_argument_group("mining")
     mining.add_argument("--split", metavar="NAME", help="split of --datadir (default: train2017, "
@@ -107,28 +113,39 @@ def sources(args):
 
 def check(args):
     """Raises InputError for arguments that cannot work, before anything is loaded."""
-    tasks = len(sources(args)) + bool(args.add or args.add_from or args.remove)
+    tasks = len(sources(args)) + bool(args.add or args.add_from or args.remove) + args.check
     if tasks > 1 or not tasks and not args.index:
         raise InputError("a new cache needs exactly one of --datadir, --corpus and --entries; an "
-                         "existing one is changed by --add, --add_from and --remove, and indexed "
-                         "by --index")
+                         "existing one is changed by --add, --add_from and --remove, indexed by "
+                         "--index, and checked by --check alone")
+    if args.check and args.index:
+        raise InputError("--check only reads the cache, and --index writes; give one of them")
     require_at_least(1, args, "topk", "batch_size")
     require_at_least(0, args, "ncaptions")
     if args.queries and not args.index:
         raise InputError("--queries are for measuring an --index, and none is built")
+    if len(args.prefix or "") > LONGEST_TEXT:
+        raise InputError(f"--prefix has {len(args.prefix):,} characters; {LONGEST_TEXT:,} are read "
+                         "at most")
 
 
 def check_outputs(args):
     """Raises InputError where an input is missing or an output cannot be written, before any work.
     """
-    outputs = [args.textfile, args.embfile] + ([args.index] if args.index else [])
+    outputs = [args.textfile, args.embfile, f"{args.embfile}.json"]
+    if args.index:
+        outputs += [args.index, f"{args.index}.json"]
+    if any(same_file(*pair) for pair in combinations(outputs, 2)):
+        raise InputError(f"--textfile, --embfile, --index and their .json must be files of their "
+                         f"own, not {', '.join(outputs)}")
+    inputs = [("--corpus", path) for path in args.corpus or ()]
+    inputs += [(f"--{name}", getattr(args, name))
+               for name in ("entries", "add_from", "queries", "clip_model")]
+    refuse_overwriting(inputs, [*outputs, *map(staging_path, outputs)])
     for path in outputs:
         output_folder(Path(path).parent)
         if Path(path).is_dir():
             raise InputError(f"{path} is a folder, not a file to write")
-    if len({Path(path).resolve() for path in outputs}) < len(outputs):
-        raise InputError(f"--textfile, --embfile and --index must be files of their own, not "
-                         f"{', '.join(outputs)}")
     if not sources(args):
         existing_caches([args.textfile], [args.embfile])
     if args.index:
@@ -191,7 +208,7 @@ def make_cache(args):
     """Reads captions, mines n-grams, encodes them and writes the cache. Raises InputError."""
     lines, source = read_source(args)
     from antarctic.cache_changes import write_cache
-    from antarctic.features import text_features
+    from antarctic.entries import text_features
     from antarctic.words import warn_of_entries, warn_of_long_entries
     clip = load_clip(args)  # before mining, so a wrong name is reported early
     if args.entries is not None:
@@ -235,10 +252,15 @@ def main():
     args = parse()
     check(args)
     find_outputs(args, new=bool(sources(args)))
+    rank = rank_and_world()[0]
+    if args.check:
+        from antarctic.cache import check_cache
+        on_rank0(lambda: check_cache(args.textfile, args.embfile))
+        return
     check_outputs(args)
     embfile = Path(args.embfile)
     cleanup.enter_context(locked(embfile.with_name(f".{embfile.name}.lock")))
-    rank = rank_and_world()[0]
+    on_rank0(lambda: finish_cache(args.textfile, args.embfile))  # which a killed run had begun
     if sources(args):
         make_cache(args)
     elif (args.add or args.add_from or args.remove) and rank == 0:  # too few entries to split

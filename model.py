@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
-from antarctic.cache_files import cache_description
+from antarctic.cache_files import is_cache_file
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.decoding import beam_search, sample_tree
 from antarctic.distributed import warn
@@ -324,7 +324,7 @@ class Model:
                 raise InputError(f"{name} must be at least 1, not {size}")
         only, ban = (read_words(words) if isinstance(words, str | Path) else words
                      for words in (only, ban))
-        textfile, embfile = choose_cache(as_list(textfile), as_list(embfile), isfile)
+        textfile, embfile = choose_cache(as_list(textfile), as_list(embfile), is_cache_file)
         ckpt = choose_checkpoint(ckpt, isfile)
         device = choose_device(device)
         settings = {"topk": topk or TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
@@ -343,7 +343,8 @@ class Model:
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
         if ckpt:
             load_checkpoint(ckpt, captioner)
-        prefix = (cache_description(embfile[0]) or {"prefix": ""})["prefix"]
+        description = embeddings.parts[0].description
+        prefix = description.prefix if description else ""
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,
                    index_search)
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from antarctic.cache_files import existing_caches, finish_cache
+from antarctic.cache_files import existing_caches, is_cache_file, whole
 from antarctic.distributed import rank_and_world, warn
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import existing_file, output_folder
@@ -222,9 +222,8 @@ def find_inputs(args):
 
     Raises InputError where a file is missing, before anything is loaded.
     """
-    finish_cache(*OWN_CACHE)
     given, taken = dict(vars(args)), []
-    args.textfile, args.embfile = choose_cache(args.textfile, args.embfile, os.path.isfile)
+    args.textfile, args.embfile = choose_cache(args.textfile, args.embfile, is_cache_file)
     if None in (given["textfile"], given["embfile"]):
         pairs = (f"{text} with {rows}" for text, rows in zip(args.textfile, args.embfile))
         taken.append(f"the cache {' and '.join(pairs)}")
@@ -253,9 +252,8 @@ def find_outputs(args, new):
         args.textfile, args.embfile = OWN_CACHE
     args.textfile = args.textfile or str(Path(args.embfile).with_suffix(".txt"))
     args.embfile = args.embfile or str(Path(args.textfile).with_suffix(".npy"))
-    finish_cache(args.textfile, args.embfile)
     unnamed = [path for path in (args.textfile, args.embfile) if path not in named]
-    existing = [path for path in unnamed if Path(path).exists()]
+    existing = [path for path in unnamed if whole(path, args.embfile).exists()]
     if new:
         if existing:
             raise InputError(f"{existing[0]} exists and is replaced only where --textfile and "
@@ -265,6 +263,24 @@ def find_outputs(args, new):
         raise InputError(f"{ORIGINAL_CACHE[0]} stays as it was downloaded; make a small cache of "
                          f"your own, as by --entries words.txt --textfile mine.txt, and give both "
                          f"to sampler.py: --textfile {ORIGINAL_CACHE[0]} mine.txt")
+
+
+def refuse_overwriting(inputs, outputs):
+    """Raises InputError where a run would replace a file that it reads, also by a link or another
+    name. inputs: pairs of a flag and a path, or None. outputs: paths."""
+    for flag, path in inputs:
+        for output in outputs:
+            if path is not None and same_file(path, output):
+                raise InputError(f"{flag} {path} would be replaced by {output}, which this run "
+                                 "writes; give the output another name")
+
+
+def same_file(path, other):
+    """Whether two paths name one file, which need not exist."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return os.path.realpath(path) == os.path.realpath(other)
 
 
 # ------------------------------------------------------------------------------- the start of a run

@@ -1,108 +1,23 @@
 """The cache: entries in a text file, their CLIP embeddings in an .npy file, and the search for the
 entries nearest to an image."""
 
-import io
-from pathlib import Path
-from tokenize import TokenError  # numpy raises it for a header that is cut in two
+import hashlib
+import random
 
-import numpy as np
 import torch
 
-from antarctic.cache_files import cache_description, existing_caches
-from antarctic.distributed import warn
-from antarctic.errors import InputError
-from antarctic.files import file_sha256
-from antarctic.texts import LONGEST_TEXT, read_text
+from antarctic.cache_files import existing_caches, open_cache, read_description
+from antarctic.distributed import gather_lists, peer_sockets, warn
+from antarctic.errors import InputError, counted, escape_control, print_safely
+from antarctic.files import fingerprint
+from antarctic.rows import Embeddings, Rows
+from antarctic.texts import LONGEST_TEXT
 from antarctic.words import warn_of_entries
 
-BLOCK = 65536  # rows read or written at a time
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
-                  (2, 0): np.lib.format.read_array_header_2_0}
-
-
-class Rows:
-    """The rows of an .npy file, or some of them, read from the disk when needed.
-
-    rows[a:b] maps only what it reads, so a cache may be larger than memory. It is a float32 tensor
-    (b - a, dim), whatever floating-point type the file has. kept: ascending row numbers, or None
-    for all rows. Raises InputError where the file is not such a table.
-    """
-
-    def __init__(self, path, kept=None):
-        self.path, self.kept = path, kept
-        (self.file_rows, self.dim), self.dtype, self.offset = read_npy_header(path)
-        size = self.offset + self.file_rows * self.dim * self.dtype.itemsize
-        if Path(path).stat().st_size < size:
-            raise InputError(f"{path} is cut short, so it is not a .npy file of numbers any more")
-
-    def __len__(self):
-        return self.file_rows if self.kept is None else len(self.kept)
-
-    def __getitem__(self, part):
-        start, stop, _ = part.indices(len(self))
-        if stop <= start or not self.dim:
-            return torch.empty(max(0, stop - start), self.dim)
-        begin, last = start, stop - 1  # rows of the file
-        if self.kept is not None:
-            begin, last = self.kept[begin], self.kept[last]
-        offset = self.offset + begin * self.dim * self.dtype.itemsize
-        rows = np.memmap(self.path, self.dtype, "c", offset, (last + 1 - begin, self.dim))
-        if self.kept is not None:
-            rows = rows[[row - begin for row in self.kept[start:stop]]]
-        return torch.from_numpy(np.asarray(rows, np.float32))
-
-    def only(self, rows):
-        """Some of these rows, as Rows. rows: ascending numbers."""
-        kept = list(rows) if self.kept is None else [self.kept[row] for row in rows]
-        return Rows(self.path, kept)
-
-
-def read_npy_header(path):
-    """(shape, dtype, offset of the data in bytes) of an .npy file with a 2-D table of
-    floating-point numbers. Raises InputError where the file is something else."""
-    try:
-        with open(path, "rb") as file:  # np.load would open archives, too
-            # numpy writes headers of 128 bytes; its reader would accept gigabytes.
-            header = io.BytesIO(file.read(512))
-        version = np.lib.format.read_magic(header)
-        shape, fortran_order, dtype = HEADER_READERS[version](header)
-    except (ValueError, OSError, EOFError, KeyError, TokenError) as error:
-        raise InputError(f"{path} is not a .npy file of numbers") from error
-    is_table = len(shape) == 2 and shape[0] >= 0 and shape[1] >= 1
-    if not is_table or fortran_order or not np.issubdtype(dtype, np.floating):
-        raise InputError(f"{path} does not hold a table of real numbers, one row an entry")
-    return shape, dtype, header.tell()
-
-
-class Embeddings:
-    """Rows and float32 tensors (n, dim), joined one after the other; search reads them like one
-    tensor."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __len__(self):
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, part):
-        start, stop, _ = part.indices(len(self))
-        pieces = []
-        for rows in self.parts:
-            if start < len(rows) and stop > 0:
-                pieces.append(rows[max(0, start):stop])
-            start, stop = start - len(rows), stop - len(rows)
-        if len(pieces) == 1:
-            return pieces[0]
-        return torch.cat(pieces or [torch.empty(0, self.parts[0].dim)])
-
-    def only(self, rows):
-        """Some of these rows, as Embeddings. rows: ascending numbers."""
-        parts, begin = [], 0
-        for part in self.parts:
-            wanted = [row - begin for row in rows if begin <= row < begin + len(part)]
-            parts.append(part[wanted] if torch.is_tensor(part) else part.only(wanted))
-            begin += len(part)
-        return Embeddings(parts)
+BLOCK = 16384  # rows read or written at a time
+NAMED = 10  # damaged blocks in a message
+SAMPLE = 4  # blocks whose digests are checked when a cache is opened
+CHUNK_NUMBERS = 1 << 20  # of a chunk that is searched: 4 MB stay in a processor's cache
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -134,12 +49,45 @@ def read_cache(textfiles, embfiles, clip_model, dim=None):
         entries += lines
         parts.append(rows)
     warn_of_entries(entries)
-    return entries, Embeddings(parts)
+    embeddings = Embeddings(parts)
+    if peer_sockets:  # the processes of a run of ours, not of a program that uses the library
+        require_one_cache(entries, embeddings)
+    return entries, embeddings
 
 
 def read_one_cache(textfile, embfile, clip_model):
     """One cache, checked: (lines, Rows). Raises InputError as read_cache does."""
-    text = read_text(textfile, "cache text").replace("\r\n", "\n")
+    lines, rows = open_checked(textfile, embfile)
+    description = rows.description
+    if description is None:
+        warn(f"{embfile}.json is missing, so it is not checked that {embfile} was made with "
+             f"{clip_model}")
+    elif description.clip_model != clip_model:
+        raise InputError(f"the cache {embfile} was made with the CLIP model "
+                         f"{description.clip_model}, not with {clip_model}")
+    if description and description.digests:
+        blocks = rows.blocks()
+        if len(blocks) > 2 * SAMPLE:  # the ends differ where entries were added or removed
+            some = random.Random().sample(blocks[1:-1], SAMPLE - 2)  # others each time
+            blocks = [blocks[0], *some, blocks[-1]]
+        if damaged := rows.damaged(blocks):
+            raise InputError(f"{embfile} is damaged: {name_rows(damaged[0], lines)} are not what "
+                             "was written; --check of compute_cache.py names all that are, and "
+                             "the cache must be computed again")
+    if next(not_finite(rows), None) is not None:
+        raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
+    return lines, rows
+
+
+def open_checked(textfile, embfile):
+    """The lines and the Rows of a cache, whose text is the one that the rows are of. Raises
+    InputError."""
+    held = open_cache(textfile, embfile)
+    data = held.text.read()
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the cache text {textfile} is not UTF-8 text") from error
     lines = text.removesuffix("\n").split("\n") if text else []  # no other character ends an entry
     if not lines:
         raise InputError(f"the cache {textfile} is empty")
@@ -147,40 +95,78 @@ def read_one_cache(textfile, embfile, clip_model):
     if longest > LONGEST_TEXT:
         raise InputError(f"{textfile} has an entry of {longest:,} characters; {LONGEST_TEXT:,} are "
                          "read at most")
-    rows = Rows(embfile)
+    description = read_description(held.description)
+    rows = Rows(embfile, None, held.embeddings, description)
     if len(lines) != len(rows):
         raise InputError(f"{textfile} has {len(lines)} entries, but {embfile} has {len(rows)} "
                          "rows: they are not the same cache (compute_cache.py --add adds entries, "
                          "and a text that was edited by hand no longer fits its rows)")
-    description = cache_description(embfile)
-    if description is None:
-        warn(f"{embfile}.json is missing, so it is not checked that {embfile} was made with "
-             f"{clip_model}")
-    elif description["clip_model"] != clip_model:
-        raise InputError(f"the cache {embfile} was made with the CLIP model "
-                         f"{description['clip_model']}, not with {clip_model}")
-    elif description["text_sha256"] != file_sha256(textfile):
+    if description and description.text_sha256 != hashlib.sha256(data).hexdigest():
         raise InputError(f"{textfile} is not the text that {embfile} was made from; compute the "
                          "cache again")
-    if not all(rows[start:start + BLOCK].isfinite().all() for start in range(0, len(rows), BLOCK)):
-        raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
     return lines, rows
+
+
+def not_finite(rows):
+    """Yields the numbers of the rows that hold a value that is not finite."""
+    for start in range(0, len(rows), BLOCK):
+        finite = rows[start:start + BLOCK].isfinite().all(1)
+        yield from (start + (~finite).nonzero()[:, 0]).tolist()
+
+
+def name_rows(block, lines):
+    """A range of rows as a message names it: by the lines of the text, from 1, and entries."""
+    first, last = (f"{row + 1:,} ({lines[row][:40]!r})" for row in (block[0], block[-1]))
+    return f"rows {first} to {last}" if len(block) > 1 else f"row {first}"
+
+
+def check_cache(textfile, embfile):
+    """Reads a whole cache and prints that it is as it was written. Raises InputError where it is
+    not, with the rows that are damaged."""
+    lines, rows = open_checked(textfile, embfile)
+    damaged = []
+    if digests := rows.description and rows.description.digests:
+        for block in rows.damaged(rows.blocks()):
+            if damaged and damaged[-1].stop == block.start:
+                block = range(damaged.pop().start, block.stop)
+            damaged.append(block)
+    bad = [range(row, row + 1) for row in not_finite(rows)]
+    for blocks, what in ((damaged, "are not what was written"), (bad, "are not finite")):
+        if blocks:
+            names = "; ".join(name_rows(block, lines) for block in blocks[:NAMED])
+            more = f"; and {len(blocks) - NAMED:,} more" if len(blocks) > NAMED else ""
+            raise InputError(f"{embfile} is damaged: {names}{more} {what}; compute the cache again")
+    checked = ("each is what was written" if digests else
+               "all values are finite; the cache has no digests to check them against")
+    print_safely(escape_control(f"{textfile} and {embfile} fit each other; "
+                                f"{counted(len(rows), 'row')}: {checked}"))
+
+
+def require_one_cache(entries, embeddings):
+    """Raises InputError where the processes of this run have opened different states of a cache,
+    since another run replaced it between. All processes call this."""
+    ends = [rows.digest(block) for rows in embeddings.files()
+            for block in (*rows.blocks()[:1], *rows.blocks()[-1:])]
+    if len(set(gather_lists([fingerprint([entries, ends])]))) > 1:
+        raise InputError("the cache was replaced while the processes of this run opened it; rerun "
+                         "the same command")
 
 
 # ----------------------------------------------------------------------------------------- search
 
-def search(queries, embeddings, k, chunk=8192, half=None):
+def search(queries, embeddings, k, chunk=None, half=None):
     """The k nearest rows by inner product, best first.
 
     queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores
     (B, k), indices (B, k) int64), k <= N. Only B x chunk products exist at a time, so memory does
-    not grow with N.
+    not grow with N. chunk: rows that are read at a time (default: 4 MB of them, 8192 at most).
 
     half: to_bfloat16(embeddings), or None. It is scanned first, and float32 products are computed
     only of those rows of a chunk that may be among a query's k best, given the greatest error of
     bfloat16. The result is the same, except for ties.
     """
     k = min(k, len(embeddings))
+    chunk = chunk or max(1, min(8192, CHUNK_NUMBERS // queries.shape[1]))
     best = indices = None
     for start in range(0, len(embeddings), chunk):
         rows, near = embeddings[start:start + chunk], None

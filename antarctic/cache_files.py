@@ -2,12 +2,19 @@
 
 import json
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from antarctic.errors import InputError
 from antarctic.files import existing_file, writing
-from antarctic.texts import read_text
+from antarctic.held import HeldFile
+from antarctic.texts import LONGEST_TEXT
+
+ATTEMPTS, PAUSE = 100, 0.05  # a writer moves its three files in less than these seconds
+MOST_BYTES = 1 << 24  # of a description, which has digests of a billion rows then
+STATED = "clip_model", "text_sha256", "prefix"
 
 
 def staging_path(path):
@@ -17,7 +24,7 @@ def staging_path(path):
 
 def finish_cache(textfile, embfile):
     """Moves the files that write_cache staged into place, also those of a run that was killed while
-    it moved them.
+    it moved them. Only a run that may write the cache calls this, under its lock.
 
     The description is staged last: where it exists, all files are whole. So text and embeddings
     always belong together.
@@ -29,29 +36,116 @@ def finish_cache(textfile, embfile):
                 os.replace(staging_path(path), path)
 
 
+def whole(path, embfile):
+    """Where a file of the cache embfile is that belongs to the other two: its Path, or, where a run
+    was killed while it moved new files into place, that of the new one that it left."""
+    staged = staging_path(path)
+    moving = staging_path(f"{embfile}.json").is_file()
+    return staged if moving and staged.is_file() else Path(path)
+
+
+def is_cache_file(path):
+    """Whether a text or embeddings are there, also where a killed run has yet to move them. The
+    names of the two differ in the suffix."""
+    return whole(path, Path(path).with_suffix(".npy")).is_file()
+
+
 def existing_caches(textfiles, embfiles):
     """Pairs of paths (text, embeddings). Raises InputError where a file is missing or the numbers
     of files differ."""
     if len(textfiles) != len(embfiles):
         raise InputError(f"got {len(textfiles)} --textfile but {len(embfiles)} --embfile; they go "
                          "in pairs")
-    pairs = []
-    for textfile, embfile in zip(textfiles, embfiles):
-        finish_cache(textfile, embfile)
-        pairs.append((existing_file(textfile, "cache text"),
-                      existing_file(embfile, "cache embeddings")))
+    pairs = list(zip(map(Path, textfiles), map(Path, embfiles)))
+    for textfile, embfile in pairs:
+        for path, kind in ((textfile, "cache text"), (embfile, "cache embeddings")):
+            if not whole(path, embfile).is_file():
+                existing_file(path, kind)
     return pairs
 
 
-def cache_description(embfile):
-    """The description that write_cache stored beside the embeddings, a dict, or None where there is
-    none. Raises InputError where the file holds something else."""
-    path = Path(f"{embfile}.json")
-    if not path.is_file():
+# ---------------------------------------------------------------------------------------- opening
+
+class HeldCache(NamedTuple):
+    """The files of a cache, opened as they belong together; description is None where there is
+    none."""
+
+    text: HeldFile
+    embeddings: HeldFile
+    description: HeldFile | None
+
+
+def open_cache(textfile, embfile):
+    """The HeldCache of one state of a cache, though another run may replace it meanwhile. Nothing
+    is written. Raises InputError where a file is missing or cannot be read."""
+    names = Path(textfile), Path(embfile), Path(f"{embfile}.json")
+    looked_at = [*names, *map(staging_path, names)]
+    for _ in range(ATTEMPTS):
+        before = [identity(path) for path in looked_at]
+        held = HeldCache(*[hold(whole(name, embfile), name) for name in names])
+        if before == [identity(path) for path in looked_at]:
+            if None in held[:2]:
+                existing_caches([textfile], [embfile])
+                break  # it has come back
+            return held
+        time.sleep(PAUSE)  # a rename fell between
+    raise InputError(f"{embfile} is being replaced again and again; rerun the same command once no "
+                     "other run writes to it")
+
+
+def identity(path):
+    """What tells whether a name stands for the same bytes; None where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def hold(path, name):
+    """A HeldFile, or None where there is none. Raises InputError where it cannot be opened."""
+    try:
+        return HeldFile(path, name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {name} ({error.strerror})") from error
+
+
+# ------------------------------------------------------------------------------------ description
+
+class Description(NamedTuple):
+    """What write_cache stored beside the embeddings. digests: one after the other, see Rows.digest;
+    None where an earlier version wrote none."""
+
+    clip_model: str
+    text_sha256: str
+    prefix: str
+    digests: str | None
+
+
+def read_description(held):
+    """The Description that a HeldFile holds; None for None. Raises InputError where it holds
+    something else."""
+    if held is None:
         return None
     try:
-        description = json.loads(read_text(path, "description"))
-        return {name: description[name] + "" for name in ("clip_model", "text_sha256", "prefix")}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not the description of a cache; delete it to load the cache "
-                         "unchecked") from error
+        if held.size > MOST_BYTES:
+            raise ValueError
+        values = json.loads(held.read().decode("utf-8-sig"))
+        fields = [values[name] + "" for name in STATED]
+        digests = values.get("rows_sha256", "") + ""
+        if len(values["prefix"]) > LONGEST_TEXT:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{held.name} is not the description of a cache; delete it to load the "
+                         "cache unchecked") from error
+    return Description(*fields, digests or None)
+
+
+def cache_description(embfile):
+    """The CLIP model, the text's digest and the prefix that the description beside the embeddings
+    states, a dict, or None where there is none. Raises InputError where it is something else."""
+    path = Path(f"{embfile}.json")
+    description = read_description(hold(whole(path, embfile), path))
+    return description and {name: getattr(description, name) for name in STATED}

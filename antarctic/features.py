@@ -1,4 +1,4 @@
-"""CLIP's vectors of images and texts: encoded once, stored in files, and reused by later runs."""
+"""CLIP's vectors of images: encoded once, stored in files, and reused by later runs."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import counted, escape_control, print_safely
-from antarctic.files import append, atomic, fingerprint, writing
+from antarctic.files import atomic, fingerprint
 from antarctic.images import (
     HEIF_SUFFIXES,
     MOST_PIXELS,
@@ -26,13 +26,10 @@ from antarctic.images import (
 from antarctic.locks import locked
 from antarctic.tars import split_path
 
-CHUNK = 2048  # texts that a process encodes between two writes
 # Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
 BATCH_PIXELS = 1 << 25
 STATUS, DIGEST, SEAL = 8, 32, 8  # bytes of an image's key, see key_of
 
-
-# ----------------------------------------------------------------------------------------- images
 
 def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=MOST_PIXELS,
                    truncated=False, unread=frozenset()):
@@ -267,33 +264,3 @@ def report_bad_images(bad):
     if bad:
         were = "was" if len(bad) == 1 else "were"
         print_safely(f"{counted(len(bad), 'image')} could not be read and {were} skipped", "stderr")
-
-
-# ------------------------------------------------------------------------------------------ texts
-
-def text_features(clip, texts, part, batch_size):
-    """CLIP's vectors of texts. All processes call this and share the work.
-
-    On rank 0 it returns an array (len(texts), dim), mapped from the file part, which grows by
-    float32 rows. A killed run resumes at its end, so the name of part must depend on everything
-    that determines the vectors. batch_size: texts at a time, per process.
-    """
-    rank, world = rank_and_world()
-    row_bytes = clip.dim * np.dtype(np.float32).itemsize
-
-    def count_done():
-        with writing(part), open(part, "ab") as file:
-            done = file.tell() // (CHUNK * row_bytes) * CHUNK
-            file.truncate(done * row_bytes)
-        return done
-
-    done = on_rank0(count_done)
-    with tqdm(total=len(texts), initial=done, desc="encoding entries", unit="entry",
-              disable=rank > 0) as bar:
-        for start in range(done, len(texts), CHUNK * world):
-            chunk = texts[start + rank * CHUNK:start + (rank + 1) * CHUNK]
-            rows = gather_lists([clip.encode_texts(chunk, batch_size).numpy()])  # (CHUNK, dim) each
-            if rank == 0:
-                append(part, b"".join(block.tobytes() for block in rows))
-            bar.update(sum(map(len, rows)))
-    return np.memmap(part, np.float32, "r", shape=(len(texts), clip.dim)) if rank == 0 else None

@@ -11,8 +11,9 @@ from conftest import ROOT
 from torch.nn.functional import normalize
 
 from antarctic import cache, cache_changes, files
+from antarctic import rows as rows_module
 from antarctic.cache_changes import write_cache
-from antarctic.cache_files import cache_description
+from antarctic.cache_files import cache_description, finish_cache
 from antarctic.files import file_sha256
 
 
@@ -84,13 +85,15 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
     entries, embeddings = cache.read_cache([files[0]], [files[1]], "clip", 4)
     assert len(entries) == (2 if killed_at < 3 else 3)
     assert np.array_equal(embeddings[:].numpy(), old if killed_at < 3 else new)
+    finish_cache(*files)
     assert cache_description(files[1])["text_sha256"] == file_sha256(files[0])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_rows_on_the_disk_read_as_those_in_memory(tmp_path, monkeypatch, dtype):
     """Any slice is equal, of two caches that share entries, with all rows and with some."""
-    monkeypatch.setattr(cache_changes, "BLOCK", 7)
+    for module in (cache_changes, rows_module):
+        monkeypatch.setattr(module, "DIGEST_ROWS", 7)
     a, b = (unit_rows(n, 8, seed=n).numpy().astype(dtype) for n in (20, 9))
     entries_a, entries_b = [str(i) for i in range(20)], [str(i) for i in range(15, 24)]
     for name, lines, rows in (("a", entries_a, a), ("b", entries_b, b)):

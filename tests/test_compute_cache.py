@@ -135,7 +135,10 @@ def test_added_and_removed_entries_give_the_cache_of_the_changed_list(script, tm
     assert encoded == ["Geoff Hinton", "a golden retriever puppy", "penguin"]
     assert "added 3 entries" in run.out and "(2 were already in it)" in run.out
     assert "removed 1" in run.out and "unicorn" in run.out
-    assert contents(whole)[::2] == contents(changed)[::2]  # the text and the description
+    assert contents(whole)[0] == contents(changed)[0]
+    described = [json.loads(contents(folder)[2]) for folder in (whole, changed)]
+    # Of other batches, the vectors are equal but for their last bits.
+    assert described[0] | {"rows_sha256": ""} == described[1] | {"rows_sha256": ""}
     assert np.abs(np.load(whole / "c.npy") - np.load(changed / "c.npy")).max() < 1e-6
 
 
@@ -187,7 +190,7 @@ def test_there_must_be_a_cache_to_change(script, tmp_path):
 
 def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
         script, world, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("antarctic.features.CHUNK", 50)
+    monkeypatch.setattr("antarctic.entries.CHUNK", 50)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     compute(script, tmp_path / "whole", "--datadir", world)

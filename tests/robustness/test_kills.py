@@ -21,7 +21,7 @@ from conftest import ROOT, commands, flags
 from forks import files, finish, start
 
 KILLS = int(os.environ.get("KILLS", "2"))
-SMALL = {"antarctic.features.CHUNK": 32}  # so that a run saves its vectors in several pieces
+SMALL = {"antarctic.entries.CHUNK": 32}  # so that a run saves its vectors in several pieces
 
 
 def small_commands(world, cache, checkpoint):

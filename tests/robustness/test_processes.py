@@ -115,7 +115,7 @@ def slow_save_state(*state):
     time.sleep(0.5)
 
 
-SLOW = {"antarctic.features.CHUNK": 64, "antarctic.features.append": slow_append,
+SLOW = {"antarctic.entries.CHUNK": 64, "antarctic.entries.append": slow_append,
         "antarctic.records.append": slow_append, "stories.append": slow_append,
         "antarctic.checkpoints.save_state": slow_save_state}
 

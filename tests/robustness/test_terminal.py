@@ -479,10 +479,10 @@ def test_the_bars_of_training_end_full(script, world, cache, tmp_path, monkeypat
 @pytest.mark.parametrize("batch_size", [3, 8, 100])
 def test_the_bars_of_the_other_scripts_end_full(script, world, cache, checkpoint, tmp_path,
                                                 monkeypatch, batch_size):
-    monkeypatch.setattr("antarctic.features.CHUNK", 100)
+    monkeypatch.setattr("antarctic.entries.CHUNK", 100)
     command = commands(world, cache, checkpoint)
     for name, function, calls, bars in (
-            ("compute_cache", "antarctic.features.append", 3, ["counting n-grams",
+            ("compute_cache", "antarctic.entries.append", 3, ["counting n-grams",
                                                                "encoding entries"]),
             ("sampler", "antarctic.records.append", 2, ["captioning"]),
             ("stories", "stories.append", 2, ["writing stories"])):
