@@ -43,7 +43,8 @@ def write_rows(path, entries, embeddings, shape, dtype):
     with atomic(path, "wb") as file:
         file.write(before)
         for start in range(0, len(embeddings), DIGEST_ROWS):
-            rows = np.ascontiguousarray(embeddings[start:start + DIGEST_ROWS], dtype)
+            with np.errstate(over="ignore"):  # float16 ends at 65,504; require_finite says so
+                rows = np.ascontiguousarray(embeddings[start:start + DIGEST_ROWS], dtype)
             require_finite(rows, entries[start:start + DIGEST_ROWS])
             file.write(rows.data)
             digests.append(digest_of(before, rows))

@@ -123,6 +123,10 @@ class Description(NamedTuple):
     prefix: str
     digests: str | None
 
+    def stated(self):
+        """What the description of an index repeats, a dict."""
+        return {name: getattr(self, name) for name in STATED}
+
 
 def read_description(held):
     """The Description that a HeldFile holds; None for None. Raises InputError where it holds
@@ -144,8 +148,8 @@ def read_description(held):
 
 
 def cache_description(embfile):
-    """The CLIP model, the text's digest and the prefix that the description beside the embeddings
-    states, a dict, or None where there is none. Raises InputError where it is something else."""
+    """What the description beside the embeddings states, a dict; None where there is none. Raises
+    InputError where it is something else."""
     path = Path(f"{embfile}.json")
     description = read_description(hold(whole(path, embfile), path))
-    return description and {name: getattr(description, name) for name in STATED}
+    return description and description.stated()

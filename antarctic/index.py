@@ -128,7 +128,7 @@ def open_index(path, embeddings):
     """
     description = index_description(path)
     matches = (part for part in embeddings.parts
-               if cache_description(part.path) == description["cache"])
+               if part.description and part.description.stated() == description["cache"])
     rows = next(matches, None)
     if rows is None:
         raise InputError(f"the index {path} is of another cache than --embfile, or of an older "

@@ -1,5 +1,7 @@
 """The cache on disk and its search, against plain formulas."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +12,11 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import normalize
 
-from antarctic import cache, cache_changes, files
+from antarctic import cache, cache_changes, cache_files, files
 from antarctic import rows as rows_module
 from antarctic.cache_changes import write_cache
 from antarctic.cache_files import cache_description, finish_cache
+from antarctic.errors import InputError
 from antarctic.files import file_sha256
 
 
@@ -81,12 +84,195 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
         write_cache(*files, ["a", "b", "c"], new, "clip", "")
     except KeyboardInterrupt:
         pass
-    monkeypatch.setattr(os, "replace", replace)
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     entries, embeddings = cache.read_cache([files[0]], [files[1]], "clip", 4)
     assert len(entries) == (2 if killed_at < 3 else 3)
     assert np.array_equal(embeddings[:].numpy(), old if killed_at < 3 else new)
+    # A reader moves nothing.
+    assert left == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(cache_files.existing_caches(files[:1], files[1:])) == 1
+    monkeypatch.setattr(os, "replace", replace)
     finish_cache(*files)
     assert cache_description(files[1])["text_sha256"] == file_sha256(files[0])
+
+
+# ---------------------------------------------------------------- changed while it is read, damaged
+
+def made(folder, n=40, seed=0, dim=8, dtype=np.float32):
+    """Writes a cache of n entries, e 0 ... Returns its files and rows."""
+    paths, rows = (folder / "c.txt", folder / "c.npy"), unit_rows(n, dim, seed).numpy()
+    write_cache(*paths, [f"e {i}" for i in range(n)], rows, "clip", "", dtype)
+    return paths, rows
+
+
+def read(paths):
+    return cache.read_cache([paths[0]], [paths[1]], "clip")
+
+
+def test_a_cache_that_is_replaced_stays_what_was_opened(tmp_path):
+    paths, rows = made(tmp_path)
+    digest = file_sha256(paths[1])
+    entries, embeddings = read(paths)
+    made(tmp_path, 30, seed=1)
+    assert len(entries) == 40 and np.array_equal(embeddings[:], rows)
+    assert np.array_equal(embeddings.only(range(0, 40, 3))[:], rows[::3])
+    assert [part.file.content_key() for part in embeddings.files()] == [digest]
+    assert len(read(paths)[0]) == 30
+
+
+@pytest.mark.parametrize("change", [
+    lambda path, rows: np.save(path, rows[::-1]), lambda path, rows: os.truncate(path, 200),
+    lambda path, rows: os.truncate(path, 0), lambda path, rows: np.save(path, rows[:7]),
+    lambda path, rows: open(path, "ab").write(b"more")],
+    ids=["other rows", "cut short", "emptied", "fewer rows", "longer"])
+def test_a_cache_that_is_changed_in_place_is_noticed_and_no_row_comes_of_it(tmp_path, change):
+    paths, rows = made(tmp_path)
+    _, embeddings = read(paths)
+    change(paths[1], rows)
+    for use in (lambda: embeddings[30:33], lambda: embeddings.only([1, 39])[:],
+                lambda: cache.search(torch.eye(8)[:1], embeddings, 3),
+                embeddings.files()[0].file.content_key):
+        with pytest.raises(InputError, match="c.npy was changed while this run read it"):
+            use()
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_a_replacement_between_two_openings_gives_one_state(tmp_path, monkeypatch, opened,
+                                                            described):
+    """Another run replaces the cache when so many of its three files have been opened."""
+    paths, rows = made(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    new_paths, new = made(other, 40, seed=1)
+    write_cache(new_paths[0], new_paths[1], [f"new {i}" for i in range(40)], new, "clip", "")
+    if not described:
+        for folder in (tmp_path, other):
+            (folder / "c.npy.json").unlink()
+    hold, calls = cache_files.hold, []
+
+    def hold_late(*names):
+        if len(calls) == opened:
+            for path in other.iterdir():
+                os.replace(path, tmp_path / path.name)
+        calls.append(names)
+        return hold(*names)
+
+    monkeypatch.setattr(cache_files, "hold", hold_late)
+    entries, embeddings = read(paths)
+    assert len(calls) == 6  # all are opened again
+    assert entries[0] == "new 0" and np.array_equal(embeddings[:], new)
+
+
+def test_a_cache_that_is_replaced_again_and_again_is_named(tmp_path, monkeypatch):
+    paths, _ = made(tmp_path)
+    hold = cache_files.hold
+
+    def hold_and_write(*names):
+        made(tmp_path)
+        return hold(*names)
+
+    monkeypatch.setattr(cache_files, "hold", hold_and_write)
+    monkeypatch.setattr(cache_files, "ATTEMPTS", 3)
+    with pytest.raises(InputError, match="c.npy is being replaced again and again"):
+        read(paths)
+
+
+@pytest.mark.parametrize("n", [1, 39, 40, 41])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_digests_are_those_of_the_files_parts(tmp_path, monkeypatch, n, dtype):
+    for module in (cache_changes, rows_module):
+        monkeypatch.setattr(module, "DIGEST_ROWS", 10)
+    paths, _ = made(tmp_path, n, dtype=dtype)
+    data, step = paths[1].read_bytes(), 10 * 8 * np.dtype(dtype).itemsize
+    parts = [data[:128 + step], *(data[at:at + step] for at in range(128 + step, len(data), step))]
+    digests = "".join(hashlib.sha256(part).hexdigest()[:16] for part in parts)
+    assert json.loads((tmp_path / "c.npy.json").read_text())["rows_sha256"] == digests
+    cache.check_cache(*paths)
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1  # the last bit of a number: it stays a number
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("row, found", [(0, True), (9, True), (150, False), (199, True)])
+def test_damage_is_named_by_the_check_and_at_the_ends_when_it_is_opened(
+        tmp_path, monkeypatch, row, found):
+    for module in (cache_changes, rows_module):
+        monkeypatch.setattr(module, "DIGEST_ROWS", 10)
+    monkeypatch.setattr(cache.random.Random, "sample", lambda _, blocks, k: blocks[:k])
+    paths, _ = made(tmp_path, 200)
+    flip(paths[1], 128 + row * 32 + 8)
+    block = row // 10 * 10
+    names = rf"damaged: rows {block + 1} \('e {block}'\) to {block + 10} \('e {block + 9}'\) "
+    with pytest.raises(InputError, match=names):
+        cache.check_cache(*paths)
+    if found:
+        with pytest.raises(InputError, match=names):
+            read(paths)
+    else:
+        assert len(read(paths)[0]) == 200
+
+
+def test_a_small_cache_is_checked_whole_when_it_is_opened(tmp_path, monkeypatch):
+    for module in (cache_changes, rows_module):
+        monkeypatch.setattr(module, "DIGEST_ROWS", 10)
+    paths, _ = made(tmp_path, 80)
+    good = paths[1].read_bytes()
+    for place in [*range(0, 128, 9), *range(128, len(good), 97)]:
+        flip(paths[1], place)
+        with pytest.raises(InputError):
+            read(paths)
+        paths[1].write_bytes(good)
+    paths[1].write_bytes(good + b"0")
+    with pytest.raises(InputError, match="is not the file that"):
+        read(paths)
+
+
+def test_all_that_is_damaged_is_named_where_it_is_not_too_much(tmp_path, monkeypatch):
+    for module in (cache_changes, rows_module):
+        monkeypatch.setattr(module, "DIGEST_ROWS", 1)
+    paths, _ = made(tmp_path, 60)
+    for row in (3, 4, 5, *range(10, 60, 2)):
+        flip(paths[1], 128 + row * 32 + 8)
+    with pytest.raises(InputError) as error:
+        cache.check_cache(*paths)
+    assert "damaged: rows 4 ('e 3') to 6 ('e 5'); row 11 ('e 10'); " in str(error.value)
+    assert "and 16 more are not what was written" in str(error.value)
+
+
+def test_a_description_without_digests_is_one_of_an_earlier_version(tmp_path, capsys):
+    paths, rows = made(tmp_path)
+    side = tmp_path / "c.npy.json"
+    description = json.loads(side.read_text())
+    del description["rows_sha256"]
+    side.write_text(json.dumps(description))
+    flip(paths[1], 300)
+    assert len(read(paths)[0]) == 40
+    cache.check_cache(*paths)
+    output = capsys.readouterr()
+    assert not output.err and "no digests" in output.out and "40 rows" in output.out
+    rows[7] = np.inf
+    np.save(paths[1], rows)
+    with pytest.raises(InputError, match=r"damaged: row 8 \('e 7'\) are not finite"):
+        cache.check_cache(*paths)
+
+
+def test_no_value_that_is_not_finite_is_written(tmp_path):
+    paths, rows = made(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for bad in (np.nan, np.inf):
+        rows[33, 2] = bad
+        with pytest.raises(InputError, match="the entry 'e 33' is not finite"):
+            write_cache(*paths, [f"e {i}" for i in range(40)], rows, "clip", "")
+    rows[33, 2] = 1e6
+    with pytest.raises(InputError, match="the entry 'e 33' is not finite"):  # as float16
+        write_cache(*paths, [f"e {i}" for i in range(40)], rows, "clip", "", np.float16)
+    assert len(read(paths)[0]) == 40
+    for name, data in before.items():
+        assert (tmp_path / name).read_bytes() == data
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

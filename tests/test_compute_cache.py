@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CLIP
 
+from antarctic.rows import Rows
 from compute_cache import mine
 from model import Clip
 
@@ -188,12 +189,14 @@ def test_there_must_be_a_cache_to_change(script, tmp_path):
     assert run.code == 2 and str(tmp_path / "c.txt") in run.err
 
 
-def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
-        script, world, cache, tmp_path, monkeypatch):
+def stopped_at_100(script, world, folder, monkeypatch):
+    """Makes the cache of the world in folder/whole, and begins it in folder/cut, where the run is
+    stopped after two chunks of 50 entries. Returns (a list of all entries that are encoded in
+    folder/cut, then and later; the path of what the run left)."""
     monkeypatch.setattr("antarctic.entries.CHUNK", 50)
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "cut").mkdir()
-    compute(script, tmp_path / "whole", "--datadir", world)
+    (folder / "whole").mkdir()
+    (folder / "cut").mkdir()
+    compute(script, folder / "whole", "--datadir", world)
     encoded, encode = [], Clip.encode_texts
 
     def stop_at_100(self, texts, *options):
@@ -204,8 +207,14 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
         return encode(self, texts, *options)
 
     monkeypatch.setattr(Clip, "encode_texts", stop_at_100)
-    assert compute(script, tmp_path / "cut", "--datadir", world).code == 130
-    [part] = (tmp_path / "cut").iterdir()
+    assert compute(script, folder / "cut", "--datadir", world).code == 130
+    [part] = (folder / "cut").iterdir()
+    return encoded, part
+
+
+def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
+        script, world, cache, tmp_path, monkeypatch):
+    encoded, part = stopped_at_100(script, world, tmp_path, monkeypatch)
     with open(part, "ab") as file:
         file.write(b"half a row")  # as a kill leaves it
     assert compute(script, tmp_path / "cut", "--datadir", world).code == 0
@@ -213,6 +222,163 @@ def test_a_stopped_run_goes_on_and_gives_the_bytes_of_an_uninterrupted_one(
     assert len(list((tmp_path / "cut").iterdir())) == 3
     entries = (tmp_path / "cut" / "c.txt").read_text().splitlines()
     assert encoded == [*entries[:100], "the stop", *entries[100:]]
+
+
+def flip(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1:]
+
+
+@pytest.mark.parametrize("damage, kept", [
+    (lambda data: data + bytes(len(data)), 100), (lambda data: flip(data, len(data) // 2 + 40), 50),
+    (lambda data: flip(data, -1), 50), (lambda data: flip(data, 0), 0),
+    (lambda data: data[len(data) // 2:] + data[:len(data) // 2], 0),  # each chunk is whole
+    (lambda data: data[:len(data) // 2] * 2, 50), (lambda data: bytes(len(data) - 32), 0)],
+    ids=["zeros behind it", "a bit", "a bit of a checksum", "the first bit", "exchanged", "doubled",
+         "an earlier version's"])
+def test_of_a_damaged_part_only_what_is_whole_is_taken(script, world, tmp_path, monkeypatch, damage,
+                                                      kept):
+    encoded, part = stopped_at_100(script, world, tmp_path, monkeypatch)
+    part.write_bytes(damage(part.read_bytes()))
+    run = compute(script, tmp_path / "cut", "--datadir", world)
+    assert run.code == 0 and f"is damaged from entry {kept + 1} on" in run.err
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    entries = (tmp_path / "cut" / "c.txt").read_text().splitlines()
+    assert encoded[101:] == entries[kept:]
+
+
+def test_a_part_that_is_damaged_before_the_cache_is_written_is_noticed(script, world, tmp_path,
+                                                                       monkeypatch):
+    import antarctic.cache_changes
+    encoded, part = stopped_at_100(script, world, tmp_path, monkeypatch)
+    write = antarctic.cache_changes.write_rows
+
+    def damage_first(*arguments):
+        part.write_bytes(flip(part.read_bytes(), 7))
+        return write(*arguments)
+
+    monkeypatch.setattr(antarctic.cache_changes, "write_rows", damage_first)
+    run = compute(script, tmp_path / "cut", "--datadir", world)
+    assert run.code == 2 and f"{part} was " in run.err
+    monkeypatch.setattr(antarctic.cache_changes, "write_rows", write)
+    assert compute(script, tmp_path / "cut", "--datadir", world).code == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_link_in_place_of_a_part_is_not_followed(script, world, tmp_path, monkeypatch):
+    _, part = stopped_at_100(script, world, tmp_path, monkeypatch)
+    own = tmp_path / "diary.txt"
+    own.write_text("mine")
+    part.unlink()
+    part.symlink_to(own)
+    assert compute(script, tmp_path / "cut", "--datadir", world).code == 0
+    assert own.read_text() == "mine"
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", [(), ("--add", "cow", "NaN")])
+def test_a_vector_that_is_not_finite_never_enters_a_cache(script, tmp_path, monkeypatch, change):
+    entries_cache(script, tmp_path, "dog", "cat")
+    before, encode = contents(tmp_path), Clip.encode_texts
+
+    def spoil(self, texts, *options):
+        vectors = encode(self, texts, *options).clone()
+        vectors[[text == "NaN" for text in texts]] = math.nan
+        return vectors
+
+    monkeypatch.setattr(Clip, "encode_texts", spoil)
+    (tmp_path / "other.txt").write_text("red\nNaN\n")
+    run = compute(script, tmp_path, *(change or ("--entries", tmp_path / "other.txt")))
+    assert run.code == 2 and "the entry 'NaN' is not finite" in run.err
+    assert before == contents(tmp_path)
+    for part in tmp_path.glob(".*.part"):
+        assert not part.read_bytes()
+
+
+def test_a_change_reads_and_writes_blocks(script, tmp_path, monkeypatch):
+    """Memory is that of a block, however large the cache."""
+    entries_cache(script, tmp_path, *map(str, range(500)))
+    rows = np.load(tmp_path / "c.npy")
+    for name, size in (("cache.BLOCK", 16), ("cache_changes.DIGEST_ROWS", 8),
+                       ("rows.DIGEST_ROWS", 8)):
+        monkeypatch.setattr(f"antarctic.{name}", size)
+    description = json.loads((tmp_path / "c.npy.json").read_text())
+    del description["rows_sha256"]  # which were of larger blocks
+    (tmp_path / "c.npy.json").write_text(json.dumps(description))
+    read, sizes = Rows.read, []
+
+    def record(self, begin, end):
+        sizes.append(end - begin)
+        return read(self, begin, end)
+
+    monkeypatch.setattr(Rows, "read", record)
+    assert compute(script, tmp_path, "--add", "penguin", "--remove", "7", "8", "301").code == 0
+    assert max(sizes) <= 16 and len(sizes) > 500 / 16
+    kept = [i for i in range(500) if i not in (7, 8, 301)]
+    changed = np.load(tmp_path / "c.npy")
+    assert np.array_equal(changed[:-1], rows[kept])
+    assert (tmp_path / "c.txt").read_text().split("\n") == [*map(str, kept), "penguin", ""]
+
+
+# ------------------------------------------------------------------------------ files that are read
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("target", ["c.txt", "c.npy", "c.npy.json", "c.faiss", "c.faiss.json",
+                                    ".c.txt.new"])
+@pytest.mark.parametrize("way", ["name", "spelling", "link", "hard link"])
+def test_no_run_replaces_what_it_reads(script, tmp_path, monkeypatch, target, way):
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    outputs = "--textfile", "c.txt", "--embfile", "c.npy", "--index", "c.faiss"
+    own = tmp_path / target
+    own.write_text("a dog on the grass\n" * 3)
+    path = {"name": own, "spelling": f"{tmp_path}/../{tmp_path.name}/./{target}",
+            "link": tmp_path / "own.txt", "hard link": tmp_path / "own.txt"}[way]
+    if way == "link":
+        path.symlink_to(own)
+    elif way == "hard link":
+        path.hardlink_to(own)
+    before = snapshot(tmp_path)
+    others = "--clip_model", CLIP
+    for flag in ("--corpus", "--entries"):
+        run = script("compute_cache", flag, path, *outputs, *others)
+        assert run.code == 2 and run.err.startswith(f"error: {flag} {path} would be replaced by ")
+        assert len(run.err.splitlines()) == 1
+        assert before == snapshot(tmp_path)
+    run = script("compute_cache", "--corpus", __file__, path, *outputs, *others)
+    assert run.code == 2 and f"--corpus {path}" in run.err
+    for flag in (("--add_from", path), ("--add", "cow", "--queries", path)):
+        run = script("compute_cache", *flag, *outputs, *others)
+        assert run.code == 2 and f"{flag[-2]} {path} would be" in run.err
+    assert before == snapshot(tmp_path)
+
+
+def test_outputs_are_files_of_their_own_also_by_links(script, tmp_path):
+    (tmp_path / "c.txt").write_text("dog\n")
+    (tmp_path / "c.npy").hardlink_to(tmp_path / "c.txt")
+    (tmp_path / "in.txt").write_text("dog\n")
+    run = compute(script, tmp_path, "--entries", tmp_path / "in.txt")
+    assert run.code == 2 and "must be files of their own" in run.err
+
+
+def test_the_check_reads_a_cache_and_writes_nothing(script, tmp_path, monkeypatch):
+    entries_cache(script, tmp_path, "dog", "cat")
+    monkeypatch.setattr("model.Clip", None)
+    (tmp_path / "c.npy").rename(tmp_path / ".c.npy.new")  # as a kill leaves it
+    (tmp_path / "c.npy.json").rename(tmp_path / ".c.npy.json.new")
+    before = snapshot(tmp_path)
+    run = compute(script, tmp_path, "--check")
+    assert run.code == 0 and "2 rows: each is what was written" in run.out
+    (tmp_path / ".c.npy.new").write_bytes(flip(before[".c.npy.new"], 200))
+    run = compute(script, tmp_path, "--check")
+    assert run.code == 2 and "damaged: rows 1 ('dog') to 2 ('cat') are not" in run.err
+    assert len(run.err.splitlines()) == 1 and not run.out
+    (tmp_path / ".c.npy.new").write_bytes(before[".c.npy.new"])
+    for flags in (("--add", "x"), ("--index", tmp_path / "i"), ("--entries", __file__)):
+        assert compute(script, tmp_path, "--check", *flags).code == 2
+    assert before == snapshot(tmp_path)
 
 
 # ------------------------------------------------------------------------------------ old spellings

@@ -181,7 +181,7 @@ def test_both_models_run_on_the_device_that_is_chosen(load, monkeypatch):
     for name in ("Clip", "Captioner", "load_checkpoint", "read_cache"):
         monkeypatch.setattr(models, name, mock.MagicMock())
     monkeypatch.setattr(models, "choose_device", {"auto": gpu}.get)
-    models.read_cache.return_value = [], []
+    models.read_cache.return_value = [], mock.MagicMock()
     load(device="auto")
     assert models.Clip.call_args.args[1] is models.Captioner.call_args.args[1] is gpu
 
