@@ -164,6 +164,25 @@ def test_a_replacement_between_two_openings_gives_one_state(tmp_path, monkeypatc
     assert entries[0] == "new 0" and np.array_equal(embeddings[:], new)
 
 
+def test_processes_that_opened_two_states_stop(tmp_path, monkeypatch):
+    """Each process gives what the cache that it opened is; both gather the same list."""
+    given = []
+
+    def gather(items):
+        given.extend(items)
+        return list(given)
+
+    monkeypatch.setattr(cache, "gather_lists", gather)
+    monkeypatch.setattr(cache, "peer_sockets", [None])  # it has joined another one
+    paths, _ = made(tmp_path)
+    read(paths)
+    read(paths)
+    assert len(set(given)) == 1
+    made(tmp_path, seed=1)  # the same text
+    with pytest.raises(InputError, match="was replaced while the processes of this run opened it"):
+        read(paths)
+
+
 def test_a_cache_that_is_replaced_again_and_again_is_named(tmp_path, monkeypatch):
     paths, _ = made(tmp_path)
     hold = cache_files.hold
