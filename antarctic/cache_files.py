@@ -1,12 +1,10 @@
 """The three files of a cache: entries, embeddings and their description. They belong together."""
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from antarctic.errors import InputError
-from antarctic.files import existing_file, writing
+from antarctic.files import existing_file, move
 from antarctic.texts import read_text
 
 
@@ -25,8 +23,7 @@ def finish_cache(textfile, embfile):
     files = textfile, embfile, f"{embfile}.json"
     if staging_path(files[-1]).is_file():
         for path in files:
-            with writing(path), suppress(FileNotFoundError):  # a killed run has moved it
-                os.replace(staging_path(path), path)
+            move(staging_path(path), path, missing_ok=True)  # a killed run has moved it
 
 
 def existing_caches(textfiles, embfiles):

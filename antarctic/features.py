@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import counted, escape_control, print_safely
-from antarctic.files import append, atomic, fingerprint, writing
+from antarctic.files import append, atomic, fingerprint, own_file, remove, writing
 from antarctic.images import (
     HEIF_SUFFIXES,
     MOST_PIXELS,
@@ -215,9 +215,8 @@ class Store:
         rows = [row for row, digest in enumerate(self.digests) if digest]
         if not self.complete:
             path = self.write(rows, ".safetensors")
-            for other, digests in self.files.items():
-                if other != path and digests and digests <= self.files[path]:
-                    other.unlink(missing_ok=True)  # another run may remove it at the same time
+            remove(*(other for other, digests in self.files.items()
+                     if other != path and digests and digests <= self.files[path]))
         return (self.vectors[rows] if None in self.digests else self.vectors), self.digests
 
 
@@ -282,7 +281,7 @@ def text_features(clip, texts, part, batch_size):
     row_bytes = clip.dim * np.dtype(np.float32).itemsize
 
     def count_done():
-        with writing(part), open(part, "ab") as file:
+        with writing(part), open(part, "ab", opener=own_file) as file:
             done = file.tell() // (CHUNK * row_bytes) * CHUNK
             file.truncate(done * row_bytes)
         return done
