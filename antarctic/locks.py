@@ -57,8 +57,15 @@ class Lock:
         self.text = f"process {os.getpid()} on {host} ({this_process().name})\n"
         with writing(path):
             patient_until = time.monotonic() + PATIENCE
-            while not self.acquire(patient_until):
-                pass
+            while True:
+                self.file = open(path, "a+", encoding="utf-8", errors="replace", opener=own_file)
+                try:
+                    if self.acquire(patient_until):
+                        break
+                except BaseException:
+                    self.file.close()  # with the lock, which a traceback could hold
+                    raise
+                self.file.close()
         if not self.works:
             warn(f"{path.parent} is on a file system without locks: a second run there is noticed "
                  f"only by {path.name}, which this run touches every {BEAT} seconds; start none")
@@ -66,8 +73,7 @@ class Lock:
         remove_dead_locks(path)
 
     def acquire(self, patient_until):
-        """Opens and locks the file. Returns False where it is to be tried again."""
-        self.file = open(self.path, "a+", encoding="utf-8", errors="replace", opener=own_file)
+        """Locks the open file. Returns False where it is to be opened anew."""
         before = read(self.file)
         try:
             self.works = flock_works(self.file, self.path)
