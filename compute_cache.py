@@ -12,7 +12,6 @@ cache and says whether it is whole.
 """
 
 import argparse
-import glob
 import math
 import random
 from collections import Counter
@@ -25,7 +24,7 @@ from antarctic.cache_files import existing_caches, finish_cache, staging_path
 from antarctic.datasets import read_split
 from antarctic.distributed import on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import existing_file, fingerprint, output_folder
+from antarctic.files import existing_file, fingerprint, made_by_runs, output_folder, remove
 from antarctic.locks import locked
 from antarctic.runtime import cleanup, run
 from antarctic.texts import LONGEST_TEXT, read_lines
@@ -229,8 +228,7 @@ def make_cache(args):
         return
     write_cache(args.textfile, embfile, entries, vectors, clip.identity, prefix, args.emb_dtype)
     # These are the vectors of this run, and of stopped runs with other settings.
-    for part in embfile.parent.glob(f".{glob.escape(embfile.name)}.*.part"):
-        part.unlink()
+    remove(*made_by_runs(embfile.parent, f".{embfile.name}.", ".part"))
     print_safely(escape_control(f"wrote {len(entries):,} entries to {args.textfile} and "
                                 f"{args.embfile} (CLIP {clip.identity}, {clip.device})"))
 

@@ -19,7 +19,15 @@ from antarctic.captions import read_captions
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.english import OPENING, fill
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import append, atomic, fingerprint, write_lines
+from antarctic.files import (
+    append,
+    atomic,
+    check_lines,
+    fingerprint,
+    made_by_runs,
+    remove,
+    write_lines,
+)
 from antarctic.runtime import run
 from antarctic.sealed import read_sealed, resume, seal
 from utils import (
@@ -164,10 +172,11 @@ def write_results(savedir, captions, prompts, stories):
             record = {} if image_id is None else {"image_id": image_id}
             record |= {"caption": caption, "prompt": prompt, "stories": texts}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    check_lines(savedir / "stories.txt", len(stories))
+    check_lines(savedir / "stories.jsonl", len(captions))
     # Last, so that a run that is stopped above can resume. This also deletes what runs with other
     # settings left.
-    for part in savedir.glob("stories-*.jsonl.part"):
-        part.unlink()
+    remove(*made_by_runs(savedir, "stories-", ".jsonl.part"))
 
 
 def main():

@@ -19,7 +19,7 @@ from antarctic.curves import write_curve
 from antarctic.datasets import DataSet
 from antarctic.distributed import all_reduce_sum, on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import fingerprint
+from antarctic.files import fingerprint, made_by_runs, remove
 from antarctic.runtime import run
 from utils import (
     MAXLEN_DEC,
@@ -288,8 +288,8 @@ def main():
 
     best = train(captioner, trained, data, val_data, settings, savedir, args)
     if rank == 0:
-        for path in savedir.glob("state-*.pt"):  # of this run, and of runs with other settings
-            path.unlink()
+        # Of this run, and of runs with other settings.
+        remove(*made_by_runs(savedir, "state-", ".pt"))
         path = escape_control(savedir / "best.safetensors")
         print_safely(f"wrote {path} (validation loss {best:.4f}), last.safetensors, loss.csv and "
                      "loss.png")

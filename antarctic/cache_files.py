@@ -3,12 +3,11 @@
 import json
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from antarctic.errors import InputError
-from antarctic.files import existing_file, writing
+from antarctic.files import existing_file, move
 from antarctic.held import HeldFile
 from antarctic.texts import LONGEST_TEXT
 
@@ -32,8 +31,7 @@ def finish_cache(textfile, embfile):
     files = textfile, embfile, f"{embfile}.json"
     if staging_path(files[-1]).is_file():
         for path in files:
-            with writing(path), suppress(FileNotFoundError):  # a killed run has moved it
-                os.replace(staging_path(path), path)
+            move(staging_path(path), path, missing_ok=True)  # a killed run has moved it
 
 
 def whole(path, embfile):

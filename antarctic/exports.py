@@ -7,8 +7,9 @@ from pathlib import Path
 
 from antarctic.distributed import on_rank0, warn
 from antarctic.errors import InputError, counted
-from antarctic.files import atomic, create, output_folder, reason_of, write_lines
+from antarctic.files import atomic, create, output_folder, reason_of, sync_folder
 from antarctic.images import is_image
+from antarctic.leftovers import remove_leftovers
 from antarctic.locks import locked
 from antarctic.runtime import cleanup
 from antarctic.shards import check_shards, own_shards, write_shards
@@ -35,11 +36,14 @@ class Exports:
         which must not be replaced."""
         if self.args.metadata:
             self.metadata = metadata_path(pictures, self.args.images)
+            remove_leftovers(self.metadata.parent)
         if self.args.shards:
             check_shards(self.args.shards, pictures)
         if not self.args.sidecar:
             return set()
         folders = {picture.path.parent for picture in pictures if not split_path(picture.path)}
+        for folder in folders:
+            remove_leftovers(folder)
         closed = sorted(folder for folder in folders if not os.access(folder, os.W_OK))
         if closed:
             warn(f"{counted(len(closed), 'folder')}, such as {closed[0]}, cannot be written; the "
@@ -118,7 +122,7 @@ def write_sidecars(records, sidecars, text_of, overwrite):
     sidecars: of sidecars_of. text_of: a function of a caption. Returns {path: reason} of the files
     that do not hold the text.
     """
-    left = {}
+    left, written = {}, set()
     for record in records:
         if not (path := sidecars.get(record["file"])):
             continue
@@ -128,13 +132,21 @@ def write_sidecars(records, sidecars, text_of, overwrite):
                 left[path] = EMPTY
             elif not os.path.lexists(path):
                 create(path, text + "\n")
+                written.add(path)
             elif not holds(path, text + "\n"):
                 if overwrite and not is_image(path):
-                    write_lines(path, [text])
+                    with atomic(path, sync=False) as file:
+                        file.write(text + "\n")
+                    written.add(path)
                 else:
                     left[path] = "it is an image" if overwrite else EXISTS
         except (OSError, InputError) as error:
             left[path] = reason_of(error)
+    for folder in {path.parent for path in written}:
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            left |= {path: reason_of(error) for path in written if path.parent == folder}
     return left
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import counted, escape_control, print_safely
-from antarctic.files import atomic, fingerprint
+from antarctic.files import atomic, fingerprint, remove
 from antarctic.images import (
     HEIF_SUFFIXES,
     MOST_PIXELS,
@@ -212,9 +212,8 @@ class Store:
         rows = [row for row, digest in enumerate(self.digests) if digest]
         if not self.complete:
             path = self.write(rows, ".safetensors")
-            for other, digests in self.files.items():
-                if other != path and digests and digests <= self.files[path]:
-                    other.unlink(missing_ok=True)  # another run may remove it at the same time
+            remove(*(other for other, digests in self.files.items()
+                     if other != path and digests and digests <= self.files[path]))
         return (self.vectors[rows] if None in self.digests else self.vectors), self.digests
 
 

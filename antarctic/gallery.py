@@ -10,17 +10,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 from antarctic.errors import InputError, counted
-from antarctic.files import atomic, writing
+from antarctic.files import atomic, make_folder, remove, sync_folder, writing
 from antarctic.gallery_page import SCRIPT, STEPS, head
 from antarctic.images import read_image
+from antarctic.leftovers import remove_leftovers
 
 # A page of more images has them as files beside it, which a browser reads when they come into
 # sight. Up to here it is one file, which opens in half a second.
 MOST_INLINE = 500
 SIDE = 384  # pixels of an image's longer side at most: enough to look at it enlarged
 ENTRIES = 24  # of a table that a card shows; the others are folded
-# Names of the images beside a page, and of those that a killed run was writing.
-IMAGE_NAME = re.compile(r"[0-9a-f]{16}\.jpg|\.[0-9a-f]{16}\.jpg-[0-9a-f]{8}\.\d+\.tmp")
+IMAGE_NAME = re.compile(r"[0-9a-f]{16}\.jpg")  # of an image beside a page
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -59,14 +59,21 @@ class ImagesBeside:
         name = f"{hashlib.sha256(jpeg).hexdigest()[:16]}.jpg"
         path = self.folder / name
         if name not in self.names and not self.has(path, jpeg):
-            with atomic(path, "wb") as file:
+            with atomic(path, "wb", sync=False) as file:
                 file.write(jpeg)
         self.names.add(name)
         return f"{quote(self.folder.name)}/{name}"
 
+    def sync(self):
+        """Returns once the images are on the disk under their names, as atomic() without sync
+        leaves to do."""
+        if self.names:
+            with writing(self.folder):
+                sync_folder(self.folder)
+
     def make_folder(self):
         with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
+            make_folder(self.folder)
         if self.folder.is_symlink():
             raise InputError(f"{self.folder} is a link, and the page's images go into a folder of "
                              f"its own; remove the link")
@@ -82,10 +89,9 @@ class ImagesBeside:
         if self.folder.is_symlink() or not self.folder.is_dir():
             return
         with writing(self.folder):
-            for path in self.folder.iterdir():
-                own = IMAGE_NAME.fullmatch(path.name) and not path.is_dir()
-                if own and path.name not in self.names:
-                    path.unlink()
+            remove_leftovers(self.folder)
+            remove(*(path for path in self.folder.iterdir() if IMAGE_NAME.fullmatch(path.name)
+                     and path.name not in self.names and not path.is_dir()))
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
@@ -190,4 +196,5 @@ def write_gallery(path, title, sections, read=read_image, most_inline=MOST_INLIN
                 number += 1
             file.write("</div></section>\n")
         file.write(f"<script>{SCRIPT}</script>\n</html>\n")
+        beside.sync()
     beside.remove_others()

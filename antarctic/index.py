@@ -6,7 +6,6 @@ read from the cache, so scores are exact, and only the choice of candidates is a
 without an index are searched exactly.
 """
 
-import glob
 import json
 import math
 import random
@@ -24,7 +23,15 @@ from antarctic.cache import BLOCK, read_one_cache, search
 from antarctic.cache_files import cache_description
 from antarctic.distributed import is_rank0
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import atomic, existing_file, file_sha256, fingerprint, write_json
+from antarctic.files import (
+    atomic,
+    existing_file,
+    file_sha256,
+    fingerprint,
+    made_by_runs,
+    remove,
+    write_json,
+)
 
 LEAST = 256  # entries of the smallest cache that an index is built for
 WIDTH = 256  # dimensions that remain before rows are quantized
@@ -280,8 +287,7 @@ def build_index(path, textfile, embfile, features=None):
     description = {"index_sha256": file_sha256(path), "cache": cache, "recall": round(share, 4),
                    "queries": source}
     write_json(f"{path}.json", description, indent=1)
-    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        abandoned.unlink()
+    remove(*made_by_runs(path.parent, f".{path.name}.", ".part"))
     print_safely(escape_control(
         f"wrote {path}, an index of {len(rows):,} entries: approximate, it finds {share:.1%} of "
         f"the 10 nearest entries of {source}"))

@@ -1,10 +1,11 @@
 """The records of captioned images, which later runs take over: known by image and settings."""
 
 import json
+import os
 from contextlib import ExitStack
 
 from antarctic.errors import InputError
-from antarctic.files import append, writing
+from antarctic.files import append, own_file, reading, writing
 from antarctic.folders import Picture
 from antarctic.sealed import checksum, seal, unseal
 
@@ -26,13 +27,10 @@ class Records:
         self.places = {}  # {key of an image: (file, where its line begins)}
         self.files = set()  # paths of the images at that time
         if self.details.is_file():
-            with open(self.details, "rb") as file:
+            with reading(self.details), open(self.details, "rb") as file:
                 self.index(file, self.details)
-        if self.part.is_symlink() or self.part.exists() and not self.part.is_file():
-            # What a link names would be cut off, and a pipe is waited for.
-            raise InputError(f"{self.part} is a link, a folder or a pipe; remove it")
-        if self.part.exists():
-            with writing(self.part), open(self.part, "rb+") as file:
+        if os.path.lexists(self.part):
+            with writing(self.part), open(self.part, "rb+", opener=own_file) as file:
                 file.truncate(self.index(file, self.part))
 
     def index(self, file, path):
@@ -80,7 +78,7 @@ class Records:
     def append(self, pictures, captions):
         """Adds a batch to the part. captions: a model.Caption of each picture. Returns the records,
         as details.jsonl has them."""
-        with writing(self.part), open(self.part, "ab") as file:
+        with writing(self.part), open(self.part, "ab", opener=own_file) as file:
             start = file.tell()
         records = list(map(self.record_of, pictures, captions))
         left = range(len(records) - 1, -1, -1)  # lines of the batch that follow
@@ -101,8 +99,11 @@ class Records:
         """Yields the record of each picture, with its id and path of today. Raises InputError where
         one has gone."""
         with ExitStack() as stack:
-            files = {path: stack.enter_context(open(path, "rb"))
-                     for path in (self.details, self.part) if path.exists()}
+            files = {}
+            for path in (self.details, self.part):
+                if path.exists():
+                    with reading(path):
+                        files[path] = stack.enter_context(open(path, "rb"))
             for done, picture in enumerate(pictures):
                 path, start = self.places[picture.key]
                 files[path].seek(start)

@@ -2,12 +2,20 @@
 
 import csv
 import json
+import os
 from functools import partial
 from itertools import count, takewhile
-from pathlib import Path
 
-from antarctic.errors import counted
-from antarctic.files import atomic, write_json, write_lines
+from antarctic.errors import InputError, counted
+from antarctic.files import (
+    atomic,
+    check_lines,
+    made_by_runs,
+    reading,
+    remove,
+    write_json,
+    write_lines,
+)
 
 COLUMNS = "image_id", "file", "caption", "score"
 
@@ -37,9 +45,9 @@ def write_results(savedir, records, pictures, gallery=200, as_csv=False, **readi
         section = "Captions", remark, records.read(shown), references[:gallery]
         read = partial(read_image, **reading)
         write_gallery(savedir / "gallery.html", "Captions", [section], read)
+    check_results(savedir, rows)
     # Last, since a stopped run resumes from it. Others were left by runs with other settings.
-    for finished in savedir.glob("details-*.jsonl.part"):
-        finished.unlink()
+    remove(*made_by_runs(savedir, "details-", ".jsonl.part"))
     return rows, empty
 
 
@@ -49,10 +57,28 @@ def write_captions(savedir, records, as_csv):
     results = [{name: record[name] for name in ("image_id", "caption")} for record in records]
     write_json(savedir / "captions.json", results)
     if not as_csv:
-        (savedir / "captions.csv").unlink(missing_ok=True)  # an earlier run's
+        remove(savedir / "captions.csv")  # an earlier run's
         return
     write_csv(savedir / "captions.csv", COLUMNS,
               ([record[name] for name in COLUMNS] for record in records))
+
+
+def check_results(savedir, records):
+    """Raises InputError unless the files hold one line or record an image, and these captions: two
+    runs may write to one place where locks do not work."""
+    for name in ("details.jsonl", "preds.txt"):
+        check_lines(savedir / name, len(records))
+    path = savedir / "captions.json"
+    with reading(path):
+        text = path.read_bytes()
+    try:
+        found = [result["caption"] for result in json.loads(text)]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        found = None
+    if found != [record["caption"] for record in records]:
+        raise InputError(f"{path} does not hold the captions of {counted(len(records), 'image')}: "
+                         "another run or program has changed it; see that none does, and rerun the "
+                         "same command")
 
 
 def write_csv(path, columns, records):
@@ -76,5 +102,4 @@ def write_references(savedir, references):
     for i in range(number):
         write_lines(savedir / f"ref{i}.txt", [captions[i] for captions in references])
     others = (savedir / f"ref{i}.txt" for i in count(number))
-    for earlier in takewhile(Path.exists, others):  # an earlier run's
-        earlier.unlink()
+    remove(*takewhile(os.path.lexists, others))  # an earlier run's

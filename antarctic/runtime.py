@@ -9,7 +9,7 @@ import threading
 from contextlib import ExitStack, contextmanager
 
 from antarctic.distributed import launched, leave_together, main_done, rank_and_world
-from antarctic.errors import InputError, SafeStream, print_safely
+from antarctic.errors import InputError, SafeStream, escape_control, print_safely
 
 STOPPED = "\nstopped; finished files are whole, rerun the same command to resume"
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -20,9 +20,9 @@ cleanup = ExitStack()  # run() closes it when main() has ended: locks for the wh
 def run(main, alone=False):
     """Runs a script's main().
 
-    An InputError ends it with one sentence and exit code 2. Ctrl-C, and SIGTERM, which batch
-    systems send before they kill, end it with one sentence and 130. alone: of torchrun's processes
-    rank 0 does all the work.
+    An InputError, or a file that cannot be used, ends it with one sentence and exit code 2. Ctrl-C,
+    and SIGTERM, which batch systems send before they kill, end it with one sentence and 130. alone:
+    of torchrun's processes rank 0 does all the work.
     """
     # On busy cores, threads that spin while they wait take 3 to 60 times as long. OpenMP reads this
     # when torch is loaded.
@@ -49,6 +49,12 @@ def run(main, alone=False):
                 cleanup.close()
         except InputError as error:
             print_safely(f"error: {error}", "stderr")
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            path = escape_control(os.fsdecode(error.filename))
+            print_safely(f"error: cannot use {path} ({error.strerror})", "stderr")
             sys.exit(2)
         except KeyboardInterrupt:
             print_safely(STOPPED, "stderr")

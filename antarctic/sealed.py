@@ -7,9 +7,9 @@ What a kill, a full disk or another program left of a line never counts as a res
 
 import hashlib
 import json
-from pathlib import Path
+import os
 
-from antarctic.files import TEXT, writing
+from antarctic.files import TEXT, own_file, writing
 
 DIGITS = 16
 
@@ -38,11 +38,11 @@ def unseal(line):
 
 def resume(path):
     """Cuts a file off behind its leading whole lines, and returns their number. A missing file has
-    no lines. Raises InputError where the file cannot be written."""
+    no lines. Raises InputError where the file cannot be written, or is no file of its own."""
     lines = end = 0
-    if not Path(path).exists():
+    if not os.path.lexists(path):
         return 0
-    with writing(path), open(path, "rb+") as file:
+    with writing(path), open(path, "rb+", opener=own_file) as file:
         for line in file:
             if unseal(line) is None:
                 break

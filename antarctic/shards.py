@@ -15,7 +15,7 @@ from tqdm import tqdm
 from antarctic import tars
 from antarctic.distributed import warn
 from antarctic.errors import InputError
-from antarctic.files import atomic, output_folder, reason_of, write_json
+from antarctic.files import atomic, output_folder, reason_of, remove, write_json
 from antarctic.folders import IMAGE_SUFFIXES
 from antarctic.layouts import SPLIT_NAMES, Entry, Inside, Layout, captions_of, lines_of, reading
 
@@ -211,7 +211,7 @@ def write_shards(folder, records, text_of):
     """
     from webdataset import TarWriter  # takes seconds to load, as do the models
     folder, left, sizes = output_folder(folder), {}, {}
-    (folder / SIZES).unlink(missing_ok=True)
+    remove(folder / SIZES)
     shards = {SHARD % i: part for i, part in enumerate(parts_of(records))}
     for name, part in tqdm([*shards.items()], "writing shards", unit="shard"):
         sizes[name] = 0
@@ -226,9 +226,7 @@ def write_shards(folder, records, text_of):
                 tar.write({"__key__": f"{number:09}", suffix_of(path): content,
                            "txt": text_of(record["caption"]).encode(), "json": about.encode()})
                 sizes[name] += 1
-    for name in own_shards(folder):
-        if name not in shards:
-            (folder / name).unlink(missing_ok=True)
+    remove(*(folder / name for name in own_shards(folder) if name not in shards))
     write_json(folder / SIZES, sizes, indent=1)
     return left
 

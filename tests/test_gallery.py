@@ -5,6 +5,7 @@ import base64
 import hashlib
 import html
 import io
+import os
 import re
 import shutil
 import weakref
@@ -12,6 +13,7 @@ import weakref
 import pytest
 from PIL import Image
 
+from antarctic import leftovers
 from antarctic.errors import InputError
 from antarctic.folders import Picture
 from antarctic.gallery import SIDE, write_gallery
@@ -113,7 +115,7 @@ def test_a_long_table_is_folded(tmp_path, records):
 
 # --------------------------------------------------------------------------- images beside the page
 
-def test_many_images_are_files_beside_the_page_and_go_with_it(tmp_path, records):
+def test_many_images_are_files_beside_the_page_and_go_with_it(tmp_path, records, monkeypatch):
     path, folder = tmp_path / "a page.html", tmp_path / "a page_files"
     inline = write(path, records)
     assert not folder.exists() and all(uri.startswith("data:") for uri in sources(inline))
@@ -125,7 +127,9 @@ def test_many_images_are_files_beside_the_page_and_go_with_it(tmp_path, records)
     before = {name: (folder / name).stat().st_ino for name in names}
     (folder / names[1]).write_bytes(b"damaged")
     (folder / "mine.txt").write_text("a user's own")
-    (folder / f".{names[0]}-01234567.99.tmp").write_text("of a killed run")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 999_999_999)
+        leftovers.temporary_path(folder / names[0]).write_text("of a killed run")
     assert write(path, records, most_inline=5) == page
     after = {name: (folder / name).stat().st_ino for name in names}
     assert {name for name in names if before[name] != after[name]} == {names[1]}  # written anew

@@ -175,7 +175,7 @@ PICTURES = [Picture(f"{name}.png", Path(f"{name}.png"), (), name * 64) for name 
 
 def filled(folder, *batches):
     """Records of a folder with these batches of PICTURES."""
-    records = Records(folder, "0")
+    records = Records(folder, "0" * 16)
     for batch in batches:
         rows = PICTURES[batch]
         assert records.append(rows, [CAPTION] * len(rows))[0]["file"] == str(rows[0].path)
@@ -188,7 +188,7 @@ def test_whole_batches_stay_at_every_length(tmp_path):
     ends = [0, *(i + 1 for i, byte in enumerate(whole) if byte == ord("\n"))]
     for size in range(len(whole) + 1):
         part.write_bytes(whole[:size])
-        left = Records(tmp_path, "0")
+        left = Records(tmp_path, "0" * 16)
         done = 0 if size < ends[2] else 2 if size < ends[5] else 5
         assert left.missing(PICTURES) == list(range(done, 6))
         assert part.read_bytes() == whole[:ends[done]]
@@ -200,10 +200,10 @@ def test_a_part_goes_on_where_it_was_cut_off(tmp_path):
     part.write_bytes(whole[:-5])
     filled(tmp_path, slice(2, 6))
     assert part.read_bytes() == whole
-    records = Records(tmp_path, "0")
+    records = Records(tmp_path, "0" * 16)
     rows, _ = write_results(tmp_path, records, PICTURES[::-1])
     assert [row["image_id"] for row in rows] == [p.id for p in PICTURES[::-1]]
-    assert not part.exists() and Records(tmp_path, "0").missing(PICTURES) == []
+    assert not part.exists() and Records(tmp_path, "0" * 16).missing(PICTURES) == []
     assert Records(tmp_path, "1").missing(PICTURES) == list(range(6))  # other settings
 
 
@@ -224,7 +224,7 @@ def test_what_is_no_record_is_cut_off(tmp_path, line):
     part = filled(tmp_path, slice(0, 2)).part
     whole = part.read_bytes()
     part.write_bytes(whole + line)
-    assert Records(tmp_path, "0").missing(PICTURES) == [2, 3, 4, 5]
+    assert Records(tmp_path, "0" * 16).missing(PICTURES) == [2, 3, 4, 5]
     assert part.read_bytes() == whole
 
 
@@ -232,9 +232,9 @@ def test_what_is_no_record_is_cut_off(tmp_path, line):
                                   lambda path: path.symlink_to("nowhere")], ids=range(4))
 def test_what_is_no_file_in_the_place_of_one_is_neither_read_nor_written(tmp_path, make):
     (tmp_path / "mine").write_text("by hand")
-    make(tmp_path / "details-0.jsonl.part")
+    make(tmp_path / f"details-{'0' * 16}.jsonl.part")
     with pytest.raises(InputError, match="remove it"):
-        Records(tmp_path, "0")
+        Records(tmp_path, "0" * 16)
     assert (tmp_path / "mine").read_text() == "by hand" and not (tmp_path / "nowhere").exists()
     make(tmp_path / "features-0-0.part")
     assert Store(tmp_path, "0", [None], 4).missing() == ([0], set(), True)

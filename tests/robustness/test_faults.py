@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -147,6 +148,54 @@ def test_a_folder_that_may_only_be_read_is_refused_before_any_work(
             stack.enter_context(tmpfs(folder, "1m"))("ro")
         run = script(name, *commands[name](folder))
     assert run.code == 2 and run.err.startswith(f"error: cannot write to the folder {folder} (")
+
+
+@contextlib.contextmanager
+def ext4(image, folder):
+    """A file system in an image, mounted at folder. Its journal waits for ten minutes, unless a
+    program asks for its writes."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-o", "loop,commit=600", image, folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount an image, and not in every container")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("mkfs.ext4"), reason="there is no mkfs.ext4")
+@pytest.mark.parametrize("name", [*SCRIPTS, "stories", "sidecars"])
+def test_what_a_finished_run_has_written_survives_a_power_cut(
+        script, world, commands, tmp_path, name):
+    """The disk is copied at the moment of the end, as a power cut leaves it. What the system still
+    holds in its memory is not in it."""
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    with open(image, "wb") as file:
+        file.truncate(24 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    with ext4(image, disk):
+        if name == "sidecars":
+            shutil.copytree(world / "near", disk / "photos")
+            os.sync()
+            arguments = commands["sampler"](disk / "a" / "out", datadir=None, sidecar=True,
+                                            images=disk / "photos", metadata=True,
+                                            shards=disk / "shards", gallery=600)
+        else:
+            arguments = commands[name](disk / "a" / "out")
+        run = script("sampler" if name == "sidecars" else name, *arguments)
+        shutil.copy(image, tmp_path / "copy")
+        assert run.code == 0, run.err
+        written = tree(disk)
+    with ext4(tmp_path / "copy", disk):
+        survived = tree(disk)
+    # Locks, and what a finished run no longer needs, may come back; the next run removes them.
+    assert {path: survived.get(path) for path in written} == written
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes()
+            for path in folder.rglob("*")}
 
 
 def no_space(_):
