@@ -1,13 +1,13 @@
 """The three files of a cache: entries, embeddings and their description. They belong together."""
 
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
 
+from antarctic.bounded import MOST_SETTINGS
 from antarctic.errors import InputError
 from antarctic.files import existing_file, writing
-from antarctic.texts import read_text
+from antarctic.texts import LONGEST_TEXT, read_json
 
 
 def staging_path(path):
@@ -50,7 +50,9 @@ def cache_description(embfile):
     if not path.is_file():
         return None
     try:
-        description = json.loads(read_text(path, "description"))
+        description = read_json(path, "description", MOST_SETTINGS)
+        if len(description["prefix"]) > LONGEST_TEXT:
+            raise ValueError("each entry would be read with this prefix")
         return {name: description[name] + "" for name in ("clip_model", "text_sha256", "prefix")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the description of a cache; delete it to load the cache "
