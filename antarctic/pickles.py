@@ -185,6 +185,26 @@ def named_entries(content):
     return entries
 
 
+def weight_entries(path):
+    """{name: Entry} of a state dict that torch.save wrote, in its zip format or in the one before
+    PyTorch 1.6. Raises InputError where the file names anything unknown, or is damaged."""
+    if is_torch_zip(path):
+        with torch_file(path) as (content, _), zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise zipfile.BadZipFile("a part is compressed")
+            return named_entries(StandIn() | content)
+    try:
+        with open(path, "rb") as file:
+            reader = Reader(io.BytesIO(file.read(MOST_PICKLE)), path)
+            _magic, _version, _system, content = (reader.load() for _ in range(4))
+            return named_entries(StandIn() | content)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(f"{path} cannot be read: it is damaged, cut short, or of an unknown "
+                         f"kind") from error
+
+
 def is_torch_zip(path):
     """Whether a file begins as a zip file, the format of torch.save since PyTorch 1.6."""
     with open(path, "rb") as file:

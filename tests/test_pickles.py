@@ -42,11 +42,12 @@ from transformers import (
     SiglipModel,
 )
 
-import model
 from antarctic import openai_clip, pickles
+from antarctic.bounded import held
 from antarctic.cache import read_cache
 from antarctic.checkpoints import checkpoint_settings, is_layernorm, load_checkpoint, trained_sha256
 from antarctic.errors import InputError
+from antarctic.model_files import file_identity, opened_model
 from antarctic.preprocessing import OpenAIPreprocessor
 from model import Captioner, Clip
 from utils import linearize
@@ -592,6 +593,8 @@ def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
 def test_a_folder_a_file_and_a_name_have_identities(tmp_path):
     path, digest = tmp_path / "ViT-B-32.pt", hashlib.sha256(b"weights").hexdigest()
     path.write_bytes(b"weights")
-    assert model.identity(str(path)) == f"ViT-B-32.pt@{digest[:12]}"
-    assert model.identity(CLIP).startswith("clip@")
-    assert model.identity("openai/clip") == "openai/clip"
+    with held(path, "model") as file:
+        assert file_identity(file) == f"ViT-B-32.pt@{digest[:12]}"
+    digest = hashlib.sha256((Path(CLIP) / "model.safetensors").read_bytes()).hexdigest()
+    with opened_model(CLIP, "model", ("weights",)) as files:
+        assert files.identity() == f"clip@{digest[:12]}"
