@@ -354,8 +354,9 @@ class Model:
         warn_of_settings(settings, clip.identity, topk, len(entries))
         index_search = open_index(index, embeddings).search if index else search
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
-        if ckpt:
-            load_checkpoint(ckpt, captioner)
+        if ckpt and load_checkpoint(ckpt, captioner) != settings:
+            raise InputError(f"the checkpoint {ckpt} was changed while it was read; rerun the same "
+                             f"command")
         prefix = (cache_description(embfile[0]) or {"prefix": ""})["prefix"]
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,
                    index_search)

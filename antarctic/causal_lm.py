@@ -193,8 +193,8 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
     def draw(_, logits):
         p, order = (t.cpu() for t in nucleus(logits / temperature, top_p))  # (B, K), (B, K)
         if p.isnan().any():
-            raise InputError("the language model computes NaN; its weights are damaged, or need "
-                             "another --dtype")
+            raise InputError("the language model computes values that are not finite (NaN); its "
+                             "weights are damaged, or too large for this --dtype")
         # invert draws one random number a token, multinomial() would draw K, and K depends on the
         # other rows.
         drawn = torch.stack([invert(row[None], generator) for row, generator in zip(p, generators)])
