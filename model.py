@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 from PIL.Image import Image
+from PIL.Image import new as new_image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 
+from antarctic.bounded import held
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
 from antarctic.cache_files import is_cache_file
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
@@ -27,9 +29,10 @@ from antarctic.errors import InputError
 from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_index
+from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
-from antarctic.pretrained import CLIP_NAMES, fetch, identity, load, load_tokenizer
+from antarctic.pretrained import CLIP_NAMES
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
@@ -62,20 +65,20 @@ class Clip:
     def __init__(self, name, device="cpu", dtype=torch.float32):
         name, kind = CLIP_NAMES.get(name, name), "CLIP model"
         if Path(name).is_file():
-            model, self.tokenizer, self.processor = load_openai_clip(name)
+            with held(name, kind) as file:
+                model, self.tokenizer, self.processor = load_openai_clip(name)
+                self.identity = file_identity(file)
         else:
             # All parts at once: the size of the download is printed before it starts.
-            fetch(name, kind, ("weights", "tokenizer", "processor"))
-            model = load(AutoModel, name, kind, dtype=torch.float32)
-            if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-                raise InputError(f"the CLIP model {name} has no image and text features: "
-                                 f"it is no CLIP")
-            self.tokenizer = load_tokenizer(name, kind)
-            # With torchvision installed, transformers would resize by it, to other pixels.
-            processor = load(AutoImageProcessor, name, kind, backend="pil")
-            self.processor = openai_preprocessor(processor)
+            with opened_model(name, kind, ("weights", "tokenizer", "processor")) as files:
+                model = files.load_model(AutoModel, "CLIP", dtype=torch.float32)
+                self.tokenizer = files.load_tokenizer(model.config.text_config.vocab_size)
+                # With torchvision installed, transformers would resize by it, to other pixels.
+                processor = files.load(AutoImageProcessor, backend="pil")
+                self.processor = openai_preprocessor(processor)
+                self.identity = files.identity()
         self.model = model.to(device, dtype).eval().requires_grad_(False)
-        self.identity, self.device, self.dtype = identity(name), device, dtype
+        self.device, self.dtype = device, dtype
         config = self.model.config
         self.max_length = config.text_config.max_position_embeddings
         self.dim, self.padding = getattr(config, "projection_dim", None), {}
@@ -86,6 +89,9 @@ class Clip:
             self.dim = config.text_config.projection_size
             self.padding = {"padding": "max_length", "max_length": self.max_length,
                             "return_attention_mask": False}
+        with telling(kind, name):  # what its files say may not go together
+            self.encode_images([new_image("RGB", (64, 48))])
+            self.encode_texts(["a"])
 
     @torch.inference_mode()
     def encode_images(self, images):
@@ -119,8 +125,11 @@ class Clip:
 
 def unit(output):
     """Features as float32 unit vectors (B, dim) on the CPU. output: a tensor, or transformers'
-    object that holds it."""
+    object that holds it. Raises InputError where they are not finite."""
     features = output if torch.is_tensor(output) else output.pooler_output
+    if not features.isfinite().all():
+        raise InputError("the CLIP model computes values that are not finite; its weights are "
+                         "damaged, or too large for this --dtype")
     return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
 
 
@@ -138,11 +147,12 @@ class Captioner:
                  maxlen_dec=MAXLEN_DEC):
         # On a CPU in bfloat16, a training step with fused attention takes twice as long.
         attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
-        fetch(name, "language model", ("weights", "tokenizer"))
-        self.model = load(AutoModelForSeq2SeqLM, name, "language model", dtype=torch.float32,
-                          **attention).to(device).eval()
-        self.tokenizer = load_tokenizer(name, "language model")
-        self.identity, self.device, self.dtype = identity(name), torch.device(device), dtype
+        with opened_model(name, "language model", ("weights", "tokenizer")) as files:
+            self.model = files.load_model(AutoModelForSeq2SeqLM, "BART", dtype=torch.float32,
+                                          **attention).to(device).eval()
+            self.tokenizer = files.load_tokenizer(self.model.config.vocab_size)
+            self.identity = files.identity()
+        self.device, self.dtype = torch.device(device), dtype
         self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
         longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)
         if min(maxlen_enc, maxlen_dec) < 3:
@@ -152,6 +162,9 @@ class Captioner:
             raise InputError(f"the language model {name} reads and writes {longest} tokens at "
                              f"most; --maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for "
                              f"more")
+        with telling("language model", name), torch.inference_mode():
+            self.loss(*[self.tokenize(["a b"], 8)] * 2)
+            beam_search(self.model, self.pad(self.tokenize(["a b"], 8)), 1, 5)
 
     def train_only(self, wanted):
         """Freezes all parameters except those with wanted(name): {name: parameter} of these."""
@@ -341,8 +354,9 @@ class Model:
         warn_of_settings(settings, clip.identity, topk, len(entries))
         index_search = open_index(index, embeddings).search if index else search
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
-        if ckpt:
-            load_checkpoint(ckpt, captioner)
+        if ckpt and load_checkpoint(ckpt, captioner) != settings:
+            raise InputError(f"the checkpoint {ckpt} was changed while it was read; rerun the same "
+                             f"command")
         description = embeddings.parts[0].description
         prefix = description.prefix if description else ""
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,

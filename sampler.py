@@ -118,7 +118,7 @@ def settings_of(args, model):
     from antarctic.checkpoints import trained_sha256
     captioner = model.captioner
     models = [model.clip.identity, captioner.identity,
-              args.ckpt and trained_sha256(args.ckpt, captioner), str(captioner.dtype)]
+              args.ckpt and trained_sha256(captioner), str(captioner.dtype)]
     words = [model.entries, [rows.file.content_key() for rows in model.embeddings.files()],
              args.index and file_sha256(args.index), model.banned and model.banned.lines]
     sizes = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec]

@@ -186,23 +186,22 @@ def main():
     savedir, device, dtype = start_run(args)
     # torch and transformers take seconds to load; --help and wrong arguments do not wait for them.
     from antarctic.causal_lm import encode, end_tokens, load_lm
-    from antarctic.pretrained import identity
 
     prompts = [fill(args.prompt, text) for _, text in captions]
     config, tokenizer, tokens, room = encode(args.lm, prompts, args.chat)
     ends = end_tokens(tokenizer, args.chat)
+    model = load_lm(args.lm, ends, device, dtype, config)
     batches = batches_of(prompts, room, args)
     keys = [[row[1:3] for row in batch] for batch in batches]  # (index of the caption, number)
 
     done, part = [], None  # stories of the batches that a stopped run has finished
     if savedir:
-        settings = [on_rank0(lambda: identity(args.lm)), tokens, batches, ends, args.chat,
+        settings = [model.identity, tokens, batches, ends, args.chat,
                     str(dtype), args.temperature, args.top_p]
         part = savedir / f"stories-{fingerprint(settings)}.jsonl.part"
         done = on_rank0(lambda: list(read_sealed(part)) if resume(part) else [])
     stories = {key: story for pair in zip(keys, done) for key, story in zip(*pair)}
 
-    model = load_lm(args.lm, ends, device, dtype, config)
     rank, world = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{args.lm} on {device}, "

@@ -1,6 +1,5 @@
 """Annotation files in JSON: COCO's, Karpathy's and nocaps'."""
 
-import json
 import re
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from antarctic.layouts import (
     inside_name,
     reading,
 )
-from antarctic.texts import read_text
+from antarctic.texts import read_json
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # of images in nocaps' annotations
 # Where people keep the images of these data sets, beside folders of the split's name.
@@ -62,7 +61,7 @@ def read_entries(path):
     the image folder.
     """
     with reading(path, "a COCO caption file"):
-        data = json.loads(read_text(path, "caption file"))
+        data = read_json(path, "caption file")
         images = data["images"]
         if not isinstance(images, list):
             raise TypeError("its images are no list")

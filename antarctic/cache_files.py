@@ -1,18 +1,17 @@
 """The three files of a cache: entries, embeddings and their description. They belong together."""
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from antarctic.bounded import MOST_SETTINGS, parse_json
 from antarctic.errors import InputError
 from antarctic.files import existing_file, move
 from antarctic.held import HeldFile
 from antarctic.texts import LONGEST_TEXT
 
 ATTEMPTS, PAUSE = 100, 0.05  # a writer moves its three files in less than these seconds
-MOST_BYTES = 1 << 24  # of a description, which has digests of a billion rows then
 STATED = "clip_model", "text_sha256", "prefix"
 
 
@@ -132,9 +131,9 @@ def read_description(held):
     if held is None:
         return None
     try:
-        if held.size > MOST_BYTES:
+        if held.size > MOST_SETTINGS:
             raise ValueError
-        values = json.loads(held.read().decode("utf-8-sig"))
+        values = parse_json(held.read().decode("utf-8-sig"), held.name, "description")
         fields = [values[name] + "" for name in STATED]
         digests = values.get("rows_sha256", "") + ""
         if len(values["prefix"]) > LONGEST_TEXT:

@@ -1,8 +1,8 @@
 """Captions that the sampler or another captioner wrote, in the formats of the field."""
 
-import json
 from pathlib import Path
 
+from antarctic.bounded import parse_json
 from antarctic.errors import InputError
 from antarctic.texts import one_line, read_text
 
@@ -31,7 +31,7 @@ def read_records(path, other):
         parts = [text] if suffix == ".json" else (f"[{line}]" for line in text.split("\n"))
         # Only what is used: details.jsonl can hold 1,000 candidates an image.
         records = [{name: record[name] for name in record.keys() & RECORD}
-                   for part in parts for record in json.loads(part)]
+                   for part in parts for record in parse_json(part, path, "captions file")]
         if records and not any("caption" in record.keys() for record in records):
             raise KeyError("caption")
         captions = [record.get("caption") for record in records]

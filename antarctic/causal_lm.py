@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from antarctic.bounded import held
 from antarctic.decoding import invert, nucleus
+from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 from antarctic.files import existing_file
 
@@ -37,7 +39,7 @@ def reading_gguf(name):
 def load_gguf(loader, name, **options):
     """loader.from_pretrained of a GGUF file, which has the weights, their sizes, the tokenizer and
     the chat template. Raises InputError."""
-    from antarctic.pretrained import quiet_transformers
+    from antarctic.model_files import quiet_transformers
     quiet_transformers()
     # transformers would look for a relative path in the working directory first.
     path = existing_file(name, "GGUF file").absolute()
@@ -51,7 +53,7 @@ def load_gguf(loader, name, **options):
             raise InputError(f"{name} is not a GGUF file: it does not begin with the letters GGUF")
     with reading_gguf(name):
         return loader.from_pretrained(path.parent, gguf_file=str(path), local_files_only=True,
-                                      **options)
+                                      trust_remote_code=False, **options)
 
 
 def check_size(name, config):
@@ -96,18 +98,25 @@ def encode(name, prompts, chat=False):
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    from antarctic.pretrained import fetch, load, load_tokenizer
-    gguf, kind = is_gguf(name), "language model"
-    if not gguf:
-        fetch(name, kind, ("tokenizer",))  # and the config, before gigabytes of weights
-    config = load_gguf(AutoConfig, name) if gguf else load(AutoConfig, name, kind)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        raise InputError(f"{name} is a {config.model_type}, which is not a causal language model")
-    if gguf:
+    from antarctic.model_files import opened_model, telling
+    if is_gguf(name):
+        config = load_gguf(AutoConfig, name)
+        require_causal(name, config, MODEL_FOR_CAUSAL_LM_MAPPING)
         check_size(name, config)
-    tokenizer = load_gguf(AutoTokenizer, name) if gguf else load_tokenizer(name, kind)
+        tokenizer = load_gguf(AutoTokenizer, name)
+    else:
+        # And the config, before gigabytes of weights.
+        with opened_model(name, "language model", ("tokenizer",)) as files:
+            config = files.load(AutoConfig)
+            require_causal(name, config, MODEL_FOR_CAUSAL_LM_MAPPING)
+            tokenizer = files.load_tokenizer()
     texts = chat_prompts(tokenizer, name, prompts) if chat else prompts
-    tokens = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template has its own
+    with telling("language model", name):  # a template has special tokens of its own
+        tokens = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    vocabulary = config.get_text_config().vocab_size
+    if (highest := max(map(max, filter(None, tokens)), default=0)) >= vocabulary:
+        raise InputError(f"the language model {name} has embeddings of {vocabulary:,} tokens, but "
+                         f"its tokenizer gives the token {highest:,}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     positions = positions or math.inf  # some architectures have no limit
     longest = max(range(len(prompts)), key=lambda i: len(tokens[i]))
@@ -116,6 +125,11 @@ def encode(name, prompts, chat=False):
                          f"tokens, but the language model {name} reads and writes at most "
                          f"{positions}")
     return config, tokenizer, tokens, [positions - len(ids) for ids in tokens]
+
+
+def require_causal(name, config, known):
+    if type(config) not in known or config.is_encoder_decoder:
+        raise InputError(f"{name} is a {config.model_type}, which is not a causal language model")
 
 
 def end_tokens(tokenizer, chat):
@@ -128,20 +142,27 @@ def end_tokens(tokenizer, chat):
 def load_lm(name, ends, device, dtype, config=None):
     """Loads the causal language model. Its generate() ends a row at a token id of `ends`; all other
     settings of the model's own for generate() are dropped. config: as encode returns it, so that a
-    GGUF file is read once less. Raises InputError."""
+    GGUF file is read once less. Its attribute identity names it by the weights that were read.
+    Raises InputError."""
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
-    from antarctic.pretrained import load
+    from antarctic.model_files import file_identity, opened_model, own_weights
     if is_gguf(name):
-        model, report = load_gguf(AutoModelForCausalLM, name, dtype=dtype, config=config,
-                                  output_loading_info=True,
-                                  quantization_config=GgufConfig(dequantize=True))
+        with held(name, "GGUF file") as file:
+            model, report = load_gguf(AutoModelForCausalLM, name, dtype=dtype, config=config,
+                                      output_loading_info=True,
+                                      quantization_config=GgufConfig(dequantize=True))
+            model.identity = on_rank0(lambda: file_identity(file))
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise InputError(f"the GGUF file {name} is not a complete model: "
                              f"{len(report['missing_keys'])} tensors are missing, such as "
                              f"{min(report['missing_keys'])}")
+        own_weights(model, f"GGUF file {name}")
     else:
-        model = load(AutoModelForCausalLM, name, "language model", dtype=dtype)
+        with opened_model(name, "language model", ("weights",)) as files:
+            model = files.load_model(AutoModelForCausalLM, "causal language model", config,
+                                     dtype=dtype)
+            model.identity = on_rank0(files.identity)
     model = model.to(device).eval()
     # The model's own settings may have penalties. GPT-2 has no padding token; padding is masked, so
     # any token serves.
@@ -172,8 +193,8 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
     def draw(_, logits):
         p, order = (t.cpu() for t in nucleus(logits / temperature, top_p))  # (B, K), (B, K)
         if p.isnan().any():
-            raise InputError("the language model computes NaN; its weights are damaged, or need "
-                             "another --dtype")
+            raise InputError("the language model computes values that are not finite (NaN); its "
+                             "weights are damaged, or too large for this --dtype")
         # invert draws one random number a token, multinomial() would draw K, and K depends on the
         # other rows.
         drawn = torch.stack([invert(row[None], generator) for row, generator in zip(p, generators)])

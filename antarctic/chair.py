@@ -6,7 +6,6 @@ function that needs it imports it.
 """
 
 import io
-import json
 import re
 from collections import Counter
 from contextlib import redirect_stdout
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from antarctic.distributed import warn_of
 from antarctic.errors import InputError
-from antarctic.texts import one_line, read_text
+from antarctic.texts import one_line, read_json
 
 METRICS = ("CHAIRs", "CHAIRi", "object recall")
 
@@ -242,7 +241,7 @@ def read_instances(path, rows):
     from pycocotools.coco import COCO
     coco = COCO()
     try:
-        coco.dataset = json.loads(read_text(path, "instances file"))
+        coco.dataset = read_json(path, "instances file")
         with redirect_stdout(io.StringIO()):  # it prints that it makes an index
             coco.createIndex()
         names = {number: class_name(category["name"], path)

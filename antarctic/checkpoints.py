@@ -9,10 +9,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from antarctic.bounded import MOST_SETTINGS, held
 from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 from antarctic.files import atomic
-from antarctic.pickles import is_torch_zip, lightning_settings, lightning_tensors
+from antarctic.pickles import (
+    is_torch_zip,
+    lightning_settings,
+    lightning_tensors,
+    require_small_pickle,
+)
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -27,10 +33,29 @@ def is_layernorm(name):
 
 def save_checkpoint(path, trained, settings):
     """Writes the trained tensors alone. trained: {name: parameter}. settings: a dict of JSON
-    values, stored as metadata."""
+    values, stored as metadata. Raises InputError where a value is not finite."""
+    require_finite(trained, path)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
     with atomic(path, "wb") as file:
         file.write(save(tensors, {"antarctic_captions": json.dumps(settings)}))
+
+
+def require_finite(tensors, path):
+    """Raises InputError where a tensor that is about to be written to path is not finite, and names
+    it. tensors: {name: tensor}."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{name} holds values that are not finite, so {path} was not written; "
+                             f"the checkpoints beside it are of the last good epoch (try a lower "
+                             f"--lrate)")
+
+
+def open_checkpoint(path):
+    """safe_open of a file, whose header is bounded."""
+    with open(path, "rb") as file:
+        if int.from_bytes(file.read(8), "little") > MOST_SETTINGS:
+            raise ValueError("its header is too long")
+    return safe_open(path, "pt")
 
 
 def checkpoint_settings(path):
@@ -39,7 +64,7 @@ def checkpoint_settings(path):
     try:
         if is_torch_zip(path):
             return lightning_settings(path)
-        with safe_open(path, "pt") as file:
+        with open_checkpoint(path) as file:
             settings = json.loads((file.metadata() or {})["antarctic_captions"])
         sizes = [settings[name] for name in ("topk", "maxlen_enc", "maxlen_dec")]
         if not all(type(size) is int and 0 < size < 1 << 16 for size in sizes):
@@ -49,27 +74,36 @@ def checkpoint_settings(path):
         raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
 
 
-def trained_sha256(path, captioner):
-    """A digest of the tensors that load_checkpoint has copied from this file into the captioner.
+def trained_sha256(captioner):
+    """A digest of the tensors that load_checkpoint has copied into the captioner.
 
     Files with equal tensors have the same digest, ours and the original's. It is computed of the
-    captioner's parameters, since the original's file is too large to be read once more.
+    captioner's parameters: of what is used, whatever has become of the file.
     """
     parameters, digest = dict(captioner.model.named_parameters()), hashlib.sha256()
-    if is_torch_zip(path):
-        names = filter(is_layernorm, parameters)
-    else:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-    for name in sorted(names):
+    for name in captioner.checkpointed:
         digest.update(f"{name} {list(parameters[name].shape)}\n".encode())
         digest.update(parameters[name].detach().cpu().numpy())
     return digest.hexdigest()
 
 
 def load_checkpoint(path, captioner):
-    """Copies a checkpoint's tensors into the captioner. Returns its settings. Raises InputError
-    where it is of another language model or holds values that are not finite."""
+    """Copies a checkpoint's tensors into the captioner, whose `checkpointed` are their names.
+    Returns its settings. Raises InputError where it is of another language model, holds values that
+    are not finite, or is changed meanwhile."""
+    with held(path, "checkpoint"):
+        settings, tensors = read_checkpoint(path, captioner)
+    # After the file was found unchanged, so that all of it is used or nothing.
+    with torch.no_grad():
+        parameters = dict(captioner.model.named_parameters())
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    captioner.checkpointed = sorted(tensors)
+    return settings
+
+
+def read_checkpoint(path, captioner):
+    """The settings and tensors of a checkpoint that fits the captioner. Raises InputError."""
     settings = checkpoint_settings(path)
     if settings["lm"] not in (captioner.identity, None):
         raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, "
@@ -79,7 +113,7 @@ def load_checkpoint(path, captioner):
     if settings["lm"] is None:  # the original's, which holds all weights
         tensors = lightning_tensors(path, expected)
     else:
-        tensors = load_file(path)
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     for name in sorted(tensors.keys() | expected):
         fits = (name in tensors and name in parameters
                 and parameters[name].shape == tensors[name].shape)
@@ -88,19 +122,22 @@ def load_checkpoint(path, captioner):
                              f"{captioner.identity} (at {name})")
         if not tensors[name].float().isfinite().all():
             raise InputError(f"the checkpoint {path} holds values that are not finite (in {name})")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
-    return settings
+    return settings, tensors
 
 
 # ------------------------------------------------------------------------- the state to resume from
 
 def save_state(path, trained, optimizer, progress):
     """Saves what a stopped run needs to resume. trained: {name: parameter}. progress: plain
-    numbers, lists and tuples."""
+    numbers, lists and tuples. Nothing is written where a parameter is not finite: no run could recover
+    from it, and the next loss or checkpoint reports it. Raises InputError where the optimizer's
+    averages are not finite, which no loss would report."""
     if not all(parameter.isfinite().all() for parameter in trained.values()):
-        return  # no run could recover from it, and the next loss reports it
+        return
+    for name, parameter in trained.items():
+        averages = optimizer.state.get(parameter, {})
+        require_finite({f"the optimizer's {key} of {name}": value
+                        for key, value in averages.items() if torch.is_tensor(value)}, path)
     state = {"trained": trained, "optimizer": optimizer.state_dict(), "progress": progress}
     buffer = io.BytesIO()  # torch.save to a file hides the error of a full disk
     torch.save(state, buffer)
@@ -112,7 +149,11 @@ def load_state(path, trained, optimizer):
     """Copies a saved state into the trained parameters and the optimizer. Returns the progress, or
     None where no state was saved. Raises InputError where it cannot be read."""
     def read():
-        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+        if not path.is_file():
+            return None
+        with held(path, "state"):
+            require_small_pickle(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
 
     try:
         state = on_rank0(read)

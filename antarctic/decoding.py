@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from antarctic.errors import InputError
+
 # ------------------------------------------------------------------------------------------ model
 
 def encode(bart, inputs):
@@ -30,7 +32,8 @@ def empty_cache():
 
 
 def next_logits(bart, tokens, encoded, cache, mask=None):
-    """Logits of the token that follows each prefix, float32 (R, V).
+    """Logits of the token that follows each prefix, float32 (R, V). Raises InputError where they
+    are not finite.
 
     The decoder reads the tokens that the cache lacks, and adds their keys and values to it.
     tokens: int64 (R, length). encoded: the encoder's states, (R, T, dim). mask: int64 (R, T), or
@@ -41,7 +44,11 @@ def next_logits(bart, tokens, encoded, cache, mask=None):
         encoder_attention_mask=mask, past_key_values=cache)
     hidden = output.last_hidden_state[:, -1]  # (R, dim)
     weight, bias = bart.lm_head.weight, bart.final_logits_bias[0]  # (V, dim), (V,)
-    return torch.nn.functional.linear(hidden, weight, bias).float()  # (R, V)
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()  # (R, V)
+    if not logits.amax(-1).isfinite().all():  # of NaN the maximum is NaN
+        raise InputError("the language model computes values that are not finite; its weights are "
+                         "damaged, or too large for this --dtype")
+    return logits
 
 
 # ------------------------------------------------------------------------------------ beam search

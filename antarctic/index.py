@@ -6,7 +6,6 @@ read from the cache, so scores are exact, and only the choice of candidates is a
 without an index are searched exactly.
 """
 
-import json
 import math
 import random
 import time
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from antarctic.bounded import MOST_SETTINGS
 from antarctic.cache import BLOCK, read_one_cache, search
 from antarctic.cache_files import cache_description
 from antarctic.distributed import is_rank0
@@ -32,6 +32,7 @@ from antarctic.files import (
     remove,
     write_json,
 )
+from antarctic.texts import read_json
 
 LEAST = 256  # entries of the smallest cache that an index is built for
 WIDTH = 256  # dimensions that remain before rows are quantized
@@ -117,11 +118,11 @@ def index_description(path):
     load_faiss()
     file = existing_file(f"{existing_file(path, 'index')}.json", "description of the index")
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = read_json(file, "description of the index", MOST_SETTINGS)
         return {"index_sha256": description["index_sha256"] + "",
                 "cache": dict(description["cache"]), "recall": float(description["recall"]),
                 "queries": description["queries"] + ""}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is not the description of an index; "
                          "rebuild the index") from error
 

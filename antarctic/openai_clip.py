@@ -10,9 +10,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from antarctic.errors import InputError
+from antarctic.model_files import load_tokenizer, own_weights
 from antarctic.pickles import named_entries, torch_file
 from antarctic.preprocessing import OpenAIPreprocessor
-from antarctic.pretrained import CLIP_NAMES, load_tokenizer
+from antarctic.pretrained import CLIP_NAMES
 
 SCRIPTS = Path(__file__).resolve().parents[1]  # OpenAI's repository can be cloned into this folder
 
@@ -211,5 +212,6 @@ def load_openai_clip(path):
         wrong = [*report["missing_keys"], *report["unexpected_keys"], *mismatched]
         if wrong:
             raise InputError(f"{path} differs from OpenAI's CLIP models (at {min(wrong)})")
+    own_weights(model, f"CLIP model {path}")
     side = config.vision_config.image_size
     return model, tokenizer, OpenAIPreprocessor(side, (side, side))

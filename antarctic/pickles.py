@@ -185,6 +185,35 @@ def named_entries(content):
     return entries
 
 
+def require_small_pickle(path, most=1 << 24):
+    """Raises ValueError where a file of torch.save has compressed parts, or a pickle of more than
+    `most` bytes, which would fill the memory with small objects."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if (info.compress_type != zipfile.ZIP_STORED
+                    or info.filename.endswith(".pkl") and info.file_size > most):
+                raise ValueError(f"{info.filename} is compressed, or too large")
+
+
+def weight_entries(path):
+    """{name: Entry} of a state dict that torch.save wrote, in its zip format or in the one before
+    PyTorch 1.6. Raises InputError where the file names anything unknown, or is damaged."""
+    if is_torch_zip(path):
+        with torch_file(path) as (content, _):
+            require_small_pickle(path)
+            return named_entries(StandIn() | content)
+    try:
+        with open(path, "rb") as file:
+            reader = Reader(io.BytesIO(file.read(MOST_PICKLE)), path)
+            _magic, _version, _system, content = (reader.load() for _ in range(4))
+            return named_entries(StandIn() | content)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(f"{path} cannot be read: it is damaged, cut short, or of an unknown "
+                         f"kind") from error
+
+
 def is_torch_zip(path):
     """Whether a file begins as a zip file, the format of torch.save since PyTorch 1.6."""
     with open(path, "rb") as file:

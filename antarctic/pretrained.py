@@ -6,14 +6,12 @@ a repository's files beside them, so a missing file is noticed.
 
 import difflib
 import errno
-import hashlib
 import os
 import re
 import shutil
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 
 from httpx2 import HTTPError, TransportError
 from huggingface_hub import (
@@ -36,7 +34,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
-from safetensors import SafetensorError
 
 from antarctic.distributed import is_rank0
 from antarctic.errors import InputError, escape_control, print_safely
@@ -251,55 +248,3 @@ def refusal(status):
 
 def first_sentence(error):
     return " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-
-
-def quiet_transformers():
-    """Hides transformers' bars of loading and its warnings. fetch() shows the bars of downloads."""
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def load(loader, name, kind, **options):
-    """loader.from_pretrained of a folder or of a name on the hub. kind: see fetch. Raises
-    InputError."""
-    quiet_transformers()
-    parts = {"AutoConfig": "config", "AutoTokenizer": "tokenizer",
-             "AutoImageProcessor": "processor"}
-    folder = fetch(name, kind, (parts.get(loader.__name__, "weights"),))
-    try:
-        return loader.from_pretrained(folder, local_files_only=True, **options)
-    except ImportError as error:  # SigLIP's tokenizer needs sentencepiece and protobuf
-        raise InputError(f"the {kind} {name} needs another library: "
-                         f"{first_sentence(error)}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
-            UnpicklingError) as error:
-        source = "" if folder == str(name) else (
-            f" from {folder}; delete that folder, and a rerun fetches it anew")
-        raise InputError(f"the {kind} {name} could not be loaded{source} "
-                         f"({first_sentence(error)})") from error
-
-
-def load_tokenizer(name, kind):
-    """The tokenizer of a model. Arguments as of load. Raises InputError, also where its files are
-    missing: transformers would make a tokenizer without a vocabulary, and would not warn."""
-    from transformers import AutoTokenizer
-    tokenizer = load(AutoTokenizer, name, kind)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(f"the {kind} {name} has no tokenizer")
-    return tokenizer
-
-
-def identity(name):
-    """The text that names a model in the files made with it: its name on the hub, or the name of
-    its folder or file with a digest of the weights."""
-    path = Path(name)
-    if not path.exists():
-        return name
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for weights in files or sorted(path.glob("*.bin")):
-        with open(weights, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return f"{path.resolve().name}@{digest.hexdigest()[:12]}"

@@ -1,20 +1,27 @@
 """Text files that are read with bounds."""
 
+from antarctic.bounded import MOST_TEXT, parse_json, read_bytes
 from antarctic.errors import InputError
-from antarctic.files import existing_file
 
 LONGEST_TEXT = 10_000  # characters of an entry or a caption; the models read at most 128 tokens
 
 
-def read_text(path, kind):
+def read_text(path, kind, most=MOST_TEXT):
     """A UTF-8 text file, without the byte order mark that editors on Windows write.
 
-    kind: what the file is, for messages. Raises InputError where it is missing or not UTF-8.
+    kind: what the file is, for messages. Raises InputError where it is missing, no regular file,
+    not UTF-8, or has more than `most` bytes.
     """
     try:
-        return existing_file(path, kind).read_bytes().decode("utf-8-sig")
+        return read_bytes(path, kind, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"the {kind} {path} is not UTF-8 text") from error
+
+
+def read_json(path, kind, most=MOST_TEXT):
+    """The value of a JSON file. Raises InputError as read_text and parse_json do, and what
+    json.loads raises."""
+    return parse_json(read_text(path, kind, most), path, kind)
 
 
 def one_line(text, path, most=LONGEST_TEXT):

@@ -235,12 +235,13 @@ def test_weights_that_give_nan_are_named(llama, tmp_path):
     model, tokenizer = llama
     broken = LlamaForCausalLM(model.config)
     broken.load_state_dict(model.state_dict())
-    torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
-    broken.save_pretrained(tmp_path / "folder")
-    tokenizer.save_pretrained(tmp_path / "folder")
-    with pytest.raises(InputError, match="NaN"):
-        model = causal_lm.load_lm(tmp_path / "folder", [0], "cpu", torch.float32)
-        causal_lm.sample(model, [[1, 2]], [0], 3)
+    for value, named in ((float("nan"), "not finite .in model.norm.weight"), (3e38, "NaN")):
+        torch.nn.init.constant_(broken.model.norm.weight, value)  # 3e38 overflows when multiplied
+        broken.save_pretrained(tmp_path / "folder")
+        tokenizer.save_pretrained(tmp_path / "folder")
+        with pytest.raises(InputError, match=named):
+            model = causal_lm.load_lm(tmp_path / "folder", [0], "cpu", torch.float32)
+            causal_lm.sample(model, [[1, 2]], [0], 3)
 
 
 # ----------------------------------------------------------------------------------------- sampling

@@ -42,11 +42,12 @@ from transformers import (
     SiglipModel,
 )
 
-import model
 from antarctic import openai_clip, pickles
+from antarctic.bounded import held
 from antarctic.cache import read_cache
 from antarctic.checkpoints import checkpoint_settings, is_layernorm, load_checkpoint, trained_sha256
 from antarctic.errors import InputError
+from antarctic.model_files import file_identity, opened_model
 from antarctic.preprocessing import OpenAIPreprocessor
 from model import Captioner, Clip
 from utils import linearize
@@ -393,25 +394,25 @@ def test_a_lightning_checkpoint_captions_as_ours_does(lightning, checkpoint, mon
                                         theirs.model.named_parameters()):
         assert torch.equal(mine, other), name
     assert beams(ours) == beams(theirs)
-    assert trained_sha256(checkpoint, ours) == trained_sha256(lightning, theirs)
+    assert trained_sha256(ours) == trained_sha256(theirs)
 
 
 def test_the_digest_of_what_was_trained_is_of_every_number_and_of_nothing_else(
         lightning, checkpoint, tmp_path):
     captioner = Captioner(BART)
     load_checkpoint(checkpoint, captioner)
-    digest, tensors = trained_sha256(checkpoint, captioner), load_file(checkpoint)
+    digest, tensors = trained_sha256(captioner), load_file(checkpoint)
     with safe_open(checkpoint, "pt") as file:
         metadata = file.metadata()
     for name in tensors:
         changed = tensors | {name: tensors[name] + 1e-3 * (torch.arange(len(tensors[name])) == 7)}
         save_file(changed, tmp_path / "a.safetensors", metadata)
         load_checkpoint(tmp_path / "a.safetensors", captioner)
-        assert trained_sha256(tmp_path / "a.safetensors", captioner) != digest, name
+        assert trained_sha256(captioner) != digest, name
     load_checkpoint(lightning, captioner)
     with torch.no_grad():
         captioner.model.lm_head.weight.add_(1)  # not in a checkpoint
-    assert trained_sha256(lightning, captioner) == digest
+    assert trained_sha256(captioner) == digest
 
 
 @pytest.mark.parametrize("saved, expected", [
@@ -592,6 +593,8 @@ def test_the_originals_cache_loads(tmp_path, capsys, dtype, slack):
 def test_a_folder_a_file_and_a_name_have_identities(tmp_path):
     path, digest = tmp_path / "ViT-B-32.pt", hashlib.sha256(b"weights").hexdigest()
     path.write_bytes(b"weights")
-    assert model.identity(str(path)) == f"ViT-B-32.pt@{digest[:12]}"
-    assert model.identity(CLIP).startswith("clip@")
-    assert model.identity("openai/clip") == "openai/clip"
+    with held(path, "model") as file:
+        assert file_identity(file) == f"ViT-B-32.pt@{digest[:12]}"
+    digest = hashlib.sha256((Path(CLIP) / "model.safetensors").read_bytes()).hexdigest()
+    with opened_model(CLIP, "model", ("weights",)) as files:
+        assert files.identity() == f"clip@{digest[:12]}"

@@ -27,12 +27,22 @@ from test_hostile import DEEP, bounded
 
 import model
 import utils
-from antarctic import annotations, captions, chair, checkpoints, datasets, features, images
+from antarctic import (
+    annotations,
+    captions,
+    chair,
+    checkpoints,
+    datasets,
+    features,
+    images,
+    openai_clip,
+)
 from antarctic import cache as cache_module
 from antarctic.cache_changes import write_cache
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.folders import Picture
+from antarctic.model_files import load_tokenizer
 from antarctic.openai_clip import load_openai_clip
 from antarctic.pairs import Scored
 from antarctic.records import Records
@@ -534,7 +544,7 @@ def torch_files(captioner, checkpoint, tmp_path_factory):
                if checkpoints.is_layernorm(name)}
     lightning = {"epoch": 5, "state_dict": weights,
                  "hyper_parameters": {"topk": 24, "note": (1, "a")}}
-    tokenizer = model.load_tokenizer(CLIP, "tokenizer")
+    tokenizer = load_tokenizer(CLIP, "tokenizer")
     trained, optimizer, progress = state_of()
     checkpoints.save_state(folder / "state-0.pt", trained, optimizer, progress)
     keys = [(f"{i:016}", bytes([i] * 32)) for i in range(5)]
@@ -550,7 +560,7 @@ def torch_files(captioner, checkpoint, tmp_path_factory):
 
     def read_openai(path):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "load_tokenizer", lambda *_: tokenizer)
+            patch.setattr(openai_clip, "load_tokenizer", lambda *_: tokenizer)
             load_openai_clip(path)
 
     def read_state(path):

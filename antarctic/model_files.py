@@ -1,0 +1,201 @@
+"""A pretrained model's files: opened once, checked, held and loaded, with no code of theirs.
+
+transformers reads a private folder. In it are copies of the small files, as they were checked, and
+links to the weights, which are open. Whatever else the model's folder has (modules, adapters, other
+formats, settings of generation) is not there. So transformers asks nothing, runs nothing, and
+fetches nothing that a file names.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from antarctic.bounded import Held, read_opened
+from antarctic.errors import InputError
+from antarctic.model_checks import (
+    check_config,
+    check_index,
+    check_processor,
+    check_size,
+    check_tokenizer,
+    clean,
+    is_kind,
+    most_bytes,
+    parse,
+    read_tensors,
+)
+from antarctic.pretrained import PROCESSOR, fetch, first_sentence, needed
+
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+def quiet_transformers():
+    """Hides transformers' bars of loading and its warnings. fetch() shows the bars of downloads."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+class ModelFiles:
+    """The files of a model that are read, held open. Attributes: name; kind, what messages call it;
+    folder, the private one; tensors, a model_checks.Tensors of its weights, or None."""
+
+    def __init__(self, name, kind, parts, folder, stack):
+        self.name, self.kind, self.folder = str(name), kind, Path(folder)
+        source = fetch(name, kind, parts)
+        self.advice = "" if source == self.name else (
+            f" from {source}; delete that folder, and a rerun fetches it anew")
+        self.held = {}  # {file name: Held}
+        for file in needed(os.listdir(source), parts, f"{kind} {name}"):
+            self.held[file] = Held(Path(source) / file, f"file of the {kind}")
+            stack.enter_context(self.held[file].file)
+        weights = {file: held for file, held in self.held.items() if file.endswith(WEIGHTS)}
+        with self.telling():
+            self.tensors = read_tensors(weights) if weights else None
+            for file, held in self.held.items():
+                if file in weights:
+                    link(held.opened_path, self.folder / file)
+                else:
+                    (self.folder / file).write_bytes(self.checked(file, held))
+
+    def checked(self, file, held):
+        """The content of a small file as transformers may see it, bytes."""
+        data = read_opened(held.file, held.path, held.kind, most_bytes(file))
+        if not file.endswith(".json"):
+            return data
+        content = parse(data, file)
+        if file.endswith(".index.json"):
+            check_index(content, self.held)
+        elif file == "config.json":
+            check_config(content, self.tensors)
+        elif file in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+            check_tokenizer(content)
+            return data  # it may be large, and names no code
+        elif file == "tokenizer_config.json":
+            check_tokenizer(content)
+        elif file in PROCESSOR:
+            check_processor(content)
+        return json.dumps(clean(content)).encode()
+
+    def telling(self):
+        return telling(self.kind, self.name, self.advice)
+
+    def load(self, loader, **options):
+        """loader.from_pretrained of these files. Raises InputError."""
+        quiet_transformers()
+        with self.telling():
+            return loader.from_pretrained(str(self.folder), local_files_only=True,
+                                          trust_remote_code=False, **options)
+
+    def load_model(self, loader, wanted, config=None, **options):
+        """The model, with all of its weights, which are finite and in memory of their own.
+
+        loader: one of transformers' AutoModel classes. wanted: one of model_checks.KINDS. config:
+        as load(AutoConfig) returned it. Raises InputError.
+        """
+        from transformers import AutoConfig
+        config = config or self.load(AutoConfig)
+        if not is_kind(loader, config, wanted):
+            raise InputError(f"the {self.kind} {self.name} is a {config.model_type}: it is no "
+                             f"{wanted}")
+        with self.telling():
+            check_size(loader, config, self.tensors)
+        model, report = self.load(loader, config=config, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):  # they would be random numbers
+            raise InputError(f"the {self.kind} {self.name} lacks {len(missing)} of its weights, "
+                             f"such as {missing[0]}")
+        own_weights(model, f"{self.kind} {self.name}")
+        return model
+
+    def load_tokenizer(self, known=None):
+        """The tokenizer. known: the tokens that the model knows, or None. Raises InputError, also
+        where its files are missing: transformers would make one without a vocabulary."""
+        from transformers import AutoTokenizer
+        tokenizer = self.load(AutoTokenizer)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise InputError(f"the {self.kind} {self.name} has no tokenizer")
+        highest = max(tokenizer.get_vocab().values())
+        if known is not None and highest >= known:
+            raise InputError(f"the {self.kind} {self.name} has embeddings of {known:,} tokens, but "
+                             f"its tokenizer has the token {highest:,}")
+        return tokenizer
+
+    def identity(self):
+        """The text that names the model in the files made with it: its name on the hub, or that of
+        its folder with a digest of the weights."""
+        if not os.path.exists(self.name):
+            return self.name
+        weights = (self.held[file] for file in sorted(self.held) if file.endswith(WEIGHTS))
+        return file_identity(*weights, name=self.name)
+
+
+@contextmanager
+def telling(kind, name, advice=""):
+    """Tells each error of the body, which loads or tries a model, in one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:  # SigLIP's tokenizer needs sentencepiece and protobuf
+        raise InputError(f"the {kind} {name} needs another library: "
+                         f"{first_sentence(error)}") from error
+    except Exception as error:  # such files can make the libraries raise anything
+        raise InputError(f"the {kind} {name} could not be loaded{advice} "
+                         f"({first_sentence(error)})") from error
+
+
+def link(target, path):
+    try:
+        path.symlink_to(target)
+    except OSError:  # Windows lets only some users make links
+        shutil.copyfile(target, path)
+
+
+@contextmanager
+def opened_model(name, kind, parts):
+    """Holds the files of a model while the body loads it. Yields ModelFiles.
+
+    name: a folder or a name on the hub. kind, parts: see pretrained.fetch. Raises InputError where
+    a file is missing, too large, of a harmful form, or was changed meanwhile.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antarctic-"))
+        files = ModelFiles(name, kind, parts, folder, stack)
+        yield files
+        for held in files.held.values():
+            held.require_unchanged()
+
+
+def load_tokenizer(name, kind):
+    """The tokenizer of a model alone. Arguments as of opened_model. Raises InputError."""
+    with opened_model(name, kind, ("tokenizer",)) as files:
+        return files.load_tokenizer()
+
+
+def file_identity(*files, name=None):
+    """The text that names a model by its folder or file, with a digest of its weights. files: each
+    a Held. name: the folder (default: the file)."""
+    digest = hashlib.sha256()
+    for held in files:
+        held.file.seek(0)
+        while block := held.file.read(1 << 24):
+            digest.update(block)
+    return f"{Path(name or files[0].path).resolve().name}@{digest.hexdigest()[:12]}"
+
+
+@torch.no_grad()
+def own_weights(model, title):
+    """Copies all weights into memory of their own: a file that is changed later would change those
+    that are read from it. Raises InputError where a weight is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+            raise InputError(f"the {title} holds values that are not finite (in {name})")
+        parameter.data = parameter.data.clone()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.clone()
