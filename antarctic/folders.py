@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from antarctic.distributed import warn
 from antarctic.errors import InputError
-from antarctic.files import existing_file
+from antarctic.texts import read_file
 
 # What looks like an image. Files that cannot be read are named in the end, not passed over.
 IMAGE_SUFFIXES = frozenset("""
@@ -86,7 +86,7 @@ def read_paths(path):
     if path == "-":
         content = sys.stdin.buffer.read()
     else:
-        content = existing_file(path, "list of images").read_bytes()
+        content = read_file(path, "list of images")
     separator = b"\0" if b"\0" in content else b"\n"
     paths = [os.fsdecode(line.removesuffix(b"\r") if separator == b"\n" else line)
              for line in content.split(separator)]

@@ -236,9 +236,8 @@ def write_shards(folder, records, text_of):
 def read_captioned(path, sha256):
     """The bytes of an image file. Raises OSError where it is not the file that was captioned: it
     may be another one by now, or a link to one that is nobody else's business."""
-    from antarctic.images import open_file  # Pillow
-    with open_file(path) as image:
-        content = image.read()
+    from antarctic.images import read_bytes  # Pillow
+    content = read_bytes(path)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise OSError("it has changed since it was captioned")
     return content

@@ -1,20 +1,36 @@
 """Text files that are read with bounds."""
 
-from antarctic.errors import InputError
-from antarctic.files import existing_file
+from functools import partial
 
+from antarctic.errors import InputError
+from antarctic.files import reason_of
+from antarctic.reads import persistent, read_regular
+
+MOST_BYTES = 1 << 31  # of a text file, which is read whole
 LONGEST_TEXT = 10_000  # characters of an entry or a caption; the models read at most 128 tokens
 
 
 def read_text(path, kind):
-    """A UTF-8 text file, without the byte order mark that editors on Windows write.
+    """A UTF-8 text file, without the byte order mark that editors on Windows write. It is opened
+    once.
 
-    kind: what the file is, for messages. Raises InputError where it is missing or not UTF-8.
+    kind: what the file is, for messages. Raises InputError where it is missing, cannot be read, is
+    no regular file, has more than MOST_BYTES, or is not UTF-8.
     """
     try:
-        return existing_file(path, kind).read_bytes().decode("utf-8-sig")
+        return read_file(path, kind).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"the {kind} {path} is not UTF-8 text") from error
+
+
+def read_file(path, kind):
+    """The bytes of a file, see read_text."""
+    try:
+        return persistent(partial(read_regular, path, MOST_BYTES))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise InputError(f"there is no {kind} at {path}") from error
+    except OSError as error:
+        raise InputError(f"cannot read the {kind} {path} ({reason_of(error)})") from error
 
 
 def one_line(text, path, most=LONGEST_TEXT):
@@ -27,6 +43,8 @@ def one_line(text, path, most=LONGEST_TEXT):
     if len(text) > most:
         raise InputError(f"{path} holds a text of {len(text):,} characters ({text[:40]!r}...); "
                          f"{most:,} are read at most")
+    if text.isascii():
+        return text
     return text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair
 
 

@@ -484,7 +484,9 @@ def test_no_error_of_a_library_ends_a_run(tmp_path, monkeypatch, error):
     clip = type("Clip", (), {"dim": 4})
     monkeypatch.setattr(images, "to_rgb", fail)
     *_, bad = features.encode_files(clip, path, 4, tqdm(disable=True))
-    assert bad[0].startswith("the image is damaged: ") and bad[0].strip()[-1] != ":"
+    reason, may_pass = bad[0]
+    assert reason.startswith("the image is damaged: ") and reason.strip()[-1] != ":"
+    assert not may_pass
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
