@@ -29,7 +29,7 @@ from antarctic.tars import split_path
 CHUNK = 2048  # texts that a process encodes between two writes
 # Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
 BATCH_PIXELS = 1 << 25
-MOST_LISTED = 20  # images that cannot be read, of a data set to train on
+MOST_LISTED = 20  # images that are left out of training, or that cannot be read now
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -74,8 +74,10 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=
 
 
 def require_read(unread):
-    """Raises InputError where there are images that could not be read now. unread: (path, reason)
-    pairs."""
+    """Lists the images that could not be read now, and raises InputError where there are any.
+    unread: (path, reason) pairs."""
+    for path, reason in unread[1:MOST_LISTED]:
+        print_safely(f"could not read {escape_control(path)}: {escape_control(reason)}", "stderr")
     if unread:
         path, reason = unread[0]
         raise InputError(f"{counted(len(unread), 'image')}, such as {path}, could not be read now "
