@@ -31,6 +31,8 @@ def read_file(path, kind):
         raise InputError(f"there is no {kind} at {path}") from error
     except OSError as error:
         raise InputError(f"cannot read the {kind} {path} ({reason_of(error)})") from error
+    except ValueError as error:  # a NUL in its name
+        raise InputError(f"there is no {kind} at {path}") from error
 
 
 def one_line(text, path, most=LONGEST_TEXT):
