@@ -190,7 +190,7 @@ def main():
     savedir, device, dtype = start_run(args)
     # torch, transformers and Pillow take seconds to load, so they wait until arguments are checked.
     from antarctic.exports import Exports
-    from antarctic.features import image_features, report_bad_images
+    from antarctic.features import image_features, report_bad_images, require_read
     from model import Model
 
     exports = Exports(args)
@@ -205,18 +205,20 @@ def main():
     reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
     records = on_rank0(lambda: Records(savedir, settings_of(args, model)))
     unread = () if records.lost(pictures) else alone
-    features, pictures, bad = image_features(model.clip, pictures, folder, unread=unread, **reading)
+    later = []  # images that cannot be read now, whatever they hold
+    features, pictures, bad = image_features(model.clip, pictures, folder, unread=unread,
+                                             later=later, **reading)
     chosen = [row for row, picture in enumerate(pictures)
               if picture.path not in alone or picture.key in records.places]
     features, pictures = features[chosen], [pictures[row] for row in chosen]
-    left_alone = images - len(pictures) - len(bad)
+    left_alone = images - len(pictures) - len(bad) - len(later)
     if left_alone and rank == 0:
         have = "has" if left_alone == 1 else "have"
         print_safely(f"left {counted(left_alone, 'image')} alone that {have} a "
                      f"{args.sidecar_suffix} file; --overwrite captions them, too", "stderr")
     if not pictures:
         report_bad_images(bad)
-        if not left_alone:
+        if not (left_alone or later):
             raise InputError("none of the images can be read")
 
     exports.begin(pictures)
@@ -227,6 +229,7 @@ def main():
         left, written = exports.finish(rows)
         report_bad_images(bad)
         report(rows, captioned, seconds, empty, left, written, args)
+    on_rank0(lambda: require_read(later))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 import time
+from array import array
 from itertools import islice
 
 from tqdm import tqdm
@@ -48,6 +49,8 @@ def parse():
                        "what the layout calls it)")
     files.add_argument("--val_split", metavar="NAME", help="split to validate on (default: "
                        "val2017, or what the layout calls it)")
+    files.add_argument("--max_bad", type=float, default=0.01, help="share of a split's images that "
+                       "may be damaged or missing and left out (default %(default)s)")
     add_cache_flags(files)
     files.add_argument("--savedir", default="checkpoints", metavar="DIR", help="folder for "
                        "best.safetensors, last.safetensors, image features, loss.csv and loss.png "
@@ -95,23 +98,18 @@ def read_splits(args):
             data_set.read(args.val_split, "val2017", need_captions=True))
 
 
-def tokenize(model, features, pictures):
-    """The tables and the captions of images as token ids: (n lists, n lists of lists).
-
-    features: (n, dim). pictures: n Pictures, in the same order.
-    """
-    captioner = model.captioner
-    captions = [captioner.tokenize(p.captions, captioner.maxlen_dec) for p in pictures]
+def tokenize(model, features):
+    """The tables of images as token ids: n arrays. features: (n, dim)."""
     tables = []
-    for part in features.split(1 << 16):  # tables as texts take more memory than as token ids
-        tables += model.tokenize(model.tables(part))
-    return tables, captions
+    for part in features.split(1 << 13):  # tables as texts take more memory than as token ids
+        tables += [array("i", tokens) for tokens in model.tokenize(model.tables(part))]
+    return tables
 
 
 def batches(captions, batch_size, seed, epoch):
     """Yields (rows, chosen) for each step of an epoch, always the same for one seed and epoch.
 
-    captions: a list of captions for each image. rows: the step's images. chosen: a caption of each.
+    captions: of each image. rows: the step's images. chosen: a caption of each.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = rng.sample(range(len(captions)), len(captions))
@@ -155,16 +153,18 @@ def share_step(captioner, tables, captions, parameters):
 def validate(captioner, tables, captions, batch_size):
     """The mean loss over all images, each with its first caption.
 
-    Batches are weighted by their images. Each process takes every world-th batch.
+    tables: of tokenize(). captions: of each image. Batches are weighted by their images. Each
+    process takes every world-th batch.
     """
     import torch
     rank, world = rank_and_world()
     total = torch.zeros((), device=captioner.device)
     with torch.inference_mode():
         for start in range(rank * batch_size, len(tables), world * batch_size):
-            batch = slice(start, start + batch_size)
-            targets = [texts[0] for texts in captions[batch]]
-            total += captioner.loss(tables[batch], targets) * len(tables[batch])
+            batch = [table.tolist() for table in tables[start:start + batch_size]]
+            texts = [texts[0] for texts in captions[start:start + batch_size]]
+            targets = captioner.tokenize(texts, captioner.maxlen_dec)
+            total += captioner.loss(batch, targets) * len(batch)
     all_reduce_sum([total])
     return total.item() / len(tables)
 
@@ -179,12 +179,12 @@ def require_finite(name, loss, step, args):
 def train(captioner, trained, data, val_data, settings, savedir, args):
     """Trains; writes checkpoints and losses after each epoch. Returns the best validation loss.
 
-    trained: {name: parameter}. data, val_data: as tokenize() returns them. settings: the models and
-    lengths that a checkpoint records.
+    trained: {name: parameter}. data, val_data: the tables of tokenize(), and the captions of each
+    image. settings: the models and lengths that a checkpoint records.
     """
     import torch
 
-    from antarctic.checkpoints import load_state, save_checkpoint, save_state
+    from antarctic.checkpoints import digest_of, load_state, save_checkpoint, save_state
 
     rank, _ = rank_and_world()
     tables, captions = data
@@ -195,7 +195,7 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lrate)
     # The state's name holds all that determines the result: a run of other settings starts anew.
     key = fingerprint([settings, args.lrate, warmup, steps, args.batch_size, str(captioner.dtype),
-                       *data, *val_data])
+                       digest_of(*data), digest_of(*val_data)])
     state, saved = savedir / f"state-{key}.pt", time.monotonic()
     best, step, recent, history = load_state(state, trained, optimizer) or (math.inf, 0, [], [])
     validated = sum(val_loss is not None for _, _, val_loss, _ in history)  # epochs
@@ -214,8 +214,9 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
             for rows, chosen in islice(schedule, step - earlier, steps - earlier):
                 group["lr"] = args.lrate * cosine_rate(step, steps, warmup)
                 step += 1
-                batch = [tables[i] for i in rows], chosen
-                loss = share_step(captioner, *batch, trained.values())
+                batch = [tables[i].tolist() for i in rows]
+                targets = captioner.tokenize(chosen, captioner.maxlen_dec)
+                loss = share_step(captioner, batch, targets, trained.values())
                 require_finite("loss", loss, step, args)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -251,13 +252,15 @@ def main():
     require_at_least(0, args, "warmup", "save_seconds")
     if not args.lrate > 0:
         raise InputError(f"--lrate must be above 0, not {args.lrate}")
+    if not 0 <= args.max_bad <= 1:
+        raise InputError(f"--max_bad must be a share from 0 to 1, not {args.max_bad}")
     find_inputs(args)
     pictures, val_pictures = on_rank0(lambda: read_splits(args))
     savedir, device, dtype = start_run(args)
     rank, _ = rank_and_world()
 
     from antarctic.checkpoints import is_layernorm
-    from antarctic.features import image_features, report_bad_images
+    from antarctic.features import image_features, require_most
     from model import Model
 
     model = Model.load(args.clip_model, args.lm, "none", args.textfile, args.embfile, args.index,
@@ -272,21 +275,18 @@ def main():
         print_safely(escape_control(f"{model}: training {count:,} of {total:,} parameters"))
 
     # CLIP encodes each image once; later runs read the vectors from --savedir.
-    features, pictures, bad = image_features(model.clip, pictures, savedir)
-    val_features, val_pictures, val_bad = image_features(model.clip, val_pictures, savedir)
-    report_bad_images(bad + val_bad)
-    if not pictures or not val_pictures:
-        kind, path = ("validation", val_bad[0][0]) if pictures else ("training", bad[0][0])
-        raise InputError(f"none of the {kind} images, such as {path}, can be read")
-
-    data = tokenize(model, features, pictures)
-    val_data = tokenize(model, val_features, val_pictures)
+    data = []
+    for split, listed in ("training", pictures), ("validation", val_pictures):
+        features, good, bad = image_features(model.clip, listed, savedir)
+        require_most(bad, good, args.max_bad, split)
+        data.append((tokenize(model, features), [picture.captions for picture in good]))
     settings = {"lm": captioner.identity, "clip_model": model.clip.identity, "topk": args.topk,
                 "maxlen_enc": args.maxlen_enc, "maxlen_dec": args.maxlen_dec,
                 "trained": args.trained, "seed": args.seed}
-    del model, features, val_features  # training needs neither CLIP nor the cache
+    # Training needs neither CLIP nor the cache, nor the images' paths.
+    del model, features, listed, good, pictures, val_pictures
 
-    best = train(captioner, trained, data, val_data, settings, savedir, args)
+    best = train(captioner, trained, *data, settings, savedir, args)
     if rank == 0:
         # Of this run, and of runs with other settings.
         remove(*made_by_runs(savedir, "state-", ".pt"))

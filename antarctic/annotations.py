@@ -25,6 +25,18 @@ COCO_FILE = re.compile(r"(captions|image_info)_(.+)\.json")
 NOCAPS_FILE = re.compile(r"nocaps_([a-z]+)_.*\.json")
 
 
+# What is read of images and of Karpathy's sentences. COCO's file for training has 700,000 objects,
+# which would take 200 MB otherwise.
+READ = {"id", "file_name", "domain", "images", "annotations", "cocoid", "imgid", "filename",
+        "filepath", "split", "sentences", "raw"}
+
+
+class Annotation(NamedTuple):
+    image_id: object
+    caption: object
+    captioned: bool  # whether it says what its caption is, be it null
+
+
 class Annotated(NamedTuple):
     names: tuple  # paths of the image, in the folder of images: the first that exists counts
     captions: list  # texts, without empty ones
@@ -61,7 +73,7 @@ def read_entries(path):
     the image folder.
     """
     with reading(path, "a COCO caption file"):
-        data = read_json(path, "caption file")
+        data = read_json(path, "caption file", object_hook=slim)
         images = data["images"]
         if not isinstance(images, list):
             raise TypeError("its images are no list")
@@ -76,22 +88,31 @@ def read_entries(path):
     return distinct_ids(entries, path)
 
 
+def slim(record):
+    """What is read of a JSON object of an annotation file: an Annotation, or a smaller dict."""
+    if "image_id" in record and not record.keys() & {"file_name", "filename"}:
+        return Annotation(record["image_id"], record.get("caption"), "caption" in record)
+    return {name: record[name] for name in record if name in READ}
+
+
 def coco_entries(data, path):
     """The entries of COCO's JSON, or nocaps'. Captions may be missing: of a test split, say."""
-    entries, captions = [], {}  # {image id: [texts]}
+    annotations = data.get("annotations", [])
+    if not all(isinstance(annotation, Annotation) for annotation in annotations):
+        raise KeyError("image_id")
+    if annotations and not any(annotation.captioned for annotation in annotations):
+        raise KeyError("caption")
+    captions = {image_id(image["id"]): [] for image in data["images"]}  # {image id: [texts]}
+    for number, caption, _ in annotations:
+        if number in captions:
+            captions[number].append(caption_of(caption, path))
+    entries = []
     for image in data["images"]:
         domain = image.get("domain")
-        entries.append(Entry(image_id(image["id"]), inside_name(image["file_name"], path), (),
+        entries.append(Entry(image["id"], inside_name(image["file_name"], path),
+                             tuple(captions[image["id"]]),
                              domain=domain if domain in DOMAINS else None))
-        captions[entries[-1].id] = []
-    annotations = data.get("annotations", [])
-    if annotations and not any("caption" in annotation for annotation in annotations):
-        raise KeyError("caption")
-    for annotation in annotations:
-        if annotation["image_id"] in captions:
-            text = caption_of(annotation.get("caption"), path)
-            captions[annotation["image_id"]].append(text)
-    return [entry._replace(captions=tuple(captions[entry.id])) for entry in entries]
+    return entries
 
 
 def karpathy_entry(image, path):

@@ -57,13 +57,13 @@ def read_bytes(path, kind, most=MOST_TEXT):
         return read_opened(file, path, kind, most)
 
 
-def parse_json(text, path, kind):
-    """The value of some JSON of the file path, a text or bytes. Raises InputError where it has too
-    many lists and objects, and what json.loads raises."""
+def parse_json(text, path, kind, **options):
+    """The value of some JSON of the file path, a text or bytes. options: of json.loads. Raises
+    InputError where it has too many lists and objects, and what json.loads raises."""
     marks = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     if sum(map(text.count, marks)) > MOST_CONTAINERS:
         raise InputError(f"the {kind} {path} has more than {MOST_CONTAINERS:,} lists and objects")
-    return json.loads(text)
+    return json.loads(text, **options)
 
 
 def state_of(status):

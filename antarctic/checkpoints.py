@@ -127,6 +127,19 @@ def read_checkpoint(path, captioner):
 
 # ------------------------------------------------------------------------- the state to resume from
 
+def digest_of(tables, captions):
+    """The SHA-256 of what is trained or validated on, as it is in memory, which names the state.
+
+    tables: arrays of token ids, one an image. captions: of each image, texts without line breaks.
+    """
+    digest = hashlib.sha256()
+    for table, texts in zip(tables, captions):
+        digest.update(f"{len(table)} {len(texts)}\n".encode())
+        digest.update(table.tobytes())
+        digest.update("".join(f"{text}\n" for text in texts).encode())
+    return digest.hexdigest()
+
+
 def save_state(path, trained, optimizer, progress):
     """Saves what a stopped run needs to resume. trained: {name: parameter}. progress: plain
     numbers, lists and tuples. Nothing is written where a parameter is not finite: no run could recover

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from antarctic.annotations import COCO, find_coco, find_karpathy, find_nocaps, json_layout
 from antarctic.distributed import is_rank0, warn, warn_of
 from antarctic.errors import InputError, counted, escape_control, print_safely
+from antarctic.files import reason_of
 from antarctic.folders import Picture, folder_images
 from antarctic.layouts import (
     ALL,
@@ -24,6 +25,7 @@ from antarctic.layouts import (
     same_split,
     with_splits_of_paths,
 )
+from antarctic.reads import persistent
 from antarctic.shards import COMPRESSED, find_shards, pattern_layout
 from antarctic.tables import METADATA, find_metadata, find_table, metadata_layout, table_layout
 from antarctic.texts import read_text
@@ -202,8 +204,10 @@ def image_paths(layout, split, entries, need_images):
         missing += not found
         paths.append(path and Path(path))
     if outside:
+        # So are those of git-annex, DVC and the hub's snapshots, each a link into a store.
         warn(f"{len(outside):,} images of {split}, such as {outside[0]}, are links that lead out "
-             f"of {root} and are left out")
+             f"of {root} and are left out; name a data folder that holds both, or make a copy "
+             "without links, as cp -rL does")
     if len(outside) + missing == len(paths) and (outside or layout.name != COCO):
         raise InputError(f"none of the {len(paths):,} images of {split}, such as "
                          f"{entries[0].name}, is in {root}")
@@ -229,7 +233,8 @@ def find_layouts(datadir):
     """Yields the Layouts that a folder, file or pattern holds, in the order in which they count."""
     path = Path(datadir)
     name = str(datadir)
-    if path.is_dir():
+    if os.path.isdir(path):
+        require_listed(path)
         for find in (find_coco, find_karpathy, find_nocaps, find_table, find_metadata, find_shards,
                      find_pairs):
             layout = find(path)
@@ -237,7 +242,7 @@ def find_layouts(datadir):
                 yield layout
     elif name.endswith((".tar", *COMPRESSED)):
         yield pattern_layout(name)
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise InputError(f"there is no data folder at {datadir}")
     elif path.suffix == ".json":
         yield json_layout(path)
@@ -245,6 +250,14 @@ def find_layouts(datadir):
         yield metadata_layout(path, path.parent)
     else:
         yield table_layout(path, path.parent)
+
+
+def require_listed(folder):
+    """Raises InputError where a folder cannot be listed."""
+    try:
+        persistent(partial(os.listdir, folder))
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder} ({reason_of(error)})") from error
 
 
 def find_pairs(root):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from antarctic.bounded import read_bytes
 from antarctic.distributed import warn
-from antarctic.errors import InputError
+from antarctic.errors import InputError, counted
+from antarctic.files import reason_of
 
 # What looks like an image. Files that cannot be read are named in the end, not passed over.
 IMAGE_SUFFIXES = frozenset("""
@@ -134,7 +135,11 @@ def folder_images(folder):
 
     Links that lead out of the folder are left out, with a warning.
     """
-    walk = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES or p.is_dir()]
+    unreadable, walk = [], []  # OSErrors; paths of images and folders
+    for place, folders, files in os.walk(folder, onerror=unreadable.append):
+        walk += [Path(place, name) for name in folders]
+        walk += [Path(place, name) for name in files
+                 if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     hidden = [p for p in walk if is_hidden(p.relative_to(folder))]
     walk = sorted(set(walk) - set(hidden))
     hidden = [p for p in hidden if not p.is_dir()]
@@ -148,6 +153,13 @@ def folder_images(folder):
     if outside:
         message = (f"{len(outside)} links, such as {min(outside)}, lead out of the folder {folder} "
                    f"and are not followed; name them to read them, as with {folder / '*'}")
+    if unreadable:
+        first = unreadable[0]
+        reason = (f"{counted(len(unreadable), 'folder')}, such as {first.filename}, cannot be read "
+                  f"({reason_of(first)})")
+        if not inside:
+            raise InputError(reason)
+        warn(f"{reason}; what is in there is passed over")
     if not inside:
         raise InputError(message)
     if outside:

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import os
 import re
-import stat
 import struct
 import warnings
 
@@ -14,6 +13,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from antarctic import tars
+from antarctic.reads import passes, persistent, read_regular, too_large
 from antarctic.tiffs import PlainTiff, grey_tiff, strips
 
 # Files are recognized by content, not by name. Beside these, JPEG (MPO too), TIFF and HEIC are
@@ -47,14 +47,15 @@ def read_image(file, max_pixels=MOST_PIXELS, truncated=False):
     """An image file as an upright RGB picture: EXIF rotation applied, transparency laid on white,
     first frame.
 
-    file: a path, or an open_file(). truncated: a JPEG or PNG that is cut off is read as far as it
+    file: a path, or the file's bytes. truncated: a JPEG or PNG that is cut off is read as far as it
     goes, and the rest is grey. Raises OSError, with the reason as its text, where the file is not a
     whole image of a READABLE format, its pixels have no defined brightness, or its header says that
-    it has more than max_pixels. With another max_pixels or truncated, Pillow's settings, which all
-    threads share, change meanwhile.
+    it has more than max_pixels; one that reads.passes() tells where the file could not be read,
+    whatever it holds. With another max_pixels or truncated, Pillow's settings, which all threads
+    share, change meanwhile.
     """
-    with decoding_errors(max_pixels), contextlib.ExitStack() as stack:
-        stream = file if hasattr(file, "read") else stack.enter_context(open_file(file))
+    stream = io.BytesIO(file if isinstance(file, bytes) else read_bytes(file))
+    with decoding_errors(max_pixels):
         with pillow_settings(max_pixels, False):
             try:
                 image, orientation = decode(stream, max_pixels)
@@ -66,20 +67,22 @@ def read_image(file, max_pixels=MOST_PIXELS, truncated=False):
         return turned(image, orientation)
 
 
-def open_file(path):
-    """An image file as a binary stream; path may be that of a tar file's member, see tars. Raises
-    OSError where it is no regular file or is too large."""
-    member = tars.member_at(path)
-    status = member[1] if member else os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
-        raise OSError("it is no regular file")
-    if (member[3] if member else status.st_size) > MOST_BYTES:
-        raise OSError(f"the file is too large: more than {MOST_BYTES >> 20} MB")
-    if member is None:
-        return open(path, "rb")
-    tar, _, offset, size = member
-    with open(tar, "rb") as file:
-        return io.BytesIO(tars.read_member(file, offset, size))
+def read_bytes(path):
+    """The bytes of an image file, whose path may be that of a tar file's member, see tars. They are
+    read at once, so that no error of the disk can look like one of the image, and what is decoded
+    is what was hashed. Raises OSError where it is no regular file, is too large or cannot be
+    read."""
+    def read():
+        member = tars.member_at(path)
+        if member is None:
+            return read_regular(path, MOST_BYTES)
+        tar, _, offset, size = member
+        if size > MOST_BYTES:
+            raise OSError(too_large(MOST_BYTES))
+        with open(tar, "rb") as file:
+            return tars.read_member(file, offset, size)
+
+    return persistent(read)
 
 
 def file_status(path):
@@ -94,13 +97,14 @@ def file_status(path):
 
 
 def is_image(path):
-    """Whether a file begins as an image does that read_image reads."""
+    """Whether a file begins as an image does that read_image reads, or cannot be read now, so that
+    it may be one."""
     try:
-        with decoding_errors(MOST_PIXELS), open_file(path) as stream:
-            open_image(stream)
+        with decoding_errors(MOST_PIXELS):
+            open_image(io.BytesIO(read_bytes(path)))
         return True
-    except OSError:
-        return False
+    except OSError as error:
+        return passes(error)
 
 
 def read_opened(image):

@@ -18,6 +18,7 @@ from antarctic.errors import InputError
 from antarctic.files import atomic, output_folder, reason_of, remove, write_json
 from antarctic.folders import IMAGE_SUFFIXES
 from antarctic.layouts import SPLIT_NAMES, Entry, Inside, Layout, captions_of, lines_of, reading
+from antarctic.reads import persistent
 
 # As WebDataset has it: all up to the first dot of a name is its key, the rest says what it is.
 KEY = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)")
@@ -76,11 +77,14 @@ def read_samples(path, twice):
             sample = samples.setdefault(key, [name, ()])
             if sample[0] != name:
                 twice.append(f"{path}/{name}")
-    with open(path, "rb") as file:
-        for key, names in texts.items():
-            sample = samples.setdefault(key, [None, ()])
-            suffix = next(suffix for suffix in ("txt", "caption", "json") if suffix in names)
-            sample[1] = member_captions(path, names[suffix], suffix, file, index)
+    try:
+        with persistent(partial(open, path, "rb")) as file:
+            for key, names in texts.items():
+                sample = samples.setdefault(key, [None, ()])
+                suffix = next(suffix for suffix in ("txt", "caption", "json") if suffix in names)
+                sample[1] = member_captions(path, names[suffix], suffix, file, index)
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({reason_of(error)})") from error
     return samples
 
 
@@ -92,7 +96,8 @@ def member_captions(path, name, suffix, file, index):
         raise InputError(f"{source} has {size:,} bytes; captions of {LONGEST_MEMBER:,} are read at "
                          "most")
     with reading(source, "a caption in UTF-8" if suffix != "json" else "JSON with a caption"):
-        text = tars.read_member(file, offset, size).decode("utf-8-sig")
+        data = persistent(partial(tars.read_member, file, offset, size))
+        text = data.decode("utf-8-sig")
         if suffix != "json":
             return lines_of(text, source)
         record = json.loads(text)
@@ -115,7 +120,7 @@ def find_shards(root):
         warn(f"{len(outside)} tar files, such as {min(outside)}, are links that lead out of {root} "
              "and are not followed")
     paths = [path for path in paths if path.is_file() and path not in outside]
-    compressed = [path for path in root.iterdir() if path.name.endswith(COMPRESSED)]
+    compressed = [path for path in root.glob("*") if path.name.endswith(COMPRESSED)]
     if compressed and not paths:
         warn(f"{min(compressed)} is compressed; only uncompressed .tar files are read")
     return shard_layout(sorted(paths), root) if paths else None
@@ -234,9 +239,8 @@ def write_shards(folder, records, text_of):
 def read_captioned(path, sha256):
     """The bytes of an image file. Raises OSError where it is not the file that was captioned: it
     may be another one by now, or a link to one that is nobody else's business."""
-    from antarctic.images import open_file  # Pillow
-    with open_file(path) as image:
-        content = image.read()
+    from antarctic.images import read_bytes  # Pillow
+    content = read_bytes(path)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise OSError("it has changed since it was captioned")
     return content

@@ -8,6 +8,8 @@ from functools import partial
 from itertools import islice
 
 from antarctic.annotations import image_folders
+from antarctic.errors import InputError
+from antarctic.files import reason_of
 from antarctic.layouts import (
     SPLIT_NAMES,
     Entry,
@@ -19,6 +21,7 @@ from antarctic.layouts import (
     reading,
     with_splits_of_paths,
 )
+from antarctic.reads import persistent
 from antarctic.texts import read_text
 
 # The columns that are read, by the names that they have in these data sets.
@@ -146,9 +149,16 @@ def listed(value):
 
 
 def is_table(path):
-    """Whether the first line of a file is that of a table of images and captions."""
-    with open(path, "rb") as file:
-        first = file.readline(1 << 16).decode("utf-8-sig", "replace").lower()
+    """Whether the first line of a file is that of a table of images and captions. Raises InputError
+    where it cannot be read."""
+    def read():
+        with open(path, "rb") as file:
+            return file.readline(1 << 16)
+
+    try:
+        first = persistent(read).decode("utf-8-sig", "replace").lower()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({reason_of(error)})") from error
     cells = {cell.strip(' "\r\n') for cell in re.split(r"[,|\t]", first)}
     return bool(cells & set(NAMES) and cells & set(CAPTIONS) or TOKEN.match(first))
 

@@ -8,10 +8,11 @@ import os
 import re
 import stat
 import tarfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from antarctic.errors import InputError
+from antarctic.reads import persistent
 
 # Only the parser of one header is tarfile's: its reader takes headers of any length, and keeps an
 # object of a kilobyte for each member.
@@ -71,8 +72,8 @@ def member_at(path):
     tar, name = split
     status = os.stat(tar)
     try:
-        members = index_of(tar).members
-    except InputError as error:
+        members = read_index(tar).members
+    except InputError as error:  # of its bytes; errors of the system stay as they are
         raise OSError(str(error)) from error
     if name not in members:
         raise FileNotFoundError(f"there is no such member in {tar}")
@@ -94,14 +95,19 @@ def index_of(path):
     """The Index of a tar file. It is made once as long as the file stays as it is and no more than
     KEPT_INDEXES others are read. Raises InputError where the file is no uncompressed tar file, or
     has too many members."""
-    path = os.fspath(path)
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is no regular file")
-        return make_index(path, status.st_size, status.st_mtime_ns)
+        return persistent(partial(read_index, path))
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror or error})") from error
+
+
+def read_index(path):
+    """index_of, which raises OSError where the file cannot be read."""
+    path = os.fspath(path)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is no regular file")
+    return make_index(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=KEPT_INDEXES)

@@ -18,10 +18,10 @@ def read_text(path, kind, most=MOST_TEXT):
         raise InputError(f"the {kind} {path} is not UTF-8 text") from error
 
 
-def read_json(path, kind, most=MOST_TEXT):
-    """The value of a JSON file. Raises InputError as read_text and parse_json do, and what
-    json.loads raises."""
-    return parse_json(read_text(path, kind, most), path, kind)
+def read_json(path, kind, most=MOST_TEXT, **options):
+    """The value of a JSON file. options: of json.loads. Raises InputError as read_text and
+    parse_json do, and what json.loads raises."""
+    return parse_json(read_text(path, kind, most), path, kind, **options)
 
 
 def one_line(text, path, most=LONGEST_TEXT):
@@ -34,6 +34,8 @@ def one_line(text, path, most=LONGEST_TEXT):
     if len(text) > most:
         raise InputError(f"{path} holds a text of {len(text):,} characters ({text[:40]!r}...); "
                          f"{most:,} are read at most")
+    if text.isascii():
+        return text
     return text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair
 
 

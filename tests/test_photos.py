@@ -1,20 +1,24 @@
 """Photos as cameras, phones, scanners and programs write them: the pixels that a viewer shows, or a
 name in the list of skipped files."""
 
+import contextlib
+import errno
 import io
 import json
+import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pillow_heif as heif
 import pytest
-from conftest import CLIP
+from conftest import CLIP, commands
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from antarctic import features, images
+from antarctic import features, images, reads
 from antarctic.errors import InputError
 from antarctic.folders import IMAGE_SUFFIXES, Picture, list_images
 from antarctic.images import read_image
@@ -484,7 +488,9 @@ def test_no_error_of_a_library_ends_a_run(tmp_path, monkeypatch, error):
     clip = type("Clip", (), {"dim": 4})
     monkeypatch.setattr(images, "to_rgb", fail)
     *_, bad = features.encode_files(clip, path, 4, tqdm(disable=True))
-    assert bad[0].startswith("the image is damaged: ") and bad[0].strip()[-1] != ":"
+    reason, may_pass = bad[0]
+    assert reason.startswith("the image is damaged: ") and reason.strip()[-1] != ":"
+    assert not may_pass
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
@@ -497,3 +503,138 @@ def test_what_is_no_fault_of_the_image_is_not_laid_on_it(tmp_path, monkeypatch, 
     monkeypatch.setattr(images, "to_rgb", fail)
     with pytest.raises(error):
         read_image(tmp_path / "a.png")
+
+
+# ------------------------------------------------------------------------- errors of the disk
+
+@pytest.fixture
+def broken(monkeypatch):
+    """broken({name: error number}, times) lets so many readings of files of these names fail: every
+    second one as the file is opened, the others in its middle. Pauses are none."""
+    def put(errors, times=1000):
+        left = dict.fromkeys(errors, times)
+
+        @contextlib.contextmanager
+        def opened(descriptor, mode):
+            name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+            with open(descriptor, mode) as file:
+                broken, error = left.get(name, 0), errors.get(name, 0)
+                left[name] = broken - 1
+
+                def read(size):
+                    if broken > 0:
+                        raise OSError(error, os.strerror(error))
+                    return file.read(size)
+
+                if broken > 0 and broken % 2:
+                    raise OSError(error, os.strerror(error))
+                yield SimpleNamespace(fileno=file.fileno, read=read)
+
+        monkeypatch.setattr(reads, "open", opened, raising=False)
+
+    monkeypatch.setattr(reads, "PAUSES", (0, 0, 0))
+    return put
+
+
+PASSING = [errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE,
+           errno.ENOMEM, errno.ETIMEDOUT, errno.ENETDOWN]
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
+def test_a_passing_read_error_is_tried_again(tmp_path, broken, number):
+    shades().save(tmp_path / "a.png")
+    before = read_image(tmp_path / "a.png").tobytes()
+    broken({"a.png": number}, times=3)
+    assert read_image(tmp_path / "a.png").tobytes() == before
+    broken({"a.png": number})
+    with pytest.raises(OSError) as caught:
+        read_image(tmp_path / "a.png")
+    assert caught.value.errno == number and reads.passes(caught.value)
+    assert images.is_image(tmp_path / "a.png")  # it may be one: nothing is written over it
+
+
+def test_what_the_bytes_prove_does_not_pass(tmp_path):
+    shades().save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:50])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("cut.png", "text.png", "gone.png", ".", "gone/a.png", "text.png/a.png", 300 * "a"):
+        with pytest.raises(OSError) as caught:
+            read_image(tmp_path / name)
+        assert not reads.passes(caught.value), name
+
+
+def test_pauses_end_with_the_patience_of_the_run(monkeypatch):
+    slept, calls = [], []
+    monkeypatch.setattr(reads.time, "sleep", slept.append)
+    monkeypatch.setattr(reads.Patience, "left", 5.0)
+
+    def fail():
+        calls.append(0)
+        raise OSError(errno.EIO, "")
+
+    for _ in range(100):
+        with pytest.raises(OSError):
+            reads.persistent(fail)
+    assert sum(slept) <= 5 and len(calls) == 100 + len(slept)
+
+
+@needs_proc
+def test_an_image_that_cannot_be_read_now_is_left_out_named_and_captioned_later(
+        command, broken, tmp_path):
+    """Its run ends with an error, and the next run's results are those of a run without a fault."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(photos / f"{i}.png")
+    (photos / "3.png").write_text("no picture")
+    assert command("sampler", datadir=None, images=photos, savedir=tmp_path / "whole").code == 0
+    broken({"1.png": errno.EACCES})
+    result = command("sampler", datadir=None, images=photos)
+    last = result.err.splitlines()[-1]
+    assert result.code == 2 and last.startswith("error: 1 image, such as ")
+    assert str(photos / "1.png") in last and os.strerror(errno.EACCES) in last
+    assert f"skipped {photos / '3.png'}: " in result.err  # damaged, and told of apart
+    assert "skipped" not in last and f"skipped {photos / '1.png'}" not in result.err
+    out = tmp_path / "out"
+    assert len((out / "preds.txt").read_text().splitlines()) == 2
+    broken({})
+    assert command("sampler", datadir=None, images=photos).code == 0
+    for name in ("preds.txt", "captions.json", "details.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@needs_proc
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_no_training_leaves_out_an_image_that_cannot_be_read_now(
+        command, broken, world, tmp_path, split):
+    path = sorted((world / split).iterdir())[1]
+    broken({path.name: errno.EIO})
+    result = command("trainer", max_bad=1, tmax=2)
+    assert result.code == 2 and str(path) in result.err.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*st.safetensors"))
+    broken({path.name: errno.EIO}, times=2)
+    assert command("trainer", tmax=2).code == 0
+    assert command("trainer", tmax=2, savedir=tmp_path / "whole").code == 0
+    for name in ("best.safetensors", "loss.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (
+            tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_image_that_needs_too_much_memory_ends_the_run_by_name(tmp_path, monkeypatch):
+    shades().save(tmp_path / "a.png")
+
+    def fail(file):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "to_rgb", fail)
+    with pytest.raises(InputError, match=r"not enough memory .*a\.png"):
+        features.encode_files(None, [tmp_path / "a.png"], 4, tqdm(disable=True))
+
+
+@pytest.fixture
+def command(script, world, cache, checkpoint, tmp_path):
+    """command(name, option=value, ...) runs a script in the small world, see conftest.commands."""
+    arguments = commands(world, cache, checkpoint, trainer={"topk": 24, "epochs": 1})
+    return lambda name, **options: script(name, *arguments[name](tmp_path / "out", **options))

@@ -10,7 +10,8 @@ from conftest import CLIP
 from test_sampler import photos, run_sampler, sample
 
 from antarctic.errors import InputError
-from antarctic.features import Store, image_features
+from antarctic.feature_files import Store
+from antarctic.features import image_features
 from antarctic.folders import Picture
 from antarctic.records import Records
 from antarctic.results import write_results

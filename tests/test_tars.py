@@ -13,7 +13,7 @@ from test_datasets import jpeg, write_tar
 from antarctic import tars
 from antarctic.datasets import read_split
 from antarctic.errors import InputError
-from antarctic.images import file_status, open_file, read_image
+from antarctic.images import file_status, read_bytes, read_image
 from antarctic.shards import KEY, expand
 
 NAMES = ["a.jpg", "./b.jpg", "d//e.txt", "d/" + "x" * 95 + ".jpg", "é 🐕.txt", "y" * 250 + ".txt",
@@ -38,8 +38,7 @@ def test_members_are_those_of_tarfile(tmp_path, kind):
         expected = {os.path.normpath(member.name): tar.extractfile(member).read() for member in tar}
     assert list(index.members) == list(expected) and not index.problems
     for name, data in expected.items():
-        with open_file(path / name) as file:
-            assert file.read() == data == members.get(name, data)
+        assert read_bytes(path / name) == data == members.get(name, data)
         assert file_status(path / name)[0] == len(data)
         assert tars.is_file(path / name)
 
@@ -71,7 +70,7 @@ def test_what_is_no_plain_file_is_left_out_by_name(tmp_path):
     assert "8, such as 'special' (it is a link, a device or the like)" in problem
     for name in ("special", "../out.jpg", "/etc/out.jpg", "b.jpg", "a.jpg/b"):
         with pytest.raises(OSError):
-            open_file(f"{path}/{name}")
+            read_bytes(f"{path}/{name}")
         with pytest.raises(OSError):
             file_status(f"{path}/{name}")
         assert not tars.is_file(f"{path}/{name}")
@@ -90,8 +89,7 @@ def test_a_gnu_sparse_file_is_left_out_and_what_follows_is_read(tmp_path):
     path.write_bytes(data)
     index = tars.index_of(path)
     assert list(index.members) == ["b.txt"] and "sparse" in index.problems[0]
-    with open_file(path / "b.txt") as file:
-        assert file.read() == b"a dog"
+    assert read_bytes(path / "b.txt") == b"a dog"
 
 
 @pytest.mark.parametrize("place", [0.3, 0.5, 0.7, 0.95])
@@ -114,7 +112,7 @@ def test_what_is_no_tar_is_refused(tmp_path, content):
     with pytest.raises(InputError, match="no uncompressed tar file"):
         tars.index_of(path)
     with pytest.raises(OSError):
-        open_file(path / "a.jpg")
+        read_bytes(path / "a.jpg")
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
@@ -167,8 +165,7 @@ def test_shards_of_webdatasets_writer_are_read(tmp_path):
     assert [(p.id, p.captions) for p in pictures] == [
         (sample["__key__"], (sample["txt"].decode(),)) for sample in samples]
     for picture, sample in zip(pictures, samples):
-        with open_file(picture.path) as file:
-            assert file.read() == sample["jpg"]
+        assert read_bytes(picture.path) == sample["jpg"]
 
 
 @pytest.mark.parametrize("pattern, names", [

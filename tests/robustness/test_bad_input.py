@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import BART, CLIP, ROOT, VAL, commands
+from conftest import BART, CLIP, ROOT, TRAIN, VAL, commands
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -629,10 +629,22 @@ def test_captions_and_references_stay_in_step_around_bad_images(command, own_wor
 def test_training_goes_on_without_bad_images(command, own_world, tmp_path):
     bad = sorted((own_world / "train2017").iterdir())[0]
     bad.write_text("no picture")
-    result = command("trainer", datadir=own_world, tmax=1)
+    result = command("trainer", datadir=own_world, tmax=1, max_bad=0.03)  # of 48 images
     assert result.code == 0
     assert skipped(result, own_world / "train2017") == [bad.name]
     assert (tmp_path / "out" / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("split, images", [("train2017", TRAIN), ("val2017", VAL)])
+def test_training_stops_above_a_share_of_bad_images(command, own_world, tmp_path, split, images):
+    bad = sorted((own_world / split).iterdir())[:2]
+    bad[0].write_text("no picture")
+    bad[1].unlink()
+    result = command("trainer", datadir=own_world, tmax=1, max_bad=1.9 / images)
+    assert result.code == 2 and "--max_bad" in result.err.splitlines()[-1]
+    assert f"2 of {images} " in result.err and str(bad[0]) in result.err.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*st.safetensors"))
+    assert command("trainer", datadir=own_world, tmax=1, max_bad=2 / images).code == 0
 
 
 def test_nothing_but_bad_images_is_an_error(command, tmp_path):

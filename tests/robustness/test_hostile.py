@@ -26,7 +26,16 @@ from tqdm import tqdm
 
 import model
 from antarctic import cache as cache_module
-from antarctic import cache_files, checkpoints, errors, features, openai_clip, pickles, texts
+from antarctic import (
+    cache_files,
+    checkpoints,
+    errors,
+    feature_files,
+    features,
+    openai_clip,
+    pickles,
+    texts,
+)
 from antarctic.annotations import read_annotations
 from antarctic.captions import read_captioned, read_captions, read_texts
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
@@ -580,7 +589,7 @@ def test_a_safetensors_file_that_lies_is_refused(tmp_path, captioner, name):
     (tmp_path / "a.safetensors").write_bytes(SAFETENSORS[name])
     assert "a.safetensors" in refusal(load_checkpoint, tmp_path / "a.safetensors", captioner)
     with bounded():
-        assert features.read_features(tmp_path / "a.safetensors", 4) == []
+        assert list(feature_files.whole_rows(tmp_path / "a.safetensors", 4)) == []
 
 
 @pytest.mark.parametrize("changes", [
@@ -635,13 +644,13 @@ FEATURES = {  # {damage: function of features and keys to the tensors that are s
 def test_features_that_were_changed_are_computed_again(tmp_path, name):
     path, rows = tmp_path / "features.safetensors", torch.eye(4)[:2]
     keys = [(16 * "a", 32 * b"a"), (None, 32 * b"b")]
-    features.write_features(path, rows, keys)
-    (status, digest, vector), other = features.read_features(path, 4)
+    feature_files.write_features(path, rows, keys)
+    (status, digest, vector), other = list(feature_files.whole_rows(path, 4))
     assert (status, digest) == keys[0] and other[1] == keys[1][1]
-    assert torch.equal(vector, rows[0]) and torch.equal(other[2], rows[1])
-    assert features.read_features(path, 5) == []  # of another CLIP
+    assert torch.equal(torch.stack([*map(torch.tensor, (vector, other[2]))]), rows)
+    assert list(feature_files.whole_rows(path, 5)) == []  # of another CLIP
     save_file(FEATURES[name](rows, load_file(path)["keys"]), path)
-    assert features.read_features(path, 4) == []
+    assert list(feature_files.whole_rows(path, 4)) == []
 
 
 # --------------------------------------------------------------------------------- pickles and zips
@@ -723,7 +732,7 @@ def test_no_pickle_is_ever_executed(tmp_path, name):
 def test_features_that_are_a_pickle_are_computed_again(tmp_path):
     path, marker = tmp_path / "features.safetensors", tmp_path / "marker"
     write_pickle(path, Canary(marker))
-    assert features.read_features(path, 4) == [] and not marker.exists()
+    assert list(feature_files.whole_rows(path, 4)) == [] and not marker.exists()
 
 
 def archive(path, pickled=b"}.", compression=zipfile.ZIP_STORED, **storages):

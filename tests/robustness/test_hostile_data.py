@@ -1,17 +1,22 @@
 """Data sets made to read other files, to hang or to fill the memory: refused by a sentence, or
 read without what is wrong in them."""
 
+import errno
 import io
 import json
+import os
 import tarfile
 
 import pytest
 from PIL import Image
 from test_hostile import LONG, bounded, refusal
 
-from antarctic import tars
+from antarctic import reads, tars
+from antarctic.captions import read_captioned, read_texts
 from antarctic.datasets import read_split
+from antarctic.folders import list_images, read_paths
 from antarctic.images import read_image
+from antarctic.texts import read_words
 
 # ---------------------------------------------------------------------------------------- data sets
 
@@ -101,6 +106,112 @@ def test_cocos_image_folder_may_be_a_link_and_its_files_may_not_lead_out(tmp_pat
         "annotations": []}))
     assert [picture.id for picture in read_split(folder)] == [0, 2]
     assert "val2017/b.png" in capsys.readouterr().err
+
+
+@every_data_set
+def test_a_data_set_of_links_into_a_store_says_what_to_do(tmp_path, capsys, file):
+    """As git-annex, DVC and the hub's cache keep files: all images are links out of the folder."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    data_set(folder, file)
+    (folder / "a.png").rename(tmp_path / "blob")
+    (folder / "a.png").symlink_to("../blob")
+    refusal(read_all, folder)
+    assert "cp -rL" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- unreadable inputs
+
+def fail(path):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+
+ODD = {  # {what stands in the place of a file: function that puts it there}
+    "a folder": lambda path: path.mkdir(), "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a process's memory": lambda path: path.symlink_to("/proc/self/mem"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+READERS = [read_split, read_paths, read_words, read_captioned,
+           lambda path: read_texts(path, "references file")]
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """unreadable(path): each attempt to open this file fails, as on a broken disk."""
+    paths, real, real_os = set(), open, os.open
+
+    def opened(path, *more, **named):
+        return fail(path) if not isinstance(path, int) and str(path) in paths else \
+            real(path, *more, **named)
+
+    def os_opened(path, *more, **named):
+        return fail(path) if str(path) in paths else real_os(path, *more, **named)
+
+    monkeypatch.setattr(reads, "PAUSES", ())
+    monkeypatch.setattr("builtins.open", opened)
+    monkeypatch.setattr("os.open", os_opened)
+    return lambda path: paths.add(str(path))
+
+
+@pytest.mark.parametrize("kind", ODD)
+@every_data_set
+def test_what_is_no_file_in_a_data_set_is_named(tmp_path, monkeypatch, file, kind):
+    monkeypatch.setattr(reads, "PAUSES", ())
+    data_set(tmp_path, file)
+    (tmp_path / file).unlink()
+    ODD[kind](tmp_path / file)
+    assert str(tmp_path) in refusal(read_all, tmp_path)
+    if kind != "a folder":
+        assert str(tmp_path / file) in refusal(read_all, tmp_path / file)
+
+
+@every_data_set
+def test_a_data_set_that_the_disk_does_not_give_is_named(tmp_path, unreadable, file):
+    data_set(tmp_path, file)
+    unreadable(tmp_path / file)
+    for place in (tmp_path, tmp_path / file):
+        message = refusal(read_all, place)
+        assert str(tmp_path / file) in message and os.strerror(errno.EIO) in message
+
+
+def test_a_tar_that_the_disk_does_not_give_is_named(tmp_path, unreadable):
+    tar_of(tmp_path / "a.tar", ("a.jpg", b"x"), ("a.txt", b"a dog"))
+    unreadable(tmp_path / "a.tar")
+    assert str(tmp_path / "a.tar") in refusal(read_all, tmp_path)
+    with pytest.raises(OSError) as caught:  # not "there is no such image", nor "it is damaged"
+        read_image(tmp_path / "a.tar" / "a.jpg")
+    assert reads.passes(caught.value)
+
+
+@pytest.mark.parametrize("kind", [*ODD, "an error of the disk", "a name too long"])
+@pytest.mark.parametrize("read", READERS, ids=range(len(READERS)))
+def test_an_input_that_cannot_be_read_is_named(tmp_path, unreadable, read, kind):
+    path = tmp_path / ("list" if kind != "a name too long" else 300 * "a")
+    if kind in ODD:
+        ODD[kind](path)
+    elif kind == "an error of the disk":
+        path.write_text("a\n")
+        unreadable(path)
+    assert str(path) in refusal(read, path)
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_others_in_it_are_told_of(
+        tmp_path, monkeypatch, capsys):
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    closed, scandir, listdir = set(), os.scandir, os.listdir
+    monkeypatch.setattr(os, "scandir", lambda p: fail(p) if str(p) in closed else scandir(p))
+    monkeypatch.setattr(os, "listdir", lambda p: fail(p) if str(p) in closed else listdir(p))
+    monkeypatch.setattr(reads, "PAUSES", ())
+    closed.add(str(tmp_path / "sub"))
+    [picture] = list_images([tmp_path])
+    assert picture.path == tmp_path / "a.png"
+    assert f"1 folder, such as {tmp_path / 'sub'}, cannot be read" in capsys.readouterr().err
+    closed.add(str(tmp_path))
+    for read in (lambda path: list_images([path]), read_split):
+        assert f"{tmp_path}" in refusal(read, tmp_path)
 
 
 @every_data_set
