@@ -65,7 +65,8 @@ def java_program(*arguments):
                     process.stdin.flush()
             answer = process.stdout.readline()
             if not answer:
-                process.wait()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
                 complaints.seek(0)
                 raise subprocess.SubprocessError(f"Java ended{last_line(complaints.read(10_000))}")
             return answer.decode(errors="replace").strip()
