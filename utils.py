@@ -267,6 +267,24 @@ def find_outputs(args, new):
                          f"to sampler.py: --textfile {ORIGINAL_CACHE[0]} mine.txt")
 
 
+def refuse_overwriting(inputs, outputs):
+    """Raises InputError where a run would replace a file that it reads, also by a link or another
+    name. inputs: pairs of a flag and a path, or None. outputs: paths."""
+    for flag, path in inputs:
+        for output in outputs:
+            if path is not None and same_file(path, output):
+                raise InputError(f"{flag} {path} would be replaced by {output}, which this run "
+                                 "writes; give the output another name")
+
+
+def same_file(path, other):
+    """Whether two paths name one file, which need not exist."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return os.path.realpath(path) == os.path.realpath(other)
+
+
 # ------------------------------------------------------------------------------- the start of a run
 
 def start_run(args):

@@ -48,7 +48,7 @@ def missing_corenlp():
 @contextmanager
 def java_program(*arguments):
     """Runs a Java program that answers lines of text. Yields ask(line), which returns its answer,
-    and ask(), which returns the next line of one that has several.
+    and last(line), which also ends its input and returns all that it still answers, a list.
 
     The program is killed in the end, whatever happens, and reads the end of its input if this
     process is killed. ask raises SubprocessError, with the last line of what the program complains
@@ -58,11 +58,13 @@ def java_program(*arguments):
         process = subprocess.Popen(["java", *arguments], stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=complaints)
 
-        def ask(line=None):
-            with suppress(BrokenPipeError):
-                if line is not None:
-                    process.stdin.write(f"{line}\n".encode(errors="replace"))
-                    process.stdin.flush()
+        def send(line):
+            with suppress(BrokenPipeError):  # it has ended: there is no answer
+                process.stdin.write(f"{line}\n".encode(errors="replace"))
+                process.stdin.flush()
+
+        def ask(line):
+            send(line)
             answer = process.stdout.readline()
             if not answer:
                 with suppress(subprocess.TimeoutExpired):
@@ -71,8 +73,14 @@ def java_program(*arguments):
                 raise subprocess.SubprocessError(f"Java ended{last_line(complaints.read(10_000))}")
             return answer.decode(errors="replace").strip()
 
+        def last(line):
+            send(line)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            return process.stdout.read().decode(errors="replace").split("\n")[:-1]
+
         try:
-            yield ask
+            yield ask, last
         finally:
             process.kill()  # first, as closing its input would wait until it reads what is left
             with suppress(OSError):
@@ -144,15 +152,16 @@ def meteor(references, captions):
     """
     from pycocoevalcap.meteor import meteor as wrapper
     jar = Path(wrapper.__file__).with_name(wrapper.METEOR_JAR)
-    with java_program("-jar", "-Xmx2G", jar, "-", "-", "-stdio", "-l", "en", "-norm") as ask:
+    with java_program("-jar", "-Xmx2G", jar, "-", "-", "-stdio", "-l", "en", "-norm") as program:
+        ask, last = program
         counts = []  # of what matches in each caption
         for i, [caption] in captions.items():
             caption = caption.replace("|||", "").replace("  ", " ")
             counts.append(ask(" ||| ".join(["SCORE", *references[i], caption])))
-        ask(" ||| ".join(["EVAL", *counts]))
-        for _ in counts[1:]:  # the scores of single captions come first
-            ask()
-        return [float(ask())]
+        *singles, score = last(" ||| ".join(["EVAL", *counts])) or [""]
+    if len(singles) != len(captions):
+        raise ValueError(f"Java gave {len(singles)} scores of {len(captions)} captions")
+    return [float(score)]
 
 
 def rouge_l(references, captions):
