@@ -11,6 +11,7 @@ here are listed with the reason; the others still run.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,10 +31,19 @@ from antarctic.metrics import (
     word_statistics,
 )
 from antarctic.runtime import run
-from utils import Renamed, add_clip_flag, add_device_flag, choose_device, require_at_least
+from utils import (
+    Renamed,
+    add_clip_flag,
+    add_device_flag,
+    choose_device,
+    refuse_overwriting,
+    require_at_least,
+)
 
 PROMPT = "A photo depicts "  # before every text for CLIP, as CLIPScore's authors have it
 BY_CLIP = ("CLIPScore", "RefCLIPScore")
+INPUTS = ("results", "annotations", "datadir", "preds", "images", "instances", "train_captions",
+          "clip_model")  # flags of what is read, beside --refs
 TABLE = (*BY_WORDS, *BY_CLIP, *chair.METRICS, "distinct captions", "novel words", "mean length")
 
 
@@ -107,10 +117,20 @@ def check(args):
     require_at_least(1, args, "batch_size")
 
 
-def output_file(args):
-    """The path of scores.json. Raises InputError where it cannot be written."""
+def output_file(args, rows):
+    """The path of scores.json. Raises InputError where it cannot be written, or would replace a
+    file that is read. rows: a list of pairs.Scored."""
     folder = args.savedir or Path(args.preds or args.results).parent
     path = Path(args.json or Path(folder) / "scores.json")
+    inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
+    inputs += [("--refs", name) for name in args.refs]
+    if path.exists():
+        inputs += [("the image", row.path) for row in rows]
+        # Of a folder any file may be read; earlier scores are none of them.
+        inputs += [(f"a file of {flag},", path) for flag, name in inputs[:len(INPUTS)]
+                   if name and path.name != "scores.json"
+                   and Path(name).resolve() in path.resolve().parents]
+    refuse_overwriting(inputs, [path])
     output_folder(path.parent)
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a file to write")
@@ -205,6 +225,8 @@ def score(part, rows, values, objects, train, left_out):
     pairs_of = [objects[i] for i in part if i in objects]
     by_objects = chair.chair_scores(chair.object_counts(*zip(*pairs_of))) if pairs_of else {}
     scores |= by_words | by_objects | statistics
+    for name in [name for name, value in scores.items() if not math.isfinite(value)]:
+        failed[name] = f"it came out as {scores.pop(name)}"
     reasons = dict.fromkeys(TABLE, "there is nothing to count") | left_out | failed
     return ({name: scores[name] for name in TABLE if name in scores},
             {name: reasons[name] for name in TABLE if name not in scores}, novel)
@@ -228,7 +250,7 @@ def main():
     rows = pairs.read_scored(args)
     instances = chair.read_instances(args.instances, rows) if args.instances else None
     train = pairs.read_training_captions(args.train_captions)
-    path = output_file(args)
+    path = output_file(args, rows)
     java = has_java()
     tokenizer = choose_tokenizer(args.tokenizer, java)
     report = {"captions": len(rows), "references": sum(len(row.references) for row in rows),

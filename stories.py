@@ -12,6 +12,7 @@ import json
 from collections import Counter, deque
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -34,11 +35,13 @@ from utils import (
     add_device_flags,
     add_sampling_flags,
     check_sampling,
+    refuse_overwriting,
     require_at_least,
     seed_of,
     start_run,
 )
 
+PARTS = f"stories-{'[0-9a-f]' * 16}.jsonl.part"  # of unfinished runs
 REQUEST = f"Write a short story for children that begins with: {OPENING}"  # to an instruct model
 
 
@@ -97,6 +100,11 @@ def check(args):
     if "{caption}" not in args.prompt:
         raise InputError(f'--prompt "{args.prompt}" has no {{caption}}, so all stories would begin '
                          f'the same')
+    if args.savedir:
+        savedir = Path(args.savedir)
+        refuse_overwriting(
+            [("--captions", args.captions), ("--lm", args.lm)],
+            [savedir / "stories.txt", savedir / "stories.jsonl", *savedir.glob(PARTS)])
 
 
 def captions_of(args):

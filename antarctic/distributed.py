@@ -1,26 +1,20 @@
-"""The processes that torchrun starts: ranks, collectives, and noticing that a process has died.
+"""The processes that torchrun starts: ranks and collectives.
 
 One process is not a special case: it is rank 0 of a world of 1. torch is imported only where
 several processes run, so that --help does not wait for it.
 """
 
 import os
-import signal
-import socket
 import sys
-import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 from antarctic.errors import InputError, escape_control, print_safely
+from antarctic.peers import JOIN_TIMEOUT, leave, watch_peers
 
-JOIN_TIMEOUT = timedelta(minutes=5)  # some hosts load libraries slowly
-NO_TIMEOUT = timedelta(days=7)  # others wait while rank 0 works; peer_sockets notice who is gone
+NO_TIMEOUT = timedelta(days=7)  # others wait while rank 0 works; watch_peers notices who is gone
 
 RANKS = "WORLD_SIZE", "RANK", "LOCAL_RANK"  # of torchrun, for each process
-
-peer_sockets = []  # connections to rank 0; on rank 0, to all others
-main_done = threading.Event()  # a peer that leaves now has not died
 
 
 def is_joined():
@@ -96,52 +90,6 @@ def join():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
                                        timeout=NO_TIMEOUT)
-
-
-def watch_peers(store, rank, world):
-    """Connects every process with rank 0 by a socket that stays silent until both are done.
-
-    Where a connection breaks, the process at its other end was killed or its host is gone. Then
-    this process stops as by Ctrl-C, whatever it is doing; so all processes end within a minute.
-    """
-    if rank == 0:
-        family = {}
-        if socket.has_dualstack_ipv6():
-            family = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-        with socket.create_server(("", 0), **family) as server:
-            store.set("peer_port", str(server.getsockname()[1]))
-            server.settimeout(JOIN_TIMEOUT.total_seconds())
-            peer_sockets.extend(server.accept()[0] for _ in range(world - 1))
-    else:
-        address = os.environ["MASTER_ADDR"], int(store.get("peer_port"))
-        peer_sockets.append(socket.create_connection(address))
-
-    def listen(peer):
-        try:
-            goodbye = peer.recv(1)
-        except OSError:  # its host does not answer
-            goodbye = b""
-        if not goodbye and not main_done.is_set():
-            other = "another one" if rank == 0 else "the first one"
-            print_safely(f"process {rank} of {world} stops, as {other} has ended", "stderr")
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-
-    for peer in peer_sockets:
-        peer.settimeout(None)
-        # The system probes the connection, however busy the process is: 40 s without answer end it.
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 5)):
-            if hasattr(socket, name):
-                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        threading.Thread(target=listen, args=(peer,), daemon=True).start()
-
-
-def leave():
-    """Tells the other processes that this one ends without having died."""
-    main_done.set()
-    while peer_sockets:
-        with suppress(OSError):  # it left before
-            peer_sockets.pop().send(b".")
 
 
 def leave_together():

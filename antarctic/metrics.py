@@ -5,9 +5,11 @@ Loading pycocoevalcap and NLTK takes half a second, so only the functions that n
 them.
 """
 
+import math
 import subprocess
+import tempfile
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,6 +43,58 @@ def missing_corenlp():
     return f"Stanford CoreNLP ({' and '.join(names)}) is not in {folder}"
 
 
+# --------------------------------------------------------------------------------------------- Java
+
+@contextmanager
+def java_program(*arguments):
+    """Runs a Java program that answers lines of text. Yields ask(line), which returns its answer,
+    and last(line), which also ends its input and returns all that it still answers, a list.
+
+    The program is killed in the end, whatever happens, and reads the end of its input if this
+    process is killed. ask raises SubprocessError, with the last line of what the program complains
+    of, where it has ended.
+    """
+    with tempfile.TemporaryFile() as complaints:  # a pipe that nobody reads would fill up
+        process = subprocess.Popen(["java", *arguments], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=complaints)
+
+        def send(line):
+            with suppress(BrokenPipeError):  # it has ended: there is no answer
+                process.stdin.write(f"{line}\n".encode(errors="replace"))
+                process.stdin.flush()
+
+        def ask(line):
+            send(line)
+            answer = process.stdout.readline()
+            if not answer:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                complaints.seek(0)
+                raise subprocess.SubprocessError(f"Java ended{last_line(complaints.read(10_000))}")
+            return answer.decode(errors="replace").strip()
+
+        def last(line):
+            send(line)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            return process.stdout.read().decode(errors="replace").split("\n")[:-1]
+
+        try:
+            yield ask, last
+        finally:
+            process.kill()  # first, as closing its input would wait until it reads what is left
+            with suppress(OSError):
+                process.stdin.close()
+            process.stdout.close()
+            process.wait()
+
+
+def last_line(complaints):
+    """The last line of what Java complains of (bytes), to end a sentence with: ": ..." or ""."""
+    lines = complaints.decode(errors="replace").strip().splitlines()
+    return f": {lines[-1]}" if lines else ""
+
+
 # --------------------------------------------------------------------------------------- tokenizers
 
 def tokenize(texts, tokenizer):
@@ -64,11 +118,11 @@ def ptb_tokens(texts):
     command = ["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
                "-lowerCase"]
     text = "".join(text + "\n" for text in texts).encode(errors="replace")
-    output = subprocess.run(command, input=text, capture_output=True).stdout
-    lines = output.decode().split("\n")[:-1]
+    done = subprocess.run(command, input=text, capture_output=True)
+    lines = done.stdout.decode(errors="replace").split("\n")[:-1]
     if len(lines) != len(texts):
-        raise InputError(f"Java's tokenizer gave {len(lines)} lines for {len(texts)} texts; try "
-                         f"--tokenizer treebank")
+        raise InputError(f"Java's tokenizer gave {len(lines)} lines for {len(texts)} texts"
+                         f"{last_line(done.stderr)}; try --tokenizer treebank")
     return lines
 
 
@@ -91,15 +145,23 @@ def bleu(references, captions):
 
 
 def meteor(references, captions):
-    from pycocoevalcap.meteor.meteor import Meteor
-    scorer = Meteor()
-    try:
-        return [scorer.compute_score(references, captions)[0]]
-    except (OSError, ValueError):  # Java stopped; the scorer's __del__ would wait for the lock
-        scorer.lock.release()
-        with suppress(OSError):
-            scorer.meteor_p.stdin.close()
-        raise
+    """METEOR 1.5, by Java.
+
+    The program is pycocoevalcap's. Its wrapper is not used: where a run is stopped, it waits for
+    ever for a lock that it holds itself. Raises SubprocessError or ValueError where Java fails.
+    """
+    from pycocoevalcap.meteor import meteor as wrapper
+    jar = Path(wrapper.__file__).with_name(wrapper.METEOR_JAR)
+    with java_program("-jar", "-Xmx2G", jar, "-", "-", "-stdio", "-l", "en", "-norm") as program:
+        ask, last = program
+        counts = []  # of what matches in each caption
+        for i, [caption] in captions.items():
+            caption = caption.replace("|||", "").replace("  ", " ")
+            counts.append(ask(" ||| ".join(["SCORE", *references[i], caption])))
+        *singles, score = last(" ||| ".join(["EVAL", *counts])) or [""]
+    if len(singles) != len(captions):
+        raise ValueError(f"Java gave {len(singles)} scores of {len(captions)} captions")
+    return [float(score)]
 
 
 def rouge_l(references, captions):
@@ -115,8 +177,10 @@ def cider_d(references, captions):
 
 
 def spice(references, captions):
-    from pycocoevalcap.spice.spice import Spice
-    return [Spice().compute_score(references, captions)[0]]
+    from pycocoevalcap.spice import spice as wrapper
+    with tempfile.TemporaryDirectory() as folder:
+        wrapper.TEMP_DIR = folder  # in place of one in the package, where a stopped run left files
+        return [wrapper.Spice().compute_score(references, captions)[0]]
 
 
 SCORERS = {BLEU: bleu, ("METEOR",): meteor, ("ROUGE-L",): rouge_l, ("CIDEr-D",): cider_d,
@@ -135,8 +199,12 @@ def word_scores(captions, references, left_out):
     wanted = [names for names in SCORERS if names[0] not in left_out]
     for names in tqdm(wanted, "scoring", unit="metric"):
         try:
-            scores |= zip(names, map(float, SCORERS[names](references, captions)))
-        except (OSError, ValueError, subprocess.SubprocessError) as error:  # mostly from Java
+            values = [float(value) for value in SCORERS[names](references, captions)]
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"it gave {values}")
+            scores |= zip(names, values)
+        except (OSError, LookupError, TypeError, ValueError,
+                subprocess.SubprocessError) as error:  # mostly from Java
             reason = f"its scorer failed ({type(error).__name__}: {error})"
             failed |= dict.fromkeys(names, reason)
     return scores, failed

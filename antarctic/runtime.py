@@ -6,10 +6,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 
-from antarctic.distributed import launched, leave_together, main_done, rank_and_world
+from antarctic.distributed import launched, leave_together, rank_and_world
 from antarctic.errors import InputError, SafeStream, escape_control, print_safely
+from antarctic.peers import main_done, watch_launcher
 
 STOPPED = "\nstopped; finished files are whole, rerun the same command to resume"
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -20,9 +22,9 @@ cleanup = ExitStack()  # run() closes it when main() has ended: locks for the wh
 def run(main, alone=False):
     """Runs a script's main().
 
-    An InputError, or a file that cannot be used, ends it with one sentence and exit code 2. Ctrl-C,
-    and SIGTERM, which batch systems send before they kill, end it with one sentence and 130. alone:
-    of torchrun's processes rank 0 does all the work.
+    An InputError, or a file that cannot be read or written, ends it with one sentence and exit code
+    2. Ctrl-C, and SIGTERM, which batch systems send before they kill, end it with one sentence and
+    130. alone: of torchrun's processes rank 0 does all the work.
     """
     # On busy cores, threads that spin while they wait take 3 to 60 times as long. OpenMP reads this
     # when torch is loaded.
@@ -41,6 +43,7 @@ def run(main, alone=False):
             try:
                 if threading.current_thread() is threading.main_thread():  # others get no signals
                     stop_within_seconds()
+                    watch_launcher()
                 rank_and_world()
                 main()
                 leave_together()
@@ -51,10 +54,11 @@ def run(main, alone=False):
             print_safely(f"error: {error}", "stderr")
             sys.exit(2)
         except OSError as error:
-            if error.filename is None:
-                raise
+            if error.errno is None or error.filename is None:
+                raise  # not of a file
             path = escape_control(os.fsdecode(error.filename))
-            print_safely(f"error: cannot use {path} ({error.strerror})", "stderr")
+            print_safely(f"error: cannot use {path} ({error.strerror}); finished files are whole, "
+                         "so rerun the same command once this is fixed", "stderr")
             sys.exit(2)
         except KeyboardInterrupt:
             print_safely(STOPPED, "stderr")
@@ -92,7 +96,8 @@ def stop_at_once():
 
 def stop_within_seconds():
     """Makes Ctrl-C and SIGTERM raise KeyboardInterrupt, and end the process if it still runs four
-    seconds later: Python handles no signal in the middle of a library's long call."""
+    seconds later: Python handles no signal in the middle of a library's long call, and what a
+    library does when Python exits may wait for ever."""
     def stop(*_):
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one would only disturb the cleanup
@@ -108,9 +113,13 @@ def stop_within_seconds():
 
     def stop_if_late():
         with reader:
-            # b"" means that run() has closed the other end.
-            if reader.recv(1) and not main_done.wait(4):
+            if not reader.recv(1):  # run() has closed the other end
+                return
+            end = time.monotonic() + 4
+            if not main_done.wait(4):
                 stop_at_once()
+            time.sleep(max(0, end - time.monotonic()))
+            os._exit(130)
 
     sys.unraisablehook = unraisable
     reader, writer = socket.socketpair()

@@ -3,6 +3,8 @@ computed are listed with the reason, and the others still run."""
 
 import contextlib
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import subprocess
 import pytest
 import torch
 from conftest import CLIP, VAL, commands
+from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.spice import get_stanford_models
 from pycocoevalcap.spice.spice import Spice
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -522,6 +525,63 @@ def test_a_java_that_stops_is_named_and_does_not_hang(script, no_java, tmp_path)
     assert result.code == 2 and "try --tokenizer treebank" in result.err
 
 
+JAVA = """#!/bin/sh
+[ "$1" = -version ] && exit
+{}
+"""
+
+
+def fake_java(folder, body):
+    """Puts a program java into the folder bin, which is the PATH of no_java."""
+    (folder / "bin" / "java").write_text(JAVA.format(body))
+    (folder / "bin" / "java").chmod(0o755)
+
+
+@pytest.mark.parametrize("body, reason", [
+    ("echo no heap >&2; exit 1", "no heap"),
+    ("while read line; do echo nonsense; done", "0 scores of 2"),
+    ("while read line; do printf '\\377\\n'; done; echo; echo", "could not convert"),
+    ("while read line; do echo nan; done; echo; echo nan", "nan"),
+    ("read line; echo 1; read line; exit", "Java ended"),
+])
+def test_a_meteor_that_dies_or_answers_nonsense_is_named_and_costs_no_other_score(
+        script, no_java, tmp_path, body, reason):
+    fake_java(tmp_path, body)
+    arguments = lines(tmp_path, GOOD, REFERENCES)
+    report, _ = score(script, tmp_path, *arguments, "--tokenizer", "treebank")
+    assert reason in report["left_out"]["METEOR"]
+    assert {name: round(report["scores"][name], 4) for name in PUBLISHED if name != "METEOR"} == {
+        name: value for name, value in GOOD_SCORES.items() if name != "METEOR"}
+
+
+def test_a_java_tokenizer_that_answers_nonsense_is_named(script, no_java, tmp_path):
+    fake_java(tmp_path, "printf '\\377\\n'; echo out of memory >&2")
+    result = script("scorer", *lines(tmp_path, GOOD, REFERENCES), "--tokenizer", "ptb")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "out of memory" in result.err and "--tokenizer treebank" in result.err
+
+
+@needs_java
+@pytest.mark.slow
+def test_meteor_is_that_of_pycocoevalcaps_wrapper():
+    captions = {0: ["the puppy watches a guy"], 1: ["children ||| play  soccer"], 2: [""]}
+    references = {0: ["a dog looks at the man", "a dog"], 1: ["kids play football"], 2: ["a café"]}
+    expected, _ = Meteor().compute_score(references, captions)
+    assert metrics.meteor(references, captions) == [expected] and expected > 0
+
+
+def test_a_score_that_is_no_number_is_left_out(script, world, no_java, tmp_path, monkeypatch):
+    monkeypatch.setitem(metrics.SCORERS, ("ROUGE-L",), lambda *_: [math.nan])
+    monkeypatch.setattr(scorer, "clip_values", lambda *_: {"CLIPScore": {0: 1.0, 1: math.inf}})
+    arguments = lines(tmp_path, ["a dog"] * VAL, [["a dog"]] * VAL)
+    report, out = score(script, tmp_path, *arguments, "--images", world / "val2017",
+                        "--clip_model", CLIP)
+    for name, value in (("ROUGE-L", "nan"), ("CLIPScore", "inf")):
+        assert value in report["left_out"][name] and name not in report["scores"]
+    text = (tmp_path / "scores.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+
+
 def test_one_image_has_no_cider(script, no_java, tmp_path):
     report, _ = score(script, tmp_path, *coco(tmp_path, GOOD[:1], REFERENCES[:1]))
     assert "one image" in report["left_out"]["CIDEr-D"] and report["scores"]["BLEU-1"] > 0
@@ -630,6 +690,51 @@ def test_what_cannot_be_done_is_refused(script, no_java, tmp_path):
     (tmp_path / "scores.json").mkdir()
     result = script("scorer", *arguments)
     assert result.code == 2 and f"{tmp_path / 'scores.json'} is a folder" in result.err
+
+
+SPELLINGS = {
+    "itself": lambda path, _: path,
+    "another spelling": lambda path, _: path.parent / "." / ".." / path.parent.name / path.name,
+    "a link": lambda path, other: other.symlink_to(path) or other,
+    "a hard link": lambda path, other: os.link(path, other) or other,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_no_file_that_is_read_is_replaced(script, world, no_java, tmp_path, spelling):
+    data = shutil.copytree(world, tmp_path / "world")
+    by_line, by_image = lines(tmp_path, GOOD, REFERENCES), coco(tmp_path, GOOD, REFERENCES)
+    train = write_lines(tmp_path / "train.txt", GOOD) or tmp_path / "train.txt"
+    captions = data / "annotations" / "captions_val2017.json"
+    ids = [image["id"] for image in json.loads(captions.read_text())["images"]]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{"image_id": i, "caption": "a dog"} for i in ids]))
+    image = sorted((data / "val2017").iterdir())[0]
+    by_folder = ["--results", results, "--datadir", data]
+    link = tmp_path / "link"
+    for arguments, paths in [
+            (by_line, [by_line[1], by_line[3], by_line[5]]),
+            ([*by_line, "--train_captions", train], [train]),
+            (by_image, [by_image[1], by_image[3]]),
+            (by_folder, [results, image] + [captions] * (spelling is not SPELLINGS["a hard link"])),
+            (["--results", results, "--annotations", captions, "--images", data / "val2017"],
+             [results, captions, image])]:
+        for path in paths:
+            link.unlink(missing_ok=True)
+            before = path.read_bytes()
+            result = script("scorer", *arguments, "--clip_model", CLIP, "--json",
+                            spelling(path, link))
+            assert result.code == 2 and "would be replaced" in result.err, (path, result.err)
+            assert path.read_bytes() == before and not list(tmp_path.glob("features-*"))
+
+
+def test_earlier_scores_are_replaced_also_in_a_folder_that_is_read(
+        script, world, no_java, tmp_path):
+    data = shutil.copytree(world, tmp_path / "world")
+    arguments = lines(tmp_path, ["a dog"] * VAL, [["a dog"]] * VAL)
+    for _ in range(2):
+        score(script, data / "val2017", *arguments, "--images", data / "val2017",
+              "--clip_model", CLIP)
 
 
 # ------------------------------------------------------------------------------------ old spellings

@@ -298,6 +298,31 @@ def refuse(script, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("name", ["stories.txt", "stories.jsonl",
+                                  "stories-0123456789abcdef.jsonl.part"])
+def test_no_file_that_is_read_is_replaced_or_removed(script, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    captions = out / name
+    captions.write_text('{"caption": "a dog"}\n')
+    link, hard = tmp_path / "link.jsonl", tmp_path / "hard.jsonl"
+    link.symlink_to(captions)
+    os.link(captions, hard)
+    for path in (captions, out / ".." / "out" / name, link, hard):
+        result = script("stories", "--captions", path, "--savedir", out, "--lm", GPT)
+        assert result.code == 2 and "would be replaced" in result.err, result.err
+        assert files(out) == {name: b'{"caption": "a dog"}\n'}
+
+
+def test_only_unfinished_runs_are_removed(tell, tmp_path):
+    (tmp_path / "out").mkdir()
+    mine, left = (tmp_path / "out" / f"stories-{end}.jsonl.part" for end in ("mine", "0" * 16))
+    for path in (mine, left):
+        path.touch()
+    tell()
+    assert mine.exists() and not left.exists()
+
+
 @pytest.mark.parametrize("named, arguments", [
     ("nowhere.txt", ["--captions", "nowhere.txt"]),
     ("exactly one", ["--caption", "a dog", "--captions", "nowhere.txt"]),
