@@ -12,7 +12,7 @@ import torch
 from conftest import BART, CLIP, ROOT
 from torch.nn.functional import normalize
 
-from antarctic import index
+from antarctic import index, index_build
 from antarctic.cache import read_cache, search
 from antarctic.cache_changes import write_cache
 from antarctic.cache_files import cache_description
@@ -54,16 +54,16 @@ def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     rows = clustered(5000, 1)
     files = written(folder, "large", rows)
-    recall = index.build_index(folder / "large.faiss", *files)
+    recall = index_build.build_index(folder / "large.faiss", *files)
     _, embeddings = read(files)
     return SimpleNamespace(files=files, rows=rows, index=folder / "large.faiss", recall=recall,
-                           queries=index.made_queries(embeddings.parts[0]))
+                           queries=index_build.made_queries(embeddings.parts[0]))
 
 
 @needs_faiss
 def test_scores_are_exact_and_most_of_the_nearest_are_found(large):
     _, embeddings = read(large.files)
-    scores, rows = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
+    scores, rows = index.open_indexes([large.index], embeddings)(large.queries, embeddings, 10)
     torch.testing.assert_close(scores, (large.queries[:, None] * large.rows[rows]).sum(-1))
     assert all(len(set(row)) == 10 for row in rows.tolist())
     assert (scores[:, 1:] <= scores[:, :-1]).all()
@@ -79,8 +79,8 @@ def test_the_whole_of_the_lists_and_rows_gives_what_exact_search_gives(large, mo
     monkeypatch.setattr(index, "PROBED", 1)
     monkeypatch.setattr(index, "SHORTLIST", 5000)
     _, embeddings = read(large.files)
-    opened = index.open_index(large.index, embeddings)
-    for ours, exact in zip(opened.search(large.queries, embeddings, 10),
+    opened = index.open_indexes([large.index], embeddings)
+    for ours, exact in zip(opened(large.queries, embeddings, 10),
                            search(large.queries, embeddings, 10)):
         torch.testing.assert_close(ours, exact)
 
@@ -96,7 +96,7 @@ def test_words_of_ones_own_over_a_large_cache_are_never_lost(large, tmp_path, mo
     names = ["large 7", *(f"mine {i}" for i in range(1, 35))]  # the large cache has the first, too
     own = written(tmp_path, "mine", rows, names)
     entries, embeddings = read(*((own, large.files) if own_first else (large.files, own)))
-    scores, result = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
+    scores, result = index.open_indexes([large.index], embeddings)(large.queries, embeddings, 10)
     _, exact = search(large.queries, embeddings, 10)
     for row, expected in zip(result.tolist(), exact.tolist()):
         mine = {entries[i] for i in expected if entries[i].startswith("mine")}
@@ -112,7 +112,7 @@ def test_words_of_ones_own_over_a_large_cache_are_never_lost(large, tmp_path, mo
 def test_entries_left_out_are_not_found_and_do_not_crowd_out_others(large, capsys, left, exact):
     _, embeddings = read(large.files)
     embeddings = embeddings.only(left)
-    scores, result = index.open_index(large.index, embeddings).search(large.queries, embeddings, 10)
+    scores, result = index.open_indexes([large.index], embeddings)(large.queries, embeddings, 10)
     out = capsys.readouterr().out
     assert ("exactly" in out) == exact and ("approximate" in out) != exact
     expected, rows = search(large.queries, embeddings, 10)
@@ -131,7 +131,7 @@ def test_what_is_left_is_found_though_the_nearest_entries_are_banned(large, monk
     query = large.queries[:1]
     farthest = (query @ large.rows.T)[0].argsort()[:3000]  # of 5,000
     embeddings = embeddings.only(farthest.sort().values.tolist())
-    scores, _ = index.open_index(large.index, embeddings).search(query, embeddings, 10)
+    scores, _ = index.open_indexes([large.index], embeddings)(query, embeddings, 10)
     expected, _ = search(query, embeddings, 10)
     assert (scores >= expected[:, -1:] - 1e-6).sum() >= 8
 
@@ -141,7 +141,7 @@ def test_too_short_lists_are_made_up_for_by_exact_search(large, monkeypatch):
     monkeypatch.setattr(index, "PROBED", 10 ** 6)
     _, embeddings = read(large.files)
     queries = large.queries[:3]
-    scores, rows = index.open_index(large.index, embeddings).search(queries, embeddings, 2000)
+    scores, rows = index.open_indexes([large.index], embeddings)(queries, embeddings, 2000)
     expected, _ = search(queries, embeddings, 2000)
     torch.testing.assert_close(scores, expected)
     assert all(len(set(row)) == 2000 for row in rows.tolist())
@@ -161,49 +161,50 @@ def test_too_short_lists_are_made_up_for_by_exact_search(large, monkeypatch):
 def test_what_does_not_belong_is_refused_and_never_given_to_faiss(tmp_path, monkeypatch, change,
                                                                   message):
     files, path = written(tmp_path, "e", clustered(300, 3)), tmp_path / "i"
-    index.build_index(path, *files)
+    index_build.build_index(path, *files)
     change(path)
     monkeypatch.setattr(index.load_faiss(), "read_index", None)
     with pytest.raises(InputError, match=message):
-        index.open_index(path, read(files)[1])
+        index.open_indexes([path], read(files)[1])
 
 
 @needs_faiss
 def test_a_file_that_only_claims_to_be_an_index_is_refused(tmp_path):
     files, path = written(tmp_path, "e", clustered(300, 3)), tmp_path / "i"
-    index.build_index(path, *files)
+    index_build.build_index(path, *files)
     description = json.loads((tmp_path / "i.json").read_text())
     flat = index.load_faiss().IndexFlatIP(32)
     for write, message in (
             (lambda: path.write_bytes(b"IxPT" + bytes(100)), "is not an index of faiss"),
-            (lambda: index.write_index(path, flat), "is not an index of the 300 rows")):
+            (lambda: index_build.write_index(path, flat), "is not an index of the 300 rows")):
         write()
         description["index_sha256"] = file_sha256(path)
         (tmp_path / "i.json").write_text(json.dumps(description))
         with pytest.raises(InputError, match=message):
-            index.open_index(path, read(files)[1])
+            index.open_indexes([path], read(files)[1])
 
 
 @needs_faiss
 def test_a_build_that_was_stopped_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     files = written(tmp_path, "e", clustered(1000, 3))
-    monkeypatch.setattr(index, "BLOCK", 100)
-    monkeypatch.setattr(index, "SAVE_SECONDS", 0)
-    index.build_index(tmp_path / "whole", *files)
-    write, counts = index.write_index, []  # counts: rows in the index at each save
+    monkeypatch.setattr(index_build, "BLOCK", 100)
+    monkeypatch.setattr(index_build, "SAVE_SECONDS", 0)
+    index_build.build_index(tmp_path / "whole", *files)
+    write, counts = index_build.write_index, []  # counts: rows in the index at each save
 
-    def write_until_stopped(path, partial):
+    def write_until_stopped(path, partial, key=None):
         counts.append(partial.ntotal)
-        write(path, partial)
+        digest = write(path, partial, key)
         if len(counts) == 4:
             raise KeyboardInterrupt
+        return digest
 
-    monkeypatch.setattr(index, "write_index", write_until_stopped)
+    monkeypatch.setattr(index_build, "write_index", write_until_stopped)
     with pytest.raises(KeyboardInterrupt):
-        index.build_index(tmp_path / "cut", *files)
+        index_build.build_index(tmp_path / "cut", *files)
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(index, "trained_index", None)
-    index.build_index(tmp_path / "cut", *files)
+    monkeypatch.setattr(index_build, "trained_index", None)
+    index_build.build_index(tmp_path / "cut", *files)
     assert counts[:5] == [0, 100, 200, 300, 300]
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
@@ -244,7 +245,8 @@ def test_an_added_entry_makes_an_index_old(script, tmp_path):
                   "--index", tmp_path / "i").code == 0
 
     def opened():
-        return index.open_index(tmp_path / "i", index_caches(tmp_path))
+        [opened] = index.open_indexes([tmp_path / "i"], index_caches(tmp_path)).indexes
+        return opened
 
     assert len(opened().rows) == 256
     assert script("compute_cache", *files, "--add", "Geoff Hinton").code == 0
