@@ -60,7 +60,7 @@ class Index:
         self.exact = 2 * len(rows) < rows.file_rows
         self.kept = self.selector = None
         if rows.kept is not None:
-            self.kept, mask = np.array(rows.kept), np.zeros(rows.file_rows, bool)
+            self.kept, mask = np.array(rows.kept, np.int64), np.zeros(rows.file_rows, bool)
             mask[self.kept] = True
             self.selector = faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
 
@@ -151,7 +151,8 @@ def parse(data):
     """The faiss index that bytes hold. Raises RuntimeError where they hold none. A hostile index
     can crash faiss, so only bytes whose digest is known may come here."""
     faiss = load_faiss()
-    return faiss.read_index(faiss.PyCallbackIOReader(io.BytesIO(data).read))
+    reader = faiss.PyCallbackIOReader(io.BytesIO(data).read)
+    return faiss.read_index(faiss.BufferedIOReader(reader))  # thousands of lists, each read apart
 
 
 def open_index(path, embeddings):

@@ -82,7 +82,7 @@ def made_queries(rows):
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(len(sample), generator=generator)
     shuffled = without_common(sample)[order][:len(sample) // 3 * 3]
-    mixture = without_common(shuffled.view(-1, 3, rows.dim).sum(1))  # (QUERIES, dim)
+    mixture = without_common(shuffled.view(-1, 3, sample.shape[1]).sum(1))  # (QUERIES, dim)
     noise = without_common(torch.randn(mixture.shape, generator=generator))  # (QUERIES, dim)
     rest = (1 - 0.25 ** 2 - 0.3 ** 2) ** 0.5
     return normalize(0.25 * common + 0.3 * mixture + rest * noise, dim=1)  # (QUERIES, dim)
