@@ -264,7 +264,7 @@ def main():
     elif (args.add or args.add_from or args.remove) and rank == 0:  # too few entries to split
         update_cache(args)
     if args.index and rank == 0:
-        from antarctic.index import build_index
+        from antarctic.index_build import build_index
         build_index(args.index, args.textfile, args.embfile, args.queries)
 
 

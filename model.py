@@ -28,7 +28,7 @@ from antarctic.distributed import warn
 from antarctic.errors import InputError
 from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
-from antarctic.index import open_index
+from antarctic.index import open_indexes
 from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
@@ -314,7 +314,7 @@ class Model:
     def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=None,
                  banned=None, prefix="", search=search):
         """banned: a WholeWords that no caption may hold, or None. prefix: the text before each
-        entry when CLIP encodes it. search: cache.search, or Index.search."""
+        entry when CLIP encodes it. search: cache.search, or an Indexes."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
         self.topk, self.decoding = topk, decoding or Decoding()
@@ -326,10 +326,10 @@ class Model:
              maxlen_dec=None, device="auto", dtype="auto", **decoding):
         """Loads a Model. The arguments are the sampler's flags, with the same defaults.
 
-        textfile, embfile: a path, or a list of paths. ckpt: "none" for BART as pretrained. only,
-        ban: the path of a file, as the flags, or a list of words. topk, maxlen_enc, maxlen_dec:
-        None takes the checkpoint's. decoding: the fields of utils.Decoding. Raises InputError where
-        a setting cannot work, or a file is missing or does not fit the others.
+        textfile, embfile, index: a path, or a list of paths. ckpt: "none" for BART as pretrained.
+        only, ban: the path of a file, as the flags, or a list of words. topk, maxlen_enc,
+        maxlen_dec: None takes the checkpoint's. decoding: the fields of utils.Decoding. Raises
+        InputError where a setting cannot work, or a file is missing or does not fit the others.
         """
         decoding = Decoding(**decoding)
         for name, size in (("topk", topk), ("maxlen_enc", maxlen_enc), ("maxlen_dec", maxlen_dec)):
@@ -352,7 +352,7 @@ class Model:
         if only or banned:
             entries, embeddings = restrict(entries, embeddings, only, banned)
         warn_of_settings(settings, clip.identity, topk, len(entries))
-        index_search = open_index(index, embeddings).search if index else search
+        index_search = open_indexes(as_list(index), embeddings) if index else search
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
         if ckpt and load_checkpoint(ckpt, captioner) != settings:
             raise InputError(f"the checkpoint {ckpt} was changed while it was read; rerun the same "

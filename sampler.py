@@ -21,7 +21,7 @@ from tqdm import tqdm
 from antarctic.datasets import read_split
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
-from antarctic.files import file_sha256, fingerprint, output_folder
+from antarctic.files import fingerprint, output_folder
 from antarctic.folders import IMAGE_SUFFIXES, list_images, read_paths
 from antarctic.records import Records
 from antarctic.results import write_results
@@ -120,7 +120,7 @@ def settings_of(args, model):
     models = [model.clip.identity, captioner.identity,
               args.ckpt and trained_sha256(captioner), str(captioner.dtype)]
     words = [model.entries, [rows.file.content_key() for rows in model.embeddings.files()],
-             args.index and file_sha256(args.index), model.banned and model.banned.lines]
+             args.index and model.search.sha256, model.banned and model.banned.lines]
     sizes = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec]
     return fingerprint([models, words, sizes, asdict(model.decoding)])
 

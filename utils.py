@@ -48,8 +48,8 @@ def add_cache_flags(parser):
                         "more (.txt; default: cache.txt, else the original's)")
     parser.add_argument("--embfile", nargs="+", metavar="FILE", help="their embeddings (.npy), in "
                         "the same order (default: the .npy beside --textfile)")
-    parser.add_argument("--index", metavar="FILE", help="approximate index of one of the caches, "
-                        "which compute_cache.py --index built (default: exact search)")
+    parser.add_argument("--index", nargs="+", metavar="FILE", help="approximate indexes of some of "
+                        "the caches, which compute_cache.py --index built (default: exact search)")
 
 
 def add_clip_flag(parser, default="ViT-B/16", remark=""):
@@ -238,7 +238,8 @@ def find_inputs(args):
         existing_file(args.ckpt, "checkpoint")
     if args.index:
         from antarctic.index import index_description
-        index_description(args.index)
+        for path in args.index:
+            index_description(path)
 
 
 def find_outputs(args, new):

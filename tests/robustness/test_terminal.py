@@ -514,14 +514,14 @@ def test_the_bar_of_images_counts_each_once(script, world, tmp_path, capsys):
 
 
 def test_the_bar_of_an_index_ends_full(capsys, tmp_path, monkeypatch):
-    from antarctic import cache_changes, index
+    from antarctic import cache_changes, index_build
     pytest.importorskip("faiss")
     rows = torch.nn.functional.normalize(torch.randn(700, 16), dim=1).numpy()
     files = tmp_path / "c[1].txt", tmp_path / "c[1].npy"
     cache_changes.write_cache(*files, [str(i) for i in range(700)], rows, "clip", "")
-    monkeypatch.setattr(index, "BLOCK", 300)
-    abandoned = tmp_path / ".i[1].faiss.0.part"
+    monkeypatch.setattr(index_build, "BLOCK", 300)
+    abandoned = tmp_path / ".i[1].faiss.0123456789abcdef.part"
     abandoned.touch()
-    index.build_index(tmp_path / "i[1].faiss", *files)
+    index_build.build_index(tmp_path / "i[1].faiss", *files)
     require_full(capsys.readouterr().err, "indexing entries")
     assert not abandoned.exists()
