@@ -71,7 +71,8 @@ def serving(library, folder):
         [sys.executable, "-c", "import syscalls; syscalls.serve()"], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, cwd=folder,
         env=os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1",
-                          "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+                          "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+                          "PATH": ""})  # no Java, which takes seconds to start
     yield Server(process, folder)
     process.stdin.close()
     process.wait()

@@ -146,19 +146,22 @@ def state_of(folder):
 
 
 def spoils(calls, errors):
-    """All that can become of each call: a list of Spoils. calls: of an uninterrupted run. errors:
-    see WRITE_ERRORS."""
+    """What becomes of each call: a list of Spoils. calls: of an uninterrupted run. errors: see
+    WRITE_ERRORS. Of these a call gets EINTR and two others, in turns: once, and from then on."""
     found = []
     for call in calls:
         if errors is WRITE_ERRORS:
             found.append(Spoil(call.number, BEFORE))
             if call.name in WRITES and call.bytes > 1:
                 found += [Spoil(call.number, MIDDLE), Spoil(call.number, SHORT)]
-        for name, functions in errors.items():
-            if call.name in functions:
-                found.append(Spoil(call.number, FAIL, getattr(errno, name)))
-                if name != "EINTR":  # Python tries again, for ever
-                    found.append(Spoil(call.number, FAIL, getattr(errno, name), functions))
+        fitting = [name for name, functions in errors.items() if call.name in functions]
+        if "EINTR" in fitting:  # Python tries again, for ever
+            found.append(Spoil(call.number, FAIL, errno.EINTR))
+            fitting.remove("EINTR")
+        if fitting:
+            once, ever = (fitting[(call.number + n) % len(fitting)] for n in (0, 1))
+            found += [Spoil(call.number, FAIL, getattr(errno, once)),
+                      Spoil(call.number, FAIL, getattr(errno, ever), errors[ever])]
     if errors is WRITE_ERRORS:
         found.append(Spoil(len(calls), AFTER))
     return found
@@ -198,7 +201,7 @@ def problem_of_end(run, spoil, named):
 
 def sweep(place, case, name, side="w"):
     """Spoils calls of a case, each in a run of its own. Returns the problems, a list of texts."""
-    errors, watched = (WRITE_ERRORS, place.out) if side == "w" else (READ_ERRORS, place.inputs)
+    errors, watched = (WRITE_ERRORS, place.out) if side == "w" else (READ_ERRORS, place.base)
 
     def run(spoil=None):
         return place.server.run(case.script, case.arguments, watched, side, spoil)
@@ -234,6 +237,7 @@ def sweep(place, case, name, side="w"):
                 good.add(state)
         if problem:
             problems.append(f"{says(spoil, hit)}: {problem}".replace(str(place.base), ""))
+            print(f"{name}: {problems[-1]}", flush=True)
     print(f"{name}: {hits} calls were spoilt, {len(problems)} problems")
     return problems
 
