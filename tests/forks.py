@@ -17,9 +17,9 @@ from conftest import ROOT
 
 SCRIPTS = ("compute_cache", "trainer", "sampler", "stories", "scorer")
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([
-    *SCRIPTS, "antarctic.cache", "antarctic.causal_lm", "antarctic.features", "antarctic.gallery",
-    "model", "nltk", "matplotlib.pyplot", "torch._dynamo"])
+LOADED = [*SCRIPTS, "antarctic.cache", "antarctic.causal_lm", "antarctic.features",
+          "antarctic.gallery", "model", "nltk", "matplotlib.pyplot", "torch._dynamo"]
+context.set_forkserver_preload(LOADED)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the server they are forked from, and under torchrun
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
