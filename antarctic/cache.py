@@ -10,14 +10,15 @@ from antarctic.cache_files import existing_caches, open_cache, read_description
 from antarctic.distributed import gather_lists, peer_sockets, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import fingerprint
-from antarctic.rows import Embeddings, Rows
+from antarctic.rows import DIGEST_ROWS, Embeddings, Rows
 from antarctic.texts import LONGEST_TEXT
 from antarctic.words import warn_of_entries
 
 BLOCK = 16384  # rows read or written at a time
 NAMED = 10  # damaged blocks in a message
 SAMPLE = 4  # blocks whose digests are checked when a cache is opened
-CHUNK_NUMBERS = 1 << 20  # of a chunk that is searched: 4 MB stay in a processor's cache
+FEW = 64  # queries, for which reading takes longer than arithmetic
+CHUNK_NUMBERS = 1 << 19  # of a chunk that is searched for them: 2 MB stay in a processor's cache
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -109,8 +110,8 @@ def open_checked(textfile, embfile):
 
 def not_finite(rows):
     """Yields the numbers of the rows that hold a value that is not finite."""
-    for start in range(0, len(rows), BLOCK):
-        finite = rows[start:start + BLOCK].isfinite().all(1)
+    for start in range(0, len(rows), DIGEST_ROWS):
+        finite = rows[start:start + DIGEST_ROWS].isfinite().all(1)
         yield from (start + (~finite).nonzero()[:, 0]).tolist()
 
 
@@ -159,14 +160,17 @@ def search(queries, embeddings, k, chunk=None, half=None):
 
     queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores
     (B, k), indices (B, k) int64), k <= N. Only B x chunk products exist at a time, so memory does
-    not grow with N. chunk: rows that are read at a time (default: 4 MB of them, 8192 at most).
+    not grow with N. chunk: rows that are read at a time (default: 8192, for FEW queries 2 MB).
 
     half: to_bfloat16(embeddings), or None. It is scanned first, and float32 products are computed
     only of those rows of a chunk that may be among a query's k best, given the greatest error of
     bfloat16. The result is the same, except for ties.
     """
     k = min(k, len(embeddings))
-    chunk = chunk or max(1, min(8192, CHUNK_NUMBERS // queries.shape[1]))
+    if chunk is None:
+        chunk = 8192
+        if len(queries) <= FEW:  # a power of two, which leaves matrix products no odd rows
+            chunk = min(chunk, 1 << (CHUNK_NUMBERS // queries.shape[1] | 1).bit_length() - 1)
     best = indices = None
     for start in range(0, len(embeddings), chunk):
         rows, near = embeddings[start:start + chunk], None

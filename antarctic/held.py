@@ -5,6 +5,7 @@ import os
 import stat
 import time
 import weakref
+from contextlib import contextmanager
 
 from antarctic.errors import InputError
 
@@ -49,15 +50,33 @@ class HeldFile:
     def fill(self, buffer, offset):
         """Reads len(buffer) bytes from offset on. buffer: a memoryview of bytes. Raises InputError
         where they cannot be read. A caller that has all its bytes calls check()."""
-        try:
+        with self.reading():
             while len(buffer):
                 count = os.preadv(self.file.fileno(), [buffer], offset)
                 if not count:
-                    self.check()
-                    raise InputError(f"{self.name} is cut short")
+                    self.cut_short()
                 buffer, offset = buffer[count:], offset + count
+
+    def gather(self, offsets, size):
+        """Pieces of so many bytes each, one after the other, a bytearray. Raises InputError as
+        fill() does."""
+        number = self.file.fileno()
+        with self.reading():
+            data = bytearray().join([os.pread(number, size, offset) for offset in offsets])
+        if len(data) < len(offsets) * size:
+            self.cut_short()
+        return data
+
+    @contextmanager
+    def reading(self):
+        try:
+            yield
         except OSError as error:
             raise InputError(f"cannot read {self.name} ({error.strerror})") from error
+
+    def cut_short(self):
+        self.check()
+        raise InputError(f"{self.name} is cut short")
 
     def read(self, size=None, offset=0):
         """So many of its bytes, all by default. Raises InputError as fill() and check() do."""

@@ -64,8 +64,8 @@ class Rows:
         begin, end = int(numbers[0]), int(numbers[-1]) + 1
         if end - begin <= 4 * len(numbers):
             return self.read(begin, end).reshape(-1, self.row_bytes)[numbers - begin].ravel()
-        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
-        return np.concatenate([self.read(int(run[0]), int(run[-1]) + 1) for run in runs])
+        offsets = (self.offset + numbers * self.row_bytes).tolist()
+        return np.frombuffer(self.file.gather(offsets, self.row_bytes), np.uint8)
 
     def only(self, rows):
         """Some of these rows, as Rows. rows: ascending numbers."""
