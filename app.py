@@ -12,7 +12,6 @@ nothing from elsewhere.
 import argparse
 import os
 import shlex
-import tempfile
 import threading
 from dataclasses import asdict
 from os.path import isfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from antarctic.distributed import warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.folders import list_images
+from antarctic.leftovers import scratch_folder
 from antarctic.runtime import cleanup, run
 from antarctic.texts import read_words
 from utils import (
@@ -198,7 +198,7 @@ def main():
     decoding = check(args)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="antarctic-page-"))
+    folder = cleanup.enter_context(scratch_folder("antarctic-page"))
     quiet_gradio(folder)
     from antarctic.page_layout import launch
 

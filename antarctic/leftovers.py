@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -96,9 +97,12 @@ def writer_of(name):
 
 def is_mine(entry):
     """Whether an os.DirEntry is a regular file, no link, and of this user."""
-    own = getattr(os, "geteuid", lambda: 0)()
     return (entry.is_file(follow_symlinks=False)
-            and entry.stat(follow_symlinks=False).st_uid == own)
+            and entry.stat(follow_symlinks=False).st_uid == user())
+
+
+def user():
+    return os.geteuid() if hasattr(os, "geteuid") else 0  # as Windows states of each file
 
 
 def remove_leftovers(folder):
@@ -115,6 +119,27 @@ def remove_leftovers(folder):
             if dead:
                 with suppress(OSError):  # another run removes it
                     os.unlink(entry.path)
+
+
+def scratch_folder(prefix):
+    """A tempfile.TemporaryDirectory, which only this user may open. Those that killed processes of
+    this host left under the same prefix are removed with all that is in them."""
+    import shutil
+    import tempfile  # takes a while, and only the page needs it
+    name = re.compile(rf"{re.escape(prefix)}-{PROCESS}-\w{{8}}")
+    with suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            match = name.fullmatch(entry.name)
+            if match and Process(*match.groups()).has_died() and is_own_folder(entry):
+                shutil.rmtree(entry.path, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{prefix}-{this_process().name}-")
+
+
+def is_own_folder(entry):
+    """Whether an os.DirEntry is a folder, no link, that this user alone may open."""
+    status = entry.stat(follow_symlinks=False)
+    return (stat.S_ISDIR(status.st_mode) and status.st_uid == user()
+            and stat.S_IMODE(status.st_mode) == 0o700)
 
 
 def age_of(path):

@@ -21,6 +21,7 @@ from antarctic.exports import Exports, metadata_path, write_metadata
 from antarctic.files import file_sha256
 from antarctic.folders import Picture
 from antarctic.images import read_image
+from antarctic.leftovers import temporary_path
 from antarctic.results import write_captions
 from antarctic.runtime import cleanup
 from antarctic.shards import check_shards, suffix_of, write_shards
@@ -505,8 +506,11 @@ def test_a_kill_between_any_two_writes_of_shards_leaves_a_folder_that_the_next_r
             shards_of(tmp_path / "whole"))
 
 
-def test_two_runs_never_mix_their_shards_and_a_killed_ones_half_shard_goes(tmp_path, release):
-    half = tmp_path / ".captions-000000.tar-0.999999999.tmp"
+def test_two_runs_never_mix_their_shards_and_a_killed_ones_half_shard_goes(tmp_path, release,
+                                                                           monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 999_999_999)
+        half = temporary_path(tmp_path / "captions-000000.tar")
     half.touch()
     (tmp_path / ".shards.lock").write_text("process 999999999 on here")
     exports(shards=tmp_path)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +142,25 @@ def test_only_what_a_dead_run_made_is_removed(tmp_path, monkeypatch):
         os.chown(other, 12345, 12345)
         files.output_folder(tmp_path)
         assert other.exists()
+
+
+def test_a_killed_pages_folder_goes_with_its_uploads(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 999_999_999)
+        prefix = f"page-{leftovers.this_process().name}-"
+    gone, open_to_all, link = (Path(tempfile.mkdtemp(prefix=prefix)) for _ in range(3))
+    (gone / "upload").mkdir()
+    (tmp_path / "mine").write_text("of a person")
+    (gone / "upload" / "photo.jpg").symlink_to(tmp_path / "mine")
+    open_to_all.chmod(0o755)
+    link.rmdir()
+    link.symlink_to(tmp_path)
+    with leftovers.scratch_folder("page") as first, leftovers.scratch_folder("page") as second:
+        left = {*tmp_path.iterdir()}
+        assert left == {open_to_all, link, tmp_path / "mine", Path(first), Path(second)}
+    link.unlink()
+    assert (tmp_path / "mine").read_text() == "of a person"
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "\udcff" * 255, "a\nb", "-", ".x"])

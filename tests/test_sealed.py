@@ -96,7 +96,7 @@ def test_records_are_kept_up_to_the_first_line_that_is_not_whole(tmp_path, behin
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    def read_only(path, *_):
+    def read_only(path, *_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     (tmp_path / "part").touch()
     monkeypatch.setattr("builtins.open", read_only)
