@@ -142,9 +142,9 @@ def digest_of(tables, captions):
 
 def save_state(path, trained, optimizer, progress):
     """Saves what a stopped run needs to resume. trained: {name: parameter}. progress: plain
-    numbers, lists and tuples. Nothing is written where a parameter is not finite: no run could recover
-    from it, and the next loss or checkpoint reports it. Raises InputError where the optimizer's
-    averages are not finite, which no loss would report."""
+    numbers, lists and tuples. Nothing is written where a parameter is not finite: no run could
+    recover from it, and the next loss or checkpoint reports it. Raises InputError where the
+    optimizer's averages are not finite, which no loss would report."""
     if not all(parameter.isfinite().all() for parameter in trained.values()):
         return
     for name, parameter in trained.items():

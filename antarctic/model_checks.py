@@ -23,7 +23,8 @@ MOST = {  # bytes of the small files; the largest known tokenizer.json, of Gemma
     "added_tokens.json": 4 << 20, "tokenizer_config.json": 4 << 20}
 MOST_ELSE = 1 << 20
 MOST_HEADER = 1 << 24  # bytes of the header of a safetensors file, or of an index of shards
-MOST_TOKENS = 1 << 21
+MOST_TOKENS = 1 << 19  # Gemma 3 has 262,144; more would take minutes to load
+MOST_ADDED = 1 << 14  # of these, tokens beside the vocabulary; Gemma 3 has 6,415
 MOST_SIDE = 2048  # pixels, patches: the greatest number in the settings of an image processor
 MOST_STEPS = 1 << 21  # bytes of a tokenizer's steps; a table of Unicode has 400 kB
 MOST_GROWTH = 64  # how many times longer a tokenizer may make a text before it splits it
@@ -133,28 +134,27 @@ def check_processor(settings):
             raise ValueError(f"its image processor has {key} {value:,}; {MOST_SIDE:,} is the most")
 
 
-def check_tokenizer(content):
-    """content: the value of tokenizer.json, vocab.json, added_tokens.json or
-    tokenizer_config.json."""
+def check_tokenizer(name, content):
+    """name: of tokenizer.json, vocab.json, added_tokens.json or tokenizer_config.json. content: its
+    value."""
     if not isinstance(content, dict):
-        raise ValueError("its tokenizer is none")
-    model = content.get("model")
-    vocabulary = model.get("vocab", {}) if isinstance(model, dict) else {}
-    if "model" not in content and all(type(value) is int for value in content.values()):
-        vocabulary = content  # of vocab.json and added_tokens.json
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    added = content.get("added_tokens")
-    ids += [token.get("id") for token in added or () if isinstance(token, dict)]
-    decoder = content.get("added_tokens_decoder")
-    ids += [int(key) for key in decoder] if isinstance(decoder, dict) else []
-    if len(vocabulary) > MOST_TOKENS:
-        raise ValueError(f"its tokenizer has {len(vocabulary):,} tokens; {MOST_TOKENS:,} are the "
-                         f"most")
+        raise ValueError(f"{name} is no tokenizer")
+    vocabulary, added = {}, []  # {token: id} or a list of tokens; ids
+    if name == "tokenizer.json":
+        vocabulary = content["model"]["vocab"]
+        added = [token["id"] for token in content.get("added_tokens") or ()]
+        check_steps(content)
+    elif name == "tokenizer_config.json":
+        added = [int(key) for key in content.get("added_tokens_decoder") or ()]
+    else:
+        vocabulary = content
+    if len(vocabulary) > MOST_TOKENS or len(added) > MOST_ADDED:
+        raise ValueError(f"its tokenizer has {len(vocabulary):,} tokens and {len(added):,} added "
+                         f"ones; {MOST_TOKENS:,} and {MOST_ADDED:,} are the most")
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ()), *added]
     if strange := [i for i in ids if type(i) is not int or not 0 <= i < MOST_TOKENS]:
         raise ValueError(f"its tokenizer has the token {str(strange[0])[:30]}; there are "
                          f"{MOST_TOKENS:,} at most")
-    if model is not None:
-        check_steps(content)
 
 
 def check_steps(content):

@@ -75,10 +75,10 @@ class ModelFiles:
         elif file == "config.json":
             check_config(content, self.tensors)
         elif file in ("tokenizer.json", "vocab.json", "added_tokens.json"):
-            check_tokenizer(content)
+            check_tokenizer(file, content)
             return data  # it may be large, and names no code
         elif file == "tokenizer_config.json":
-            check_tokenizer(content)
+            check_tokenizer(file, content)
         elif file in PROCESSOR:
             check_processor(content)
         return json.dumps(clean(content)).encode()

@@ -8,7 +8,9 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
+import shutil
 import struct
 import tarfile
 import warnings
@@ -21,7 +23,7 @@ import numpy as np
 import pillow_heif
 import pytest
 import torch
-from conftest import BART, CLIP
+from conftest import BART, CLIP, GPT
 from PIL import Image
 from test_hostile import DEEP, bounded
 
@@ -30,6 +32,7 @@ import utils
 from antarctic import (
     annotations,
     captions,
+    causal_lm,
     chair,
     checkpoints,
     datasets,
@@ -57,6 +60,8 @@ from hypothesis import strategies as st
 EXAMPLES = int(os.environ.get("FUZZ", "20"))
 fuzz = settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None,
                 suppress_health_check=list(HealthCheck))
+# Loading a model takes a second, so the suite draws few of these.
+model_fuzz = settings(fuzz, max_examples=max(1, EXAMPLES // 20))
 COUNTS = Counter()  # {(kind of file, outcome): files}, printed where FUZZ is set
 
 
@@ -627,6 +632,99 @@ def test_a_zip_with_a_mutated_pickle(tmp_path, torch_files, name):
                     data = mutate(data, edits)
                 archive.writestr(member, data)
         outcome(f"{name}, pickle", tmp_path / file, buffer.getvalue(), read)
+    run()
+
+
+# ---------------------------------------------------------------------------------- model folders
+
+def read_clip(folder):
+    clip = model.Clip(str(folder))
+    vectors = clip.encode_texts(["a dog", "two red cats"])
+    assert vectors.shape == (2, clip.dim) and vectors.isfinite().all()
+
+
+def read_bart(folder):
+    captioner = model.Captioner(str(folder))
+    table, = captioner.tokenize(["a dog | grass | "], 16)
+    captions, = captioner.beam([table], 2, 2)
+    assert all(isinstance(text, str) for text, _ in captions)
+    assert all(math.isfinite(likelihood) for _, likelihood in captions)
+
+
+def read_story_model(folder):
+    config, tokenizer, tokens, room = causal_lm.encode(str(folder), ["Once upon a time"])
+    lm = causal_lm.load_lm(str(folder), causal_lm.end_tokens(tokenizer, False), "cpu",
+                           torch.float32, config)
+    [(new, ended)] = causal_lm.sample(lm, tokens, [0], min(3, room[0]))
+    assert isinstance(causal_lm.to_text(tokenizer, "Once upon a time", tokens[0], new, ended), str)
+
+
+FOLDERS = {"CLIP": (CLIP, read_clip), "BART": (BART, read_bart), "GPT": (GPT, read_story_model)}
+
+
+def model_files(source):
+    """{name: bytes} of a model folder, in all the forms in which its parts may come."""
+    files = {path.name: path.read_bytes() for path in Path(source).iterdir()}
+    vocabulary = json.loads(files["tokenizer.json"])["model"]
+    files["vocab.json"] = json.dumps(vocabulary["vocab"]).encode()
+    merges = [" ".join(merge) if isinstance(merge, list) else merge
+              for merge in vocabulary["merges"]]
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode()
+    settings = json.loads(files["tokenizer_config.json"])
+    special = {key: value for key, value in settings.items() if key.endswith("_token")}
+    files["special_tokens_map.json"] = json.dumps(special).encode()
+    names = json.loads(files["model.safetensors"][8:8 + struct.unpack(
+        "<Q", files["model.safetensors"][:8])[0]])
+    shard = "model-00001-of-00001.safetensors"
+    index = {"metadata": {}, "weight_map": {name: shard for name in names if name[0] != "_"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    return files
+
+
+def lay_out(folder, files, name):
+    """Writes a model folder in the form in which the file `name` is read."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for other, data in files.items():
+        if name == "model.safetensors.index.json" and other == "model.safetensors":
+            other = "model-00001-of-00001.safetensors"
+        elif name in ("vocab.json", "merges.txt") and other == "tokenizer.json":
+            continue
+        (folder / other).write_bytes(data)
+
+
+SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "vocab.json", "merges.txt", "generation_config.json", "preprocessor_config.json",
+         "model.safetensors.index.json")
+MODEL_PARTS = [(kind, name) for kind in FOLDERS for name in (*SMALL, "model.safetensors")
+               if (name != "preprocessor_config.json" or kind == "CLIP")
+               and (name != "generation_config.json" or kind != "CLIP")]
+# Numbers, keys and names that a config may hold; the values above seldom hit them.
+CONFIG_EDITS = st.lists(st.tuples(st.just("replace"), NUMBERS, NUMBERS, VALUES | st.sampled_from(
+    [10 ** 8, 10 ** 9, 1 << 20, 3, 64, 1100, "gpt2", "bart", "clip", "llama", "relu", "float16"])),
+    min_size=1, max_size=2)
+
+
+@pytest.mark.parametrize("kind, name", MODEL_PARTS, ids=lambda value: value)
+def test_a_model_folder_with_a_mutated_file(tmp_path, kind, name):
+    source, read = FOLDERS[kind]
+    files, folder = model_files(source), tmp_path / "model"
+
+    @model_fuzz
+    @given(BYTE_EDITS, JSON_EDITS | CONFIG_EDITS, st.booleans())
+    def run(edits, values, by_value):
+        content = files[name]
+        if name == "model.safetensors":
+            length, = struct.unpack("<Q", content[:8])
+            header = content[8:8 + length]
+            header = mutate_json(json.loads(header), values) if by_value else mutate(header, edits)
+            content = struct.pack("<Q", len(header)) + header + content[8 + length:]
+        elif by_value and name.endswith(".json"):
+            content = mutate_json(json.loads(content), values)
+        else:
+            content = mutate(content, edits)
+        lay_out(folder, files, name)
+        outcome(f"{kind}'s {name}", folder / name, content, lambda _: read(folder))
     run()
 
 
