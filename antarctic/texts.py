@@ -27,7 +27,7 @@ def read_file(path, kind):
     """The bytes of a file, see read_text."""
     try:
         return persistent(partial(read_regular, path, MOST_BYTES))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"there is no {kind} at {path}") from error
     except OSError as error:
         raise InputError(f"cannot read the {kind} {path} ({reason_of(error)})") from error
