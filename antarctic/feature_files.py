@@ -3,6 +3,7 @@ end."""
 
 import hashlib
 import json
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,9 +34,10 @@ class Store:
         self.digests, self.complete = [None] * len(statuses), True
         self.vector_of, self.files = {}, {}  # {digest: vector}, {path: set of digests}
         row_of = {status: row for row, status in enumerate(statuses) if status}
-        paths = sorted(folder.glob(f"{self.prefix}*"))
+        paths, warnings = sorted(folder.glob(f"{self.prefix}*")), {}
         for path in paths:
-            for status, digest, vector in whole_rows(path, dim, row_of):
+            tell = partial(warnings.__setitem__, path)
+            for status, digest, vector in whole_rows(path, dim, row_of, tell):
                 self.vectors[row_of[status]], self.digests[row_of[status]] = vector, digest
                 self.complete &= path.suffix != ".part"
         for row, status in enumerate(statuses):
@@ -45,9 +47,11 @@ class Store:
         if None in self.digests or not self.complete:
             # Images that were moved or copied are known by their content.
             for path in paths:
-                rows = list(whole_rows(path, dim))
+                rows = list(whole_rows(path, dim, tell=partial(warnings.__setitem__, path)))
                 self.files[path] = {digest for _, digest, _ in rows}
                 self.vector_of |= {digest: vector for _, digest, vector in rows}
+        for text in warnings.values():
+            warn(text)
 
     def missing(self):
         """(the rows without a vector; the digests of all vectors; whether all that there is of the
@@ -112,9 +116,9 @@ def write_features(path, vectors, keys):
         file.write(save({"features": vectors, "keys": keys}))
 
 
-def whole_rows(path, dim, wanted=None):
+def whole_rows(path, dim, wanted=None, tell=warn):
     """Yields what read_features does, without damaged rows, and nothing where the file cannot be
-    read. Warns of both."""
+    read. tell: a function that gets a sentence on either."""
     if not path.is_file():  # opening a pipe waits for its writer
         return
     damaged = 0
@@ -124,10 +128,10 @@ def whole_rows(path, dim, wanted=None):
                 yield status, digest, vector
             damaged += vector is None
     except (OSError, ValueError) as error:
-        warn(f"the image vectors in {path} cannot be read ({reason_of(error)}); those that are "
+        tell(f"the image vectors in {path} cannot be read ({reason_of(error)}); those that are "
              "needed are encoded again")
     if damaged:
-        warn(f"{counted(damaged, 'image vector')} in {path} {'is' if damaged == 1 else 'are'} "
+        tell(f"{counted(damaged, 'image vector')} in {path} {'is' if damaged == 1 else 'are'} "
              "damaged; those that are needed are encoded again")
 
 

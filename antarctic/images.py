@@ -1,6 +1,7 @@
 """Image files of any origin: read upright, in RGB, within bounds, as a viewer shows them."""
 
 import contextlib
+import errno
 import importlib.util
 import io
 import os
@@ -76,10 +77,13 @@ def read_bytes(path):
         member = tars.member_at(path)
         if member is None:
             return read_regular(path, MOST_BYTES)
-        tar, _, offset, size = member
+        tar, status, offset, size = member
         if size > MOST_BYTES:
             raise OSError(too_large(MOST_BYTES))
         with open(tar, "rb") as file:
+            now = os.fstat(file.fileno())
+            if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+                raise OSError(errno.ESTALE, f"{tar} changes while it is read")
             return tars.read_member(file, offset, size)
 
     return persistent(read)

@@ -59,8 +59,6 @@ def read_regular(path, most):
 def check_regular(status, most):
     """Raises OSError where a file is not regular or has more than `most` bytes. status: its
     os.stat_result."""
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
         raise OSError("it is no regular file")
     if status.st_size > most:

@@ -3,6 +3,7 @@ name in the list of skipped files."""
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -13,12 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pillow_heif as heif
 import pytest
+import torch
 from conftest import CLIP, commands
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from antarctic import features, images, reads
+from antarctic import feature_files, features, images, reads
 from antarctic.errors import InputError
 from antarctic.folders import IMAGE_SUFFIXES, Picture, list_images
 from antarctic.images import read_image
@@ -638,3 +640,49 @@ def command(script, world, cache, checkpoint, tmp_path):
     """command(name, option=value, ...) runs a script in the small world, see conftest.commands."""
     arguments = commands(world, cache, checkpoint, trainer={"topk": 24, "epochs": 1})
     return lambda name, **options: script(name, *arguments[name](tmp_path / "out", **options))
+
+
+def test_an_image_that_changes_while_it_is_read_is_known_by_what_was_read(tmp_path, monkeypatch):
+    """The digest that a vector is kept under is that of the picture that was encoded."""
+    path = tmp_path / "a.png"
+    shades().save(path)
+    first = path.read_bytes()
+    seen = []
+
+    def read(content, **reading):
+        path.write_bytes(b"another image")  # before it is decoded
+        seen.append(content)
+        return read_image(content, **reading)
+
+    class CountingClip:
+        def encode_images(self, images):
+            return torch.ones(len(images), 2)
+
+    monkeypatch.setattr(features, "read_image", read)
+    [digest], vectors, bad = features.encode_files(CountingClip(), [path], 4, tqdm(disable=True))
+    assert seen == [first] and not bad
+    assert digest == hashlib.sha256(first).digest() and list(vectors) == [digest]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut"])
+def test_damaged_vectors_are_told_of_and_made_again(tmp_path, capsys, damage):
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    keys = [(f"{i:016x}", bytes([i]) * 32) for i in range(5)]
+    path = folder / "features-0-a.safetensors"
+    feature_files.write_features(path, torch.eye(8)[:5], keys)
+    statuses = [status for status, _ in keys]
+    assert feature_files.Store(folder, "0", statuses, 8).missing()[0] == []
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.eye(8)[0].numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(content if damage == "a bit" else content[:-300])
+    capsys.readouterr()
+    store = feature_files.Store(folder, "0", statuses, 8)
+    rows, known, _ = store.missing()
+    err = capsys.readouterr().err
+    assert err.count("warning") == 1 and str(path) in err
+    assert {"a bit": "1 image vector in", "cut": "cut off"}[damage] in err
+    assert rows == {"a bit": [0], "cut": [0, 1, 2, 3, 4]}[damage]
+    assert all(torch.tensor(store.vectors[row]).equal(torch.eye(8)[row])
+               for row in set(range(5)) - set(rows))
+    assert known == {keys[row][1] for row in set(range(5)) - set(rows)}

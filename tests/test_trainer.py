@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from array import array
 from itertools import islice
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import ROOT, commands
 from safetensors.torch import load_file
 
 import trainer
-from antarctic.checkpoints import checkpoint_settings
+from antarctic.checkpoints import checkpoint_settings, digest_of
 from model import Captioner
 from trainer import batches, cosine_rate
 
@@ -63,6 +64,17 @@ def test_an_epoch_takes_each_image_once_with_a_caption_of_its_own_and_can_be_res
     assert list(islice(batches(captions, 5, 0, 0), 2, None)) == epoch[2:]
     for seed, number in ((0, 1), (1, 0)):
         assert list(batches(captions, 5, seed, number)) != epoch
+
+
+def test_the_digest_of_a_state_tells_all_that_is_trained_on():
+    """As it is in memory: no file is read again, and no two sets look alike."""
+    sets = [([[1, 2], [3]], [("a", "b"), ("c",)]), ([[1], [2, 3]], [("a", "b"), ("c",)]),
+            ([[1, 2], [3]], [("a",), ("b", "c")]), ([[1, 2], [3]], [("a", "b"), ("d",)]),
+            ([[1, 2], [4]], [("a", "b"), ("c",)]), ([[1, 2]], [("a", "b")]),
+            ([[3], [1, 2]], [("c",), ("a", "b")])]
+    digests = [digest_of([array("i", table) for table in tables], captions)
+               for tables, captions in sets]
+    assert len(set(digests)) == len(sets)
 
 
 def test_help_and_a_refusal_load_no_library(tmp_path):
