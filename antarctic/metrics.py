@@ -22,42 +22,46 @@ TOKENIZERS = {"ptb": "Java's PTBTokenizer, as COCO's evaluation",
               "treebank": "NLTK's TreebankWordTokenizer, without Java"}
 
 
-# -------------------------------------------------------------------------------- what is available
+# --------------------------------------------------------------------------------------------- Java
 
 def has_java():
     """Whether Java runs. On some systems the command `java` only prints where to get Java."""
     try:
-        return subprocess.run(["java", "-version"], capture_output=True).returncode == 0
+        with java_process("-version", stderr=subprocess.DEVNULL) as process:
+            process.communicate()
+            return process.returncode == 0
     except OSError:
         return False
 
 
-def missing_corenlp():
-    """Why SPICE lacks its parser, a text; empty where the parser is installed. pycocoevalcap would
-    download it."""
-    from pycocoevalcap.spice import get_stanford_models
-    folder = Path(get_stanford_models.__file__).parent / get_stanford_models.SPICELIB
-    names = [f"{get_stanford_models.JAR}{end}.jar" for end in ("", "-models")]
-    if all((folder / name).is_file() for name in names):
-        return ""
-    return f"Stanford CoreNLP ({' and '.join(names)}) is not in {folder}"
+@contextmanager
+def java_process(*arguments, stderr):
+    """Runs Java with pipes as its standard input and output, as a Popen.
 
+    It is killed and waited for in the end, whatever happens: subprocess.run leaves a zombie where
+    Ctrl-C comes. If this process is killed, Java reads the end of its input.
+    """
+    process = subprocess.Popen(["java", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=stderr)
+    try:
+        yield process
+    finally:
+        process.kill()  # first, as closing its input would wait until it reads what is left
+        with suppress(OSError):
+            process.stdin.close()
+        process.stdout.close()
+        process.wait()
 
-# --------------------------------------------------------------------------------------------- Java
 
 @contextmanager
 def java_program(*arguments):
     """Runs a Java program that answers lines of text. Yields ask(line), which returns its answer,
-    and last(line), which also ends its input and returns all that it still answers, a list.
-
-    The program is killed in the end, whatever happens, and reads the end of its input if this
-    process is killed. ask raises SubprocessError, with the last line of what the program complains
-    of, where it has ended.
+    and last(line), which also ends its input and returns all that it still answers, a list. ask
+    raises SubprocessError, with the last line of what the program complains of, where it has ended.
     """
-    with tempfile.TemporaryFile() as complaints:  # a pipe that nobody reads would fill up
-        process = subprocess.Popen(["java", *arguments], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=complaints)
-
+    # A pipe of complaints that nobody reads would fill up.
+    with (tempfile.TemporaryFile() as complaints,
+          java_process(*arguments, stderr=complaints) as process):
         def send(line):
             with suppress(BrokenPipeError):  # it has ended: there is no answer
                 process.stdin.write(f"{line}\n".encode(errors="replace"))
@@ -79,20 +83,24 @@ def java_program(*arguments):
                 process.stdin.close()
             return process.stdout.read().decode(errors="replace").split("\n")[:-1]
 
-        try:
-            yield ask, last
-        finally:
-            process.kill()  # first, as closing its input would wait until it reads what is left
-            with suppress(OSError):
-                process.stdin.close()
-            process.stdout.close()
-            process.wait()
+        yield ask, last
 
 
 def last_line(complaints):
     """The last line of what Java complains of (bytes), to end a sentence with: ": ..." or ""."""
     lines = complaints.decode(errors="replace").strip().splitlines()
     return f": {lines[-1]}" if lines else ""
+
+
+def missing_corenlp():
+    """Why SPICE lacks its parser, a text; empty where the parser is installed. pycocoevalcap would
+    download it."""
+    from pycocoevalcap.spice import get_stanford_models
+    folder = Path(get_stanford_models.__file__).parent / get_stanford_models.SPICELIB
+    names = [f"{get_stanford_models.JAR}{end}.jar" for end in ("", "-models")]
+    if all((folder / name).is_file() for name in names):
+        return ""
+    return f"Stanford CoreNLP ({' and '.join(names)}) is not in {folder}"
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -115,14 +123,14 @@ def ptb_tokens(texts):
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    command = ["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
-               "-lowerCase"]
     text = "".join(text + "\n" for text in texts).encode(errors="replace")
-    done = subprocess.run(command, input=text, capture_output=True)
-    lines = done.stdout.decode(errors="replace").split("\n")[:-1]
+    with java_process("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
+                      "-lowerCase", stderr=subprocess.PIPE) as process:
+        output, complaints = process.communicate(text)
+    lines = output.decode(errors="replace").split("\n")[:-1]
     if len(lines) != len(texts):
         raise InputError(f"Java's tokenizer gave {len(lines)} lines for {len(texts)} texts"
-                         f"{last_line(done.stderr)}; try --tokenizer treebank")
+                         f"{last_line(complaints)}; try --tokenizer treebank")
     return lines
 
 

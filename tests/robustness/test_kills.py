@@ -7,8 +7,10 @@ KILLS=20 ./test.sh tests/robustness/test_kills.py stops each script that often; 
 """
 
 import ctypes
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, commands, flags
+from conftest import CLIP, GPT, ROOT, commands, flags
 from forks import files, finish, start
 
 KILLS = int(os.environ.get("KILLS", "2"))
@@ -40,28 +42,56 @@ def assert_stopped(text):
     assert "Traceback" not in text
 
 
-@pytest.fixture(scope="module", params=["compute_cache", "trainer", "sampler", "stories"])
+ANSWERS = """#!/bin/sh
+case "$*" in
+    *PTBTokenizer*) exec tr A-Z a-z;;
+    *meteor*) while read line; do sleep 0.02; echo 0.5; done; yes 0.5 | head -48;;
+esac
+"""  # a Java that gives METEOR's answers, slowly
+
+
+def scorer_command(world, folder):
+    """The arguments of scorer.py by output folder, and an environment in which Java is ANSWERS."""
+    captions = json.loads((world / "annotations" / "captions_train2017.json").read_text())
+    results = [{"image_id": image["id"], "caption": "a red dog"} for image in captions["images"]]
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "bin").mkdir()
+    (folder / "bin" / "java").write_text(ANSWERS)
+    (folder / "bin" / "java").chmod(0o755)
+    options = {"results": folder / "results.json", "datadir": world, "split": "train2017",
+               "clip_model": CLIP, "batch_size": 2}
+    return (lambda out: flags({**options, "savedir": out}),
+            {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"})
+
+
+@pytest.fixture(scope="module",
+                params=["compute_cache", "trainer", "sampler", "stories", "scorer"])
 def run(request, world, cache, checkpoint, tmp_path_factory):
-    """A script's name, its arguments by output folder (command), and the seconds and files of an
-    uninterrupted run."""
-    name, folder = request.param, tmp_path_factory.mktemp("whole")
-    command = small_commands(world, cache, checkpoint)[name]
-    seconds = finish(folder / "log", name, *command(folder / "out"), patches=SMALL)
-    return SimpleNamespace(name=name, command=command, seconds=seconds, files=files(folder / "out"))
+    """A script's name, its arguments by output folder (command), how to start it (options), and
+    the seconds and files of an uninterrupted run."""
+    name, folder, environment = request.param, tmp_path_factory.mktemp("whole"), {}
+    if name == "scorer":
+        command, environment = scorer_command(world, folder)
+    else:
+        command = small_commands(world, cache, checkpoint)[name]
+    options = {"patches": SMALL, **environment}
+    seconds = finish(folder / "log", name, *command(folder / "out"), **options)
+    return SimpleNamespace(name=name, command=command, options=options, seconds=seconds,
+                           files=files(folder / "out"))
 
 
 def test_a_script_that_is_killed_again_and_again_ends_as_one_that_is_not(run, tmp_path):
     rng, kills = random.Random(run.name), 0
     command = run.command(tmp_path / "killed")
     while kills < KILLS:
-        process = start(tmp_path / "log", run.name, *command, patches=SMALL)
+        process = start(tmp_path / "log", run.name, *command, **run.options)
         process.join(rng.uniform(0.02, 1) * run.seconds)
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
         if process.exitcode:  # otherwise it was done, and the next run starts anew
             kills += 1
-    finish(tmp_path / "log", run.name, *command, patches=SMALL)
+    finish(tmp_path / "log", run.name, *command, **run.options)
     assert files(tmp_path / "killed") == run.files
 
 
@@ -70,7 +100,7 @@ def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_
     command = run.command(tmp_path / "stopped")
     for turn, sent in enumerate([signal.SIGINT, signal.SIGTERM] * -(-KILLS // 2)):
         log = tmp_path / f"log{turn}"
-        process = start(log, run.name, *command, patches=SMALL)
+        process = start(log, run.name, *command, **run.options)
         while not Path(f"{log}.begun").exists():
             time.sleep(0.005)
         process.join(rng.uniform(0, 0.9) * run.seconds)
@@ -85,7 +115,7 @@ def test_a_script_that_is_asked_to_stop_stops_within_seconds_and_says_how_to_go_
         assert not list((tmp_path / "stopped").glob(".*.tmp"))
         stops += 1
     assert stops
-    finish(tmp_path / "log", run.name, *command, patches=SMALL)
+    finish(tmp_path / "log", run.name, *command, **run.options)
     assert files(tmp_path / "stopped") == run.files
 
 
@@ -155,3 +185,141 @@ def test_a_script_that_is_asked_to_stop_where_python_does_not_hear_it_stops_too(
     process.join(20)
     assert process.exitcode == 130 and time.monotonic() - began < 5
     assert_stopped(log.read_text())
+
+
+# ------------------------------------------------------------------------------- scores, by Java
+
+SILENT = """#!/bin/sh
+[ "$1" = {hangs} ] || exit 0
+echo $$ > {folder}/pid
+{body}
+"""
+JAVAS = {  # {where it hangs: its first argument, what it does then}
+    "METEOR reads and gives no answer": ("-jar", "while read line; do :; done"),
+    "METEOR reads nothing": ("-jar", "exec sleep 60"),
+    "the tokenizer does not end": ("-cp", "exec sleep 60"),
+    "java -version does not end": ("-version", "exec sleep 60"),
+}
+
+
+def meteors(pid):
+    """The process ids of a process's children that are METEOR."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True,
+                           text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if "meteor-" in line]
+
+
+def is_running(pid):
+    """Whether there is such a process, also one that nobody has waited for."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def start_scorer(folder, text, environment, tokenizer):
+    (folder / "a.txt").write_text(text)
+    (folder / "tmp").mkdir()
+    return subprocess.Popen(
+        [sys.executable, ROOT / "scorer.py", *map(str, flags({
+            "preds": folder / "a.txt", "refs": [folder / "a.txt"] * 10, "savedir": folder / "out",
+            "tokenizer": tokenizer}))],
+        stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"TMPDIR": str(folder / "tmp"), **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def assert_scorer_has_stopped(folder, process, sent, java):
+    """The sentence within 5 seconds, unless by SIGKILL; no Java, no file."""
+    began = time.monotonic()
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5
+    if sent != signal.SIGKILL:
+        assert process.returncode == 130
+        assert_stopped(err)
+        assert not is_running(java)
+    assert not [*(folder / "tmp").iterdir(), *(folder / "out").glob("*")]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("java", JAVAS.values(), ids=JAVAS)
+def test_a_scorer_that_is_asked_to_stop_while_java_hangs_stops_with_the_sentence(
+        tmp_path, java, sent):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "java").write_text(
+        SILENT.format(hangs=java[0], body=java[1], folder=tmp_path))
+    (tmp_path / "bin" / "java").chmod(0o755)
+    tokenizer = "treebank" if java[0] == "-jar" else "auto"
+    # More than a pipe holds, where nobody reads it.
+    process = start_scorer(tmp_path, "a red dog " * (1 if "read" in java[1] else 900) + "\n",
+                           {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, tokenizer)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text().strip(), process)
+    time.sleep(0.2)
+    assert_scorer_has_stopped(tmp_path, process, sent, int(pid.read_text()))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_scorer_that_is_stopped_in_meteor_leaves_no_java(tmp_path, sent):
+    if not shutil.which("java"):
+        pytest.skip("there is no Java here")
+    process = start_scorer(tmp_path, "a red dog\n" * 1000, {}, "treebank")
+    wait_until(lambda: meteors(process.pid), process)
+    [java] = meteors(process.pid)
+    time.sleep(random.Random(sent).uniform(0, 3))
+    assert_scorer_has_stopped(tmp_path, process, sent, java)
+    began = time.monotonic()
+    while is_running(java) and time.monotonic() - began < 20:
+        if Path(f"/proc/{java}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            break  # its parent is dead, and who inherits it has not asked for it yet
+        time.sleep(0.05)
+    else:
+        assert not is_running(java)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stories_that_are_printed_stop_with_the_sentence_and_begin_anew(tmp_path, sent):
+    command = flags({"caption": ["a red dog", "a whale"] * 8, "lm": GPT, "batch_size": "2"})
+    seconds = finish(tmp_path / "whole", "stories", *command)
+    process = start(tmp_path / "log", "stories", *command)
+    while "Once" not in (tmp_path / "log").read_text():
+        assert process.exitcode is None
+        time.sleep(0.005)
+    process.join(random.Random(sent).uniform(0, seconds / 4))
+    began = time.monotonic()
+    os.kill(process.pid, sent)
+    process.join()
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 130 and time.monotonic() - began < 5, printed
+    assert_stopped(printed)
+    told, whole = ([line for line in text.splitlines() if line.startswith("Once")]
+                   for text in (printed, (tmp_path / "whole").read_text()))
+    assert told and told == whole[:len(told)]
+
+
+def test_a_library_that_waits_for_ever_at_exit_does_not_hold_a_run_that_was_stopped(tmp_path):
+    (tmp_path / "late.py").write_text(
+        "import sys, threading, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from antarctic import runtime\n"
+        "def main():\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    print('working', flush=True)\n"
+        "    time.sleep(60)\n"
+        "runtime.run(main)\n")
+    process = subprocess.Popen([sys.executable, tmp_path / "late.py"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "working\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 130 and time.monotonic() - began < 5
+    assert_stopped(err)
