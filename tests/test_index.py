@@ -22,7 +22,7 @@ from antarctic.datasets import read_coco
 from antarctic.errors import InputError
 from antarctic.features import image_features
 from antarctic.files import file_sha256
-from model import Clip
+from model import Clip, Model
 
 needs_faiss = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import faiss"], capture_output=True).returncode != 0,
@@ -392,8 +392,11 @@ def test_scripts_build_and_use_an_index_and_say_so(script, world, cache, checkpo
     exact, approximate = ((tmp_path / name / "captions.json").read_bytes()
                           for name in ("exact", "index"))
     assert exact == approximate
+    for given in (str(tmp_path / "i"), [tmp_path / "i"]):
+        model = Model.load(CLIP, BART, "none", cache.textfile, cache.embfile, given)
+        assert model.search.sha256 == [file_sha256(tmp_path / "i")]
     run = script("trainer", *common, "--savedir", checkpoint.parent, "--epochs", 1, "--tmax", 1,
-                 "--index", tmp_path / "none")
+                 "--index", tmp_path / "i", tmp_path / "none")
     assert run.code == 2 and "there is no index" in run.err
 
 
