@@ -4,8 +4,8 @@ middle or behind it, or the call fails, once or from then on.
 A run that fails says why in one sentence, and the same command then ends with the files of an
 uninterrupted run, to the byte. What a script reads fails in the same way.
 
-CALLS=all ./test.sh tests/robustness/test_syscalls.py --dist load spoils every call, CALLS=100 so
-many drawn ones of each script; the default is a few.
+CALLS=all ./test.sh tests/robustness/test_syscalls.py --dist load -s spoils every call, CALLS=100 so
+many drawn ones of each case; the default is a few.
 """
 
 import errno
@@ -26,7 +26,7 @@ from syscalls import AFTER, BEFORE, DONE, FAIL, MIDDLE, SHORT, Spoil, build, ser
 
 from snowglobe import scenes
 
-CALLS = os.environ.get("CALLS", "3")
+CALLS = os.environ.get("CALLS", "2")  # of each case, or "all"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C compiler here")
 
