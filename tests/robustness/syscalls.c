@@ -56,6 +56,11 @@ static void path_of(int fd, char *path) {
 /* The whole path of what a call names, relative to a folder's descriptor or AT_FDCWD. */
 static void absolute(int fd, const char *name, char *path) {
     char base[PATH_MAX] = "";
+    int held;
+    if (sscanf(name, "/proc/self/fd/%d", &held) == 1) { /* a file that is open already */
+        path_of(held, path);
+        return;
+    }
     if (name[0] != '/' && fd == AT_FDCWD) {
         if (!getcwd(base, sizeof base)) base[0] = 0;
     } else if (name[0] != '/') {

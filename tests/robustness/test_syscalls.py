@@ -4,8 +4,8 @@ middle or behind it, or the call fails, once or from then on.
 A run that fails says why in one sentence, and the same command then ends with the files of an
 uninterrupted run, to the byte. What a script reads fails in the same way.
 
-CALLS=all ./test.sh tests/robustness/test_syscalls.py --dist load spoils every call, CALLS=100 so
-many drawn ones of each script; the default is a few.
+CALLS=all ./test.sh tests/robustness/test_syscalls.py --dist load -rP spoils every call, CALLS=100 so
+many drawn ones of each case; the default is a few.
 """
 
 import errno
@@ -26,7 +26,7 @@ from syscalls import AFTER, BEFORE, DONE, FAIL, MIDDLE, SHORT, Spoil, build, ser
 
 from snowglobe import scenes
 
-CALLS = os.environ.get("CALLS", "3")
+CALLS = os.environ.get("CALLS", "2")  # of each case, or "all"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C compiler here")
 
@@ -231,7 +231,8 @@ def sweep(place, case, name, side="w"):
             again = run()
             if again.code:
                 problem = f"the next run fails: {again.text[-300:]}"
-            elif differing := differences(contents(place.out), ended):
+            elif differing := differences(comparable(contents(place.out), side),
+                                          comparable(ended, side)):
                 problem = f"after the next run these are others: {differing}"
             elif not problem:
                 good.add(state)
@@ -261,6 +262,13 @@ def problem_of_files(files, begun, ended, run, case, named):
     torn = [name for name, content in files.items() if name in ended
             and content not in (begun.get(name), ended[name])]
     return f"these are neither the old nor the new files: {torn}" if torn else None
+
+
+def comparable(files, side):
+    """The files that must be equal. After an image's status could not be read, its vector lies in a
+    file of another name."""
+    return {name: content for name, content in files.items()
+            if side == "w" or not Path(name).name.startswith("features-")}
 
 
 def fail_for(problems):
