@@ -6,10 +6,12 @@ import random
 
 import torch
 
+from antarctic.bounded import MOST_TEXT
 from antarctic.cache_files import existing_caches, open_cache, read_description
-from antarctic.distributed import gather_lists, peer_sockets, warn
+from antarctic.distributed import gather_lists, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import fingerprint
+from antarctic.peers import peer_sockets
 from antarctic.rows import DIGEST_ROWS, Embeddings, Rows
 from antarctic.texts import LONGEST_TEXT
 from antarctic.words import warn_of_entries
@@ -84,6 +86,9 @@ def open_checked(textfile, embfile):
     """The lines and the Rows of a cache, whose text is the one that the rows are of. Raises
     InputError."""
     held = open_cache(textfile, embfile)
+    if held.text.size > MOST_TEXT:
+        raise InputError(f"the cache text {textfile} has {held.text.size:,} bytes; {MOST_TEXT:,} "
+                         "are read at most")
     data = held.text.read()
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import threading
 import time
 import weakref
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ class HeldFile:
         self.name = name or path
         self.file = open(path, "rb", buffering=0,
                          opener=lambda path, flags: os.open(path, flags | NONBLOCK))
+        self.lock = threading.Lock()
         weakref.finalize(self, self.file.close)
         status = os.fstat(self.file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -52,7 +54,7 @@ class HeldFile:
         where they cannot be read. A caller that has all its bytes calls check()."""
         with self.reading():
             while len(buffer):
-                count = os.preadv(self.file.fileno(), [buffer], offset)
+                count = self.read_into(buffer, offset)
                 if not count:
                     self.cut_short()
                 buffer, offset = buffer[count:], offset + count
@@ -62,10 +64,24 @@ class HeldFile:
         fill() does."""
         number = self.file.fileno()
         with self.reading():
-            data = bytearray().join([os.pread(number, size, offset) for offset in offsets])
+            if hasattr(os, "pread"):
+                pieces = [os.pread(number, size, offset) for offset in offsets]
+            else:
+                pieces = [bytearray(size) for _ in offsets]
+                for piece, offset in zip(pieces, offsets):
+                    self.read_into(piece, offset)
+            data = bytearray().join(pieces)
         if len(data) < len(offsets) * size:
             self.cut_short()
         return data
+
+    def read_into(self, buffer, offset):
+        """Reads bytes from offset on, and returns how many."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [buffer], offset)
+        with self.lock:  # Windows
+            self.file.seek(offset)
+            return self.file.readinto(buffer)
 
     @contextmanager
     def reading(self):

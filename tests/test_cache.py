@@ -343,6 +343,22 @@ def test_a_scan_in_bfloat16_loses_none_of_the_nearest(tmp_path, chunk, shared):
     assert cache.to_bfloat16(1.01 * rows) is None  # search's error bound would not hold
 
 
+def test_rows_are_read_alike_where_the_system_reads_at_no_place(tmp_path, monkeypatch):
+    """Windows has neither pread nor preadv."""
+    write_cache(tmp_path / "c.txt", tmp_path / "c.npy", list("abcdefgh"), unit_rows(8, 4).numpy(),
+                "clip", "")
+
+    def read():
+        _, rows = cache.read_one_cache(tmp_path / "c.txt", tmp_path / "c.npy", "clip")
+        return rows[:], rows.only([1, 5])[:]
+
+    expected = read()
+    for name in ("pread", "preadv"):
+        monkeypatch.delattr(os, name)
+    for rows, other in zip(read(), expected, strict=True):
+        assert torch.equal(rows, other)
+
+
 LARGE = """
 import resource, sys
 import torch

@@ -4,8 +4,8 @@ middle or behind it, or the call fails, once or from then on.
 A run that fails says why in one sentence, and the same command then ends with the files of an
 uninterrupted run, to the byte. What a script reads fails in the same way.
 
-CALLS=all ./test.sh tests/robustness/test_syscalls.py --dist load -rP spoils every call, CALLS=100 so
-many drawn ones of each case; the default is a few.
+CALLS=all ./test.sh tests/robustness/test_syscalls.py --dist load -rP spoils every call, CALLS=100
+so many drawn ones of each case; the default is a few.
 """
 
 import errno
