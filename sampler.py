@@ -201,7 +201,7 @@ def main():
     rank, _ = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
-    folder, images = output_folder(args.features or savedir), len(pictures)
+    folder, images = on_rank0(lambda: output_folder(args.features or savedir)), len(pictures)
     reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
     records = on_rank0(lambda: Records(savedir, settings_of(args, model)))
     unread = () if records.lost(pictures) else alone

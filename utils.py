@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from antarctic.cache_files import existing_caches, is_cache_file, whole
-from antarctic.distributed import rank_and_world, warn
+from antarctic.distributed import on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import existing_file, output_folder
 from antarctic.locks import locked
@@ -292,7 +292,7 @@ def start_run(args):
     Returns (Path, or None without --savedir; torch.device; torch.dtype). Raises InputError where
     the folder cannot be written, another run is writing to it, or there is no such device.
     """
-    savedir = output_folder(args.savedir) if args.savedir else None
+    savedir = on_rank0(lambda: output_folder(args.savedir)) if args.savedir else None
     if savedir:
         cleanup.enter_context(locked(savedir / ".lock"))
     device = choose_device(args.device)
