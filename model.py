@@ -75,7 +75,8 @@ class Clip:
                 self.tokenizer = files.load_tokenizer(model.config.text_config.vocab_size)
                 # With torchvision installed, transformers would resize by it, to other pixels.
                 processor = files.load(AutoImageProcessor, backend="pil")
-                self.processor = openai_preprocessor(processor)
+                with files.telling():
+                    self.processor = openai_preprocessor(processor)
                 self.identity = files.identity()
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
@@ -89,9 +90,16 @@ class Clip:
             self.dim = config.text_config.projection_size
             self.padding = {"padding": "max_length", "max_length": self.max_length,
                             "return_attention_mask": False}
-        with telling(kind, name):  # what its files say may not go together
-            self.encode_images([new_image("RGB", (64, 48))])
-            self.encode_texts(["a"])
+        with telling(kind, name):
+            self.try_out()
+
+    @torch.inference_mode()
+    def try_out(self):
+        """Encodes an image and a text, since what the model's files say may not go together."""
+        image = self.processor(images=[new_image("RGB", (64, 48))], return_tensors="pt")
+        text = self.tokenizer(["a"], return_tensors="pt", **self.padding)
+        unit(self.model.get_image_features(**image.to(self.device, self.dtype)))
+        unit(self.model.get_text_features(**text.to(self.device)))
 
     @torch.inference_mode()
     def encode_images(self, images):
@@ -162,9 +170,15 @@ class Captioner:
             raise InputError(f"the language model {name} reads and writes {longest} tokens at "
                              f"most; --maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for "
                              f"more")
-        with telling("language model", name), torch.inference_mode():
-            self.loss(*[self.tokenize(["a b"], 8)] * 2)
-            beam_search(self.model, self.pad(self.tokenize(["a b"], 8)), 1, 5)
+        with telling("language model", name):
+            self.try_out()
+
+    @torch.inference_mode()
+    def try_out(self):
+        """Reads and writes a few tokens, since what the model's files say may not go together."""
+        table = self.tokenizer(["a b"], truncation=True, max_length=8)["input_ids"]
+        self.loss(table, table)
+        beam_search(self.model, self.pad(table), num_beams=1, maxlen=5)
 
     def train_only(self, wanted):
         """Freezes all parameters except those with wanted(name): {name: parameter} of these."""
@@ -354,9 +368,8 @@ class Model:
         warn_of_settings(settings, clip.identity, topk, len(entries))
         index_search = open_indexes(as_list(index), embeddings) if index else search
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
-        if ckpt and load_checkpoint(ckpt, captioner) != settings:
-            raise InputError(f"the checkpoint {ckpt} was changed while it was read; rerun the same "
-                             f"command")
+        if ckpt:
+            load_checkpoint(ckpt, captioner, settings)
         description = embeddings.parts[0].description
         prefix = description.prefix if description else ""
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,

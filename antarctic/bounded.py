@@ -5,9 +5,11 @@ before a byte of it is read.
 """
 
 import json
+import multiprocessing
 import os
+import signal
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from antarctic.errors import InputError
@@ -102,3 +104,47 @@ def held(path, kind):
     with file.file:
         yield file
         file.require_unchanged()
+
+
+def in_child(make, seconds=20, megabytes=1024):
+    """What make() returns, computed by a forked process of bounded time and memory, since it runs
+    what a stranger wrote. make: a function of a value that JSON can hold.
+
+    Raises ValueError where it takes more processor time or memory, or raises an exception. Systems
+    without fork (Windows) have no bounds.
+    """
+    if not hasattr(os, "fork"):
+        return make()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=answer, args=(make, sender, seconds, megabytes << 20))
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(3 * seconds):
+            raise EOFError
+        value, error = json.loads(receiver.recv_bytes(megabytes << 20))
+    except (EOFError, OSError) as ended:  # killed for its time, or an answer too long
+        raise ValueError(f"it takes more than {seconds} seconds, or too much memory") from ended
+    finally:
+        child.kill()
+        child.join()
+    if error:
+        raise ValueError(error)
+    return value
+
+
+def answer(make, sender, seconds, memory):
+    """The child of in_child."""
+    import resource
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with suppress(OSError):  # Linux; the process has its parent's memory already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        result = [make(), None]
+    except BaseException as error:
+        result = [None, " ".join(f"{type(error).__name__}: {error}".split())[:200]]
+    sender.send_bytes(json.dumps(result).encode())

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from antarctic.bounded import held
+from antarctic.bounded import held, in_child
 from antarctic.decoding import invert, nucleus
 from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 from antarctic.files import existing_file
+
+MOST_FILLED = 100_000  # characters of a prompt in its chat template
 
 
 def is_gguf(name):
@@ -81,12 +83,15 @@ def chat_prompts(tokenizer, name, prompts):
                          f"used; without --chat a story continues the prompt itself")
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     try:
-        # enable_thinking turns off the reasoning of models that have it; other templates ignore it.
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False,
-                                             enable_thinking=False)
-    except Exception as error:  # a template is a program of the model's author
-        raise InputError(f"the chat template of {name} cannot be filled "
-                         f"({reason(error)})") from error
+        # A template is a program of the model's author. enable_thinking turns off the reasoning of
+        # models that have it; other templates ignore it.
+        texts = in_child(lambda: tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False, enable_thinking=False))
+    except ValueError as error:
+        raise InputError(f"the chat template of {name} cannot be filled ({error})") from error
+    if (longest := max(map(len, texts))) > MOST_FILLED:  # a tokenizer would take minutes
+        raise InputError(f"the chat template of {name} makes {longest:,} characters of a prompt")
+    return texts
 
 
 def encode(name, prompts, chat=False):

@@ -87,12 +87,15 @@ def trained_sha256(captioner):
     return digest.hexdigest()
 
 
-def load_checkpoint(path, captioner):
+def load_checkpoint(path, captioner, expected=None):
     """Copies a checkpoint's tensors into the captioner, whose `checkpointed` are their names.
-    Returns its settings. Raises InputError where it is of another language model, holds values that
-    are not finite, or is changed meanwhile."""
+    Returns its settings. expected: those that were read before. Raises InputError where it is of
+    another language model, holds values that are not finite, or was changed since or meanwhile."""
     with held(path, "checkpoint"):
         settings, tensors = read_checkpoint(path, captioner)
+    if expected not in (None, settings):
+        raise InputError(f"the checkpoint {path} was changed while it was read; rerun the same "
+                         f"command")
     # After the file was found unchanged, so that all of it is used or nothing.
     with torch.no_grad():
         parameters = dict(captioner.model.named_parameters())

@@ -72,7 +72,8 @@ def read_tensors(weights):
     shapes = []
     for name, held in weights.items():
         if not name.endswith(".safetensors"):
-            shapes += [entry.shape for entry in weight_entries(held.opened_path).values()]
+            entries = weight_entries(held.opened_path, held.path).values()
+            shapes += [entry.shape for entry in entries]
             continue
         size = held.file.read(8)
         if len(size) < 8 or struct.unpack("<Q", size)[0] > MOST_HEADER:

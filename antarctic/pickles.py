@@ -127,14 +127,16 @@ class Reader(pickle._Unpickler):
 
 
 @contextmanager
-def torch_file(path):
+def torch_file(path, title=None):
     """Opens a file of torch.save (since PyTorch 1.6) or of torch.jit.save. Yields (content, fetch).
 
     content: the saved object, with an Entry in place of each tensor and a StandIn in place of each
     object. fetch(entry): reads a tensor into memory of its own. All other tensors stay unread,
     however large the file is. Raises InputError where the file names anything unknown or is
-    damaged, or where the body of the with statement fails.
+    damaged, or where the body of the with statement fails. title: what messages call the file
+    (default: its path).
     """
+    title = title or path
     try:
         with zipfile.ZipFile(path) as archive:
             # The number of bytes to read is limited: a file can name a storage many times.
@@ -159,11 +161,11 @@ def torch_file(path):
             pickled, = (name for name in archive.namelist()
                         if name.endswith("/data.pkl") and name.count("/") == 1)
             root = pickled.removesuffix("data.pkl")
-            yield Reader(io.BytesIO(read(pickled, MOST_PICKLE)), path).load(), fetch
+            yield Reader(io.BytesIO(read(pickled, MOST_PICKLE)), title).load(), fetch
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{path} cannot be read: it is damaged, cut short, or of an unknown "
+        raise InputError(f"{title} cannot be read: it is damaged, cut short, or of an unknown "
                          f"kind") from error
 
 
@@ -195,22 +197,23 @@ def require_small_pickle(path, most=1 << 24):
                 raise ValueError(f"{info.filename} is compressed, or too large")
 
 
-def weight_entries(path):
+def weight_entries(path, title):
     """{name: Entry} of a state dict that torch.save wrote, in its zip format or in the one before
-    PyTorch 1.6. Raises InputError where the file names anything unknown, or is damaged."""
+    PyTorch 1.6. title: what messages call the file. Raises InputError where the file names anything
+    unknown, or is damaged."""
     if is_torch_zip(path):
-        with torch_file(path) as (content, _):
+        with torch_file(path, title) as (content, _):
             require_small_pickle(path)
             return named_entries(StandIn() | content)
     try:
         with open(path, "rb") as file:
-            reader = Reader(io.BytesIO(file.read(MOST_PICKLE)), path)
+            reader = Reader(io.BytesIO(file.read(MOST_PICKLE // 2)), title)
             _magic, _version, _system, content = (reader.load() for _ in range(4))
             return named_entries(StandIn() | content)
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{path} cannot be read: it is damaged, cut short, or of an unknown "
+        raise InputError(f"{title} cannot be read: it is damaged, cut short, or of an unknown "
                          f"kind") from error
 
 
