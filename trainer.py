@@ -260,7 +260,7 @@ def main():
     rank, _ = rank_and_world()
 
     from antarctic.checkpoints import is_layernorm
-    from antarctic.features import image_features, require_most
+    from antarctic.features import image_features, require_few_bad
     from model import Model
 
     model = Model.load(args.clip_model, args.lm, "none", args.textfile, args.embfile, args.index,
@@ -278,7 +278,7 @@ def main():
     data = []
     for split, listed in ("training", pictures), ("validation", val_pictures):
         features, good, bad = image_features(model.clip, listed, savedir)
-        require_most(bad, good, args.max_bad, split)
+        require_few_bad(bad, good, args.max_bad, split)
         data.append((tokenize(model, features), [picture.captions for picture in good]))
     settings = {"lm": captioner.identity, "clip_model": model.clip.identity, "topk": args.topk,
                 "maxlen_enc": args.maxlen_enc, "maxlen_dec": args.maxlen_dec,

@@ -201,7 +201,7 @@ def report_bad_images(bad, most=None):
         print_safely(f"{counted(len(bad), 'image')} could not be read and {were} skipped", "stderr")
 
 
-def require_most(bad, pictures, most, split):
+def require_few_bad(bad, pictures, most, split):
     """Reports the images of a split that are left out of training. Raises InputError where they are
     more than a share of all.
 
@@ -209,8 +209,10 @@ def require_most(bad, pictures, most, split):
     """
     report_bad_images(bad, MOST_LISTED)
     total = len(bad) + len(pictures)
-    if bad and (not pictures or len(bad) > most * total):
-        path, reason = bad[0]
+    path, reason = bad[0] if bad else (None, None)
+    if not pictures:
+        raise InputError(f"none of the {split} images, such as {path}, can be read ({reason})")
+    if len(bad) > most * total:
         raise InputError(f"{len(bad):,} of {counted(total, f'{split} image')}, such as {path}, "
                          f"cannot be read ({reason}), more than --max_bad {most:g} of all; mend "
                          "them, or raise --max_bad to train without them and their captions")
