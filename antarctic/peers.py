@@ -82,11 +82,12 @@ def watch_peers(store, rank, world):
         host = "127.0.0.1" if local else os.environ["MASTER_ADDR"]
         with open_server(local) as server:
             store.set("peers", f"{server.getsockname()[1]} {secret} {host}")
-            peer_sockets.extend(accept_peers(server, secret.encode(), world - 1))
+            peers = accept_peers(server, secret.encode(), world - 1)
     else:
         port, secret, host = store.get("peers").decode().split(" ")
-        peer_sockets.append(connect((host, int(port)), secret.encode()))
-    for peer in peer_sockets:
+        peers = [connect((host, int(port)), secret.encode())]
+    peer_sockets.extend(peers)
+    for peer in peers:
         # The system probes the connection, however busy the process is: 40 s without answer end it.
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 5)):

@@ -286,6 +286,72 @@ def test_of_two_hosts_one_goes_on_alone_where_the_other_died(world, cache, tmp_p
     assert steps_done(state) > step
 
 
+LAUNCHED = """
+import ctypes, os, sys, time
+sys.path.insert(0, {root!r})
+from antarctic import distributed, runtime
+phase, rank = sys.argv[1], os.environ["RANK"]
+
+def wait(*_):
+    open(os.path.join({folder!r}, rank), "w").write(str(os.getpid()))
+    time.sleep(120)
+
+def wait_in_c():
+    open(os.path.join({folder!r}, rank), "w").write(str(os.getpid()))
+    mutex = ctypes.create_string_buffer(64)
+    while True:
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+if phase == "join" and rank == "1":
+    distributed.join = wait
+elif phase == "join":
+    open(os.path.join({folder!r}, rank), "w").write(str(os.getpid()))
+elif phase == "start":
+    open(os.path.join({folder!r}, rank), "w").write(str(os.getpid()))
+    while os.getppid() == int(sys.argv[2]):
+        time.sleep(0.01)
+runtime.run(wait_in_c if phase == "c" else wait, alone=phase == "alone")
+"""
+PHASES = {
+    "start": "before the script runs", "join": "while one waits for the other",
+    "work": "while they work", "c": "in a call that does not return",
+    "alone": "where one works alone",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=PHASES.values())
+def test_where_torchrun_is_killed_its_processes_end(tmp_path, phase):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED.format(root=str(ROOT), folder=str(tmp_path)))
+    shell = f'exec "$0" -m torch.distributed.run --nproc_per_node 2 {script} {phase} $$'
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(["sh", "-c", shell, sys.executable], stdout=log, stderr=log)
+    number = 1 if phase == "alone" else 2
+
+    def pids():
+        return [int(path.read_text() or 0) for path in map(tmp_path.joinpath, "01")
+                if path.exists()]
+
+    while len(pids()) < number or 0 in pids():
+        assert run.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    began = time.monotonic()
+    while any(map(is_alive, pids())):
+        assert time.monotonic() - began < 60, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    output = (tmp_path / "log").read_text()
+    assert "as torchrun has ended" in output and "Traceback" not in output
+    assert "stopped; finished files are whole, rerun the same command to resume" in output
+
+
+def is_alive(pid):
+    """Whether a process runs. Who inherits it may let it be a zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip()[:1] not in ("", "Z")
+
+
 def test_a_wrong_path_ends_all_processes_with_a_sentence(tmp_path):
     run = torchrun("--standalone", "--nproc_per_node", 2, ROOT / "compute_cache.py",
                    *commands(tmp_path / "nowhere", None, None)["compute_cache"](tmp_path))
