@@ -249,9 +249,9 @@ WRAP(int, stat64, (const char *path, struct stat64 *status), (path, status),
 WRAP(int, lstat64, (const char *path, struct stat64 *status), (path, status),
      verdict_read("stat", AT_FDCWD, path))
 WRAP(int, fstatat64, (int fd, const char *path, struct stat64 *status, int flags),
-     (fd, path, status, flags), verdict_read(path && path[0] ? "stat" : "fstat", fd, path))
+     (fd, path, status, flags), verdict_read(path[0] ? "stat" : "fstat", fd, path))
 WRAP(int, statx, (int fd, const char *path, int flags, unsigned mask, struct statx *status),
-     (fd, path, flags, mask, status), verdict_read(path && path[0] ? "stat" : "fstat", fd, path))
+     (fd, path, flags, mask, status), verdict_read(path[0] ? "stat" : "fstat", fd, path))
 
 DIR *opendir(const char *path) {
     REAL(opendir);
