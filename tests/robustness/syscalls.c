@@ -1,8 +1,9 @@
 /* Counts the calls by which a process writes to a folder, or reads from it, and spoils one of them.
 
-   cc -shared -fPIC -o libsyscalls.so syscalls.c, LD_PRELOAD=./libsyscalls.so. Nothing is counted until the
-   process calls arm(). What a C library writes by its own buffers (fwrite) passes by uncounted;
-   Python and Rust call the functions that stand here. tests/syscalls.py is the other half. */
+   cc -shared -fPIC -o libsyscalls.so syscalls.c -ldl, then LD_PRELOAD=./libsyscalls.so. Nothing is
+   counted until the process calls arm(). What a C library writes by its own buffers (fwrite) passes
+   by uncounted; Python and Rust call the functions that stand here. tests/syscalls.py is the other
+   half. */
 
 #define _GNU_SOURCE
 #include <dirent.h>
