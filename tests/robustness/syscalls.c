@@ -1,8 +1,9 @@
 /* Counts the calls by which a process writes to a folder, or reads from it, and spoils one of them.
 
-   cc -shared -fPIC -o libsyscalls.so syscalls.c, LD_PRELOAD=./libsyscalls.so. Nothing is counted until the
-   process calls arm(). What a C library writes by its own buffers (fwrite) passes by uncounted;
-   Python and Rust call the functions that stand here. tests/syscalls.py is the other half. */
+   cc -shared -fPIC -o libsyscalls.so syscalls.c -ldl, then LD_PRELOAD=./libsyscalls.so. Nothing is
+   counted until the process calls arm(). What a C library writes by its own buffers (fwrite) passes
+   by uncounted; Python and Rust call the functions that stand here. tests/syscalls.py is the other
+   half. */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -240,8 +241,8 @@ WRAP(ssize_t, pread, (int fd, void *data, size_t size, off_t at), (fd, data, siz
      verdict_read("read", fd, NULL))
 WRAP(ssize_t, pread64, (int fd, void *data, size_t size, off64_t at), (fd, data, size, at),
      verdict_read("read", fd, NULL))
-WRAP(int, fstat, (int fd, struct stat *status), (fd, status), verdict_read("stat", fd, NULL))
-WRAP(int, fstat64, (int fd, struct stat64 *status), (fd, status), verdict_read("stat", fd, NULL))
+WRAP(int, fstat, (int fd, struct stat *status), (fd, status), verdict_read("fstat", fd, NULL))
+WRAP(int, fstat64, (int fd, struct stat64 *status), (fd, status), verdict_read("fstat", fd, NULL))
 WRAP(int, stat, (const char *path, struct stat *status), (path, status),
      verdict_read("stat", AT_FDCWD, path))
 WRAP(int, stat64, (const char *path, struct stat64 *status), (path, status),
@@ -249,9 +250,9 @@ WRAP(int, stat64, (const char *path, struct stat64 *status), (path, status),
 WRAP(int, lstat64, (const char *path, struct stat64 *status), (path, status),
      verdict_read("stat", AT_FDCWD, path))
 WRAP(int, fstatat64, (int fd, const char *path, struct stat64 *status, int flags),
-     (fd, path, status, flags), verdict_read("stat", fd, path))
+     (fd, path, status, flags), verdict_read(path[0] ? "stat" : "fstat", fd, path))
 WRAP(int, statx, (int fd, const char *path, int flags, unsigned mask, struct statx *status),
-     (fd, path, flags, mask, status), verdict_read("stat", fd, path))
+     (fd, path, flags, mask, status), verdict_read(path[0] ? "stat" : "fstat", fd, path))
 
 DIR *opendir(const char *path) {
     REAL(opendir);
