@@ -116,7 +116,10 @@ def read_checkpoint(path, captioner):
     if settings["lm"] is None:  # the original's, which holds all weights
         tensors = lightning_tensors(path, expected)
     else:
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        try:
+            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"the checkpoint {path} cannot be read ({error})") from error
     for name in sorted(tensors.keys() | expected):
         fits = (name in tensors and name in parameters
                 and parameters[name].shape == tensors[name].shape)

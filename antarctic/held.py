@@ -40,7 +40,8 @@ class HeldFile:
 
     def now(self):
         """[size, time of change in ns]: they differ once the file was changed in place."""
-        status = os.fstat(self.file.fileno())
+        with self.reading():
+            status = os.fstat(self.file.fileno())
         return [status.st_size, status.st_mtime_ns]
 
     def check(self):

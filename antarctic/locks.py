@@ -124,7 +124,7 @@ class Lock:
                 self.path.unlink(missing_ok=True)
         except OSError as error:  # no result depends on it, and the next run takes it over
             warn(f"cannot remove {self.path} ({error.strerror})")
-        with self.closing:
+        with self.closing, suppress(OSError):  # what was written is on the disk, or does not matter
             self.file.close()
 
 

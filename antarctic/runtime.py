@@ -54,11 +54,11 @@ def run(main, alone=False):
             print_safely(f"error: {error}", "stderr")
             sys.exit(2)
         except OSError as error:
-            if error.errno is None or error.filename is None:
-                raise  # not of a file
-            path = escape_control(os.fsdecode(error.filename))
-            print_safely(f"error: cannot use {path} ({error.strerror}); finished files are whole, "
-                         "so rerun the same command once this is fixed", "stderr")
+            if error.errno is None:
+                raise  # not the system's
+            path = "a file" if error.filename is None else os.fsdecode(error.filename)
+            print_safely(f"error: cannot use {escape_control(path)} ({error.strerror}); finished "
+                         "files are whole, so rerun the same command once this is fixed", "stderr")
             sys.exit(2)
         except KeyboardInterrupt:
             print_safely(STOPPED, "stderr")
