@@ -276,7 +276,7 @@ def test_of_two_hosts_one_goes_on_alone_where_the_other_died(world, cache, tmp_p
     assert "rerun the same command to resume" in output
     hosts[1].communicate()
     [state] = (tmp_path / "0" / "out").glob("state-*.pt")
-    assert not list((tmp_path / "1" / "out").iterdir())
+    assert not list((tmp_path / "1").iterdir())
     step = steps_done(state)
     resumed = start(tmp_path / "log", "trainer", *train(tmp_path / "0" / "out"))
     while steps_done(state) == step:
