@@ -1,9 +1,9 @@
 """A pretrained model's files: opened once, checked, held and loaded, with no code of theirs.
 
-transformers reads a private folder. In it are copies of the small files, as they were checked, and
-links to the weights, which are open. Whatever else the model's folder has (modules, adapters, other
-formats, settings of generation) is not there. So transformers asks nothing, runs nothing, and
-fetches nothing that a file names.
+transformers reads a private folder. In it are links to the files, which are open, and copies of
+those settings that name code or other files, without these names. Whatever else the model's folder
+has (modules, adapters, other formats, settings of generation) is not there. So transformers asks
+nothing, runs nothing, and fetches nothing that a file names.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import torch
 
 from antarctic.bounded import Held, read_opened
 from antarctic.errors import InputError
+from antarctic.files import writing
 from antarctic.model_checks import (
     check_config,
     check_index,
@@ -59,16 +60,19 @@ class ModelFiles:
         with self.telling():
             self.tensors = read_tensors(weights) if weights else None
             for file, held in self.held.items():
-                if file in weights:
+                changed = None if file in weights else self.check(file, held)
+                if changed is None:
                     link(held.opened_path, self.folder / file)
-                else:
-                    (self.folder / file).write_bytes(self.checked(file, held))
+                    continue
+                with writing(self.folder / file):
+                    (self.folder / file).write_text(json.dumps(changed))
 
-    def checked(self, file, held):
-        """The content of a small file as transformers may see it, bytes."""
+    def check(self, file, held):
+        """Checks a small file. Returns what transformers may see in its place, or None where that
+        is the file itself."""
         data = read_opened(held.file, held.path, held.kind, most_bytes(file))
         if not file.endswith(".json"):
-            return data
+            return None
         content = parse(data, file)
         if file.endswith(".index.json"):
             check_index(content, self.held)
@@ -76,12 +80,18 @@ class ModelFiles:
             check_config(content, self.tensors)
         elif file in ("tokenizer.json", "vocab.json", "added_tokens.json"):
             check_tokenizer(file, content)
-            return data  # it may be large, and names no code
+            return None  # its keys may be words
         elif file == "tokenizer_config.json":
             check_tokenizer(file, content)
         elif file in PROCESSOR:
             check_processor(content)
-        return json.dumps(clean(content)).encode()
+        cleaned = clean(content)
+        return None if json.dumps(cleaned) == json.dumps(content) else cleaned
+
+    def require_unchanged(self):
+        """Raises InputError where a file was changed since it was opened."""
+        for held in self.held.values():
+            held.require_unchanged()
 
     def telling(self):
         return telling(self.kind, self.name, self.advice)
@@ -165,11 +175,18 @@ def opened_model(name, kind, parts):
     a file is missing, too large, of a harmful form, or was changed meanwhile.
     """
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antarctic-"))
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antarctic-"))
+        except OSError as error:
+            raise InputError(f"there is no room for temporary files ({error.strerror}); set TMPDIR "
+                             f"to a folder that can be written") from error
         files = ModelFiles(name, kind, parts, folder, stack)
-        yield files
-        for held in files.held.values():
-            held.require_unchanged()
+        try:
+            yield files
+        except InputError:
+            files.require_unchanged()  # which would explain it better
+            raise
+        files.require_unchanged()
 
 
 def load_tokenizer(name, kind):

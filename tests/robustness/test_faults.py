@@ -139,7 +139,8 @@ def test_a_full_disk_is_named_and_once_there_is_space_the_run_goes_on(
 @pytest.mark.parametrize("name", [*SCRIPTS, "stories"])
 def test_a_folder_that_may_only_be_read_is_refused_before_any_work(
         script, commands, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("model.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("antarctic.model_files.ModelFiles.load",
+                        lambda *_, **__: pytest.fail("a model was loaded"))
     with contextlib.ExitStack() as stack:
         folder = tmp_path / "disk"
         if os.geteuid():
