@@ -233,6 +233,16 @@ def test_a_tokenizer_of_500_megabytes_is_refused(copy):
         assert "500,000,000 bytes" in told(Captioner, folder)
 
 
+@pytest.mark.parametrize("values", [
+    {"rescale_factor": None}, {"crop_size": {"height": 64, "width": 64}}, {"image_mean": ["a"] * 3},
+    {"size": {"shortest_edge": 10 ** 9}, "crop_size": 10 ** 9}], ids=str)
+def test_an_image_processor_that_does_not_fit_is_refused(copy, values):
+    folder = copy(CLIP)
+    change(folder / "preprocessor_config.json", **values)
+    with bounded(seconds=5, megabytes=300):
+        assert str(folder) in told(Clip, folder)
+
+
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", "other.safetensors"])
 def test_a_part_of_the_weights_elsewhere_is_refused(copy, shard):
     folder = copy(GPT)
