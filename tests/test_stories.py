@@ -1,6 +1,7 @@
 """Stories: each continues its caption as the model does, and depends on caption and seed alone."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -312,6 +313,19 @@ def test_no_file_that_is_read_is_replaced_or_removed(script, tmp_path, name):
         result = script("stories", "--captions", path, "--savedir", out, "--lm", GPT)
         assert result.code == 2 and "would be replaced" in result.err, result.err
         assert files(out) == {name: b'{"caption": "a dog"}\n'}
+
+
+@pytest.mark.parametrize("function", ["captions_of", "write_results"])
+def test_an_error_of_a_file_that_nothing_else_tells_is_a_sentence_that_names_it(
+        script, tmp_path, monkeypatch, function):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "a\x1b[31m.txt")
+
+    monkeypatch.setattr(stories, function, fail)
+    result = script("stories", "--caption", "a dog", "--savedir", tmp_path, "--lm", GPT)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith(
+        "error: cannot use a\\x1b[31m.txt (Permission denied)"), result.err
 
 
 def test_only_unfinished_runs_are_removed(tell, tmp_path):
