@@ -90,7 +90,8 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_rows_on_the_disk_read_as_those_in_memory(tmp_path, monkeypatch, dtype):
     """Any slice is equal, of two caches that share entries, with all rows and with some."""
-    monkeypatch.setattr(cache_changes, "BLOCK", 7)
+    for module in (cache, cache_changes):  # it is read and written by blocks
+        monkeypatch.setattr(module, "BLOCK", 7)
     a, b = (unit_rows(n, 8, seed=n).numpy().astype(dtype) for n in (20, 9))
     entries_a, entries_b = [str(i) for i in range(20)], [str(i) for i in range(15, 24)]
     for name, lines, rows in (("a", entries_a, a), ("b", entries_b, b)):
