@@ -143,10 +143,12 @@ def running_page(*arguments, **environment):
     lines = iter(process.stdout.readline, "")
     line = next((line for line in lines if line.startswith("the page is at")), "")
     assert line, "app.py ended"
-    yield process, line.split()[4].rstrip(";")
-    process.send_signal(signal.SIGINT)
-    process.wait(20)
-    process.stdout.close()
+    try:
+        yield process, line.split()[4].rstrip(";")
+    finally:  # also where a test fails
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        process.stdout.close()
 
 
 @pytest.fixture(scope="session")

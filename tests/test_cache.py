@@ -297,7 +297,7 @@ def test_no_value_that_is_not_finite_is_written(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_rows_on_the_disk_read_as_those_in_memory(tmp_path, monkeypatch, dtype):
     """Any slice is equal, of two caches that share entries, with all rows and with some."""
-    for module in (cache_changes, rows_module):
+    for module in (cache, cache_changes, rows_module):  # it is read and written by blocks
         monkeypatch.setattr(module, "DIGEST_ROWS", 7)
     a, b = (unit_rows(n, 8, seed=n).numpy().astype(dtype) for n in (20, 9))
     entries_a, entries_b = [str(i) for i in range(20)], [str(i) for i in range(15, 24)]
