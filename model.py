@@ -19,7 +19,6 @@ from PIL.Image import new as new_image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 
-from antarctic.bounded import held
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
 from antarctic.cache_files import is_cache_file
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
@@ -27,6 +26,7 @@ from antarctic.decoding import beam_search, sample_tree
 from antarctic.distributed import warn
 from antarctic.errors import InputError
 from antarctic.files import existing_file, file_sha256
+from antarctic.held import held
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
 from antarctic.model_files import file_identity, opened_model, telling

@@ -1,62 +1,55 @@
-"""Files that are read with bounds, and held while they are read.
+"""Files that are read with bounds.
 
 A pipe keeps nobody waiting, a device is no file, and a file that says it has a terabyte is refused
 before a byte of it is read.
 """
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
-import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from antarctic.errors import InputError
+from antarctic.reads import open_regular, read_at_most
 
 MOST_TEXT = 1 << 31  # bytes of a text; a cache of 50 million entries has 1 GB
 MOST_SETTINGS = 1 << 24  # bytes of a description or of settings
 # Lists and objects of JSON: each takes 64 bytes or more, and may have two in the file. COCO's
 # instances of train2017 have 2 million.
 MOST_CONTAINERS = 1 << 23
-NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # Windows has only the latter
 
 
-def open_regular(path, kind):
-    """Opens a regular file, or a link to one, as a binary file. Raises InputError where there is
-    none, or it cannot be read. kind: what the file is, for messages."""
+class MissingError(InputError):
+    """There is no such file."""
+
+
+@contextmanager
+def telling(path, kind):
+    """Tells the errors of opening or reading a file in a sentence. kind: what the file is. Raises
+    MissingError where there is none, and InputError where it is no regular file, or the system
+    cannot read it."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening some devices does something
-            raise InputError(f"there is no {kind} at {path}: it is no regular file")
-        descriptor = os.open(path, os.O_RDONLY | NO_WAIT)
+        yield
     except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
-        if isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
-            raise InputError(f"there is no {kind} at {path}") from error
+        reason = getattr(error, "errno", errno.ENOENT)
+        if reason in (errno.ENOENT, errno.ENOTDIR):
+            raise MissingError(f"there is no {kind} at {path}") from error
+        if reason is None:  # a pipe, a folder
+            raise InputError(f"there is no {kind} at {path}: {error}") from error
         raise InputError(f"the {kind} {path} cannot be read ({error.strerror})") from error
-    file = os.fdopen(descriptor, "rb")
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # it may have been replaced in between
-        return file
-    file.close()
-    raise InputError(f"there is no {kind} at {path}: it is no regular file")
-
-
-def read_opened(file, path, kind, most=MOST_TEXT):
-    """The bytes of a file that open_regular opened. Raises InputError where it has more than `most`
-    or cannot be read."""
-    try:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(most + 1) if size <= most else None
-    except OSError as error:
-        raise InputError(f"the {kind} {path} cannot be read ({error.strerror})") from error
-    if data is None or len(data) > most:
-        raise InputError(f"the {kind} {path} has {size:,} bytes; {most:,} are read at most")
-    return data
 
 
 def read_bytes(path, kind, most=MOST_TEXT):
-    """The bytes of a regular file. Raises InputError as open_regular and read_opened do."""
-    with open_regular(path, kind) as file:
-        return read_opened(file, path, kind, most)
+    """The bytes of a regular file. Raises InputError as telling() does, and where it has more than
+    `most` bytes."""
+    with telling(path, kind), open_regular(path) as file:
+        data = read_at_most(file, most)
+    if data is None:
+        raise InputError(f"the {kind} {path} has more than {most:,} bytes")
+    return data
 
 
 def parse_json(text, path, kind, **options):
@@ -66,44 +59,6 @@ def parse_json(text, path, kind, **options):
     if sum(map(text.count, marks)) > MOST_CONTAINERS:
         raise InputError(f"the {kind} {path} has more than {MOST_CONTAINERS:,} lists and objects")
     return json.loads(text, **options)
-
-
-def state_of(status):
-    """What changes with a file's content, of os.stat."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-class Held:
-    """A regular file that is opened once and held. Attributes: path; file; opened_path, a path that
-    leads to the open file whatever becomes of its name (on Linux; elsewhere it is path)."""
-
-    def __init__(self, path, kind):
-        self.path, self.kind = Path(path), kind
-        self.file = open_regular(path, kind)
-        self.state = state_of(os.fstat(self.file.fileno()))
-        own = f"/proc/self/fd/{self.file.fileno()}"
-        self.opened_path = own if os.path.exists(own) else os.path.abspath(path)
-
-    def require_unchanged(self):
-        """Raises InputError where the file was changed, replaced or removed since it was opened."""
-        try:
-            same = (self.state == state_of(os.fstat(self.file.fileno()))
-                    == state_of(os.stat(self.path)))
-        except OSError:
-            same = False
-        if not same:
-            raise InputError(f"the {self.kind} {self.path} was changed while it was read; rerun "
-                             f"the same command when it is at rest")
-
-
-@contextmanager
-def held(path, kind):
-    """Holds a file while the body reads it. Raises InputError where it is no regular file, or was
-    changed meanwhile. Yields a Held."""
-    file = Held(path, kind)
-    with file.file:
-        yield file
-        file.require_unchanged()
 
 
 def in_child(make, seconds=20, megabytes=1024):

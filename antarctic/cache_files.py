@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from antarctic.bounded import MOST_SETTINGS, parse_json
+from antarctic.bounded import MOST_SETTINGS, MissingError, parse_json
 from antarctic.errors import InputError
 from antarctic.files import existing_file, move
 from antarctic.held import HeldFile
@@ -102,11 +102,9 @@ def identity(path):
 def hold(path, name):
     """A HeldFile, or None where there is none. Raises InputError where it cannot be opened."""
     try:
-        return HeldFile(path, name)
-    except FileNotFoundError:
+        return HeldFile(path, name=name)
+    except MissingError:
         return None
-    except OSError as error:
-        raise InputError(f"cannot read {name} ({error.strerror})") from error
 
 
 # ------------------------------------------------------------------------------------ description
@@ -133,14 +131,14 @@ def read_description(held):
     try:
         if held.size > MOST_SETTINGS:
             raise ValueError
-        values = parse_json(held.read().decode("utf-8-sig"), held.name, "description")
+        values = parse_json(held.read().decode("utf-8-sig"), held.title, "description")
         fields = [values[name] + "" for name in STATED]
         digests = values.get("rows_sha256", "") + ""
         if len(values["prefix"]) > LONGEST_TEXT:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{held.name} is not the description of a cache; delete it to load the "
-                         "cache unchecked") from error
+        raise InputError(f"the {held.title} is not the description of a cache; delete it to load "
+                         "the cache unchecked") from error
     return Description(*fields, digests or None)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from antarctic.bounded import held, in_child
+from antarctic.bounded import in_child
 from antarctic.decoding import invert, nucleus
 from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 from antarctic.files import existing_file
+from antarctic.held import held
 
 MOST_FILLED = 100_000  # characters of a prompt in its chat template
 

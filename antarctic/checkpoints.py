@@ -6,19 +6,23 @@ import io
 import json
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from antarctic.bounded import MOST_SETTINGS, held
+from antarctic.bounded import MOST_SETTINGS
 from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 from antarctic.files import atomic
+from antarctic.held import held
 from antarctic.pickles import (
     is_torch_zip,
     lightning_settings,
     lightning_tensors,
     require_small_pickle,
 )
+
+MOST_CHECKPOINT = 1 << 30  # bytes of the trained tensors; bart-large's have 300 kB
+
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -50,28 +54,29 @@ def require_finite(tensors, path):
                              f"--lrate)")
 
 
-def open_checkpoint(path):
-    """safe_open of a file, whose header is bounded."""
-    with open(path, "rb") as file:
-        if int.from_bytes(file.read(8), "little") > MOST_SETTINGS:
-            raise ValueError("its header is too long")
-    return safe_open(path, "pt")
-
-
 def checkpoint_settings(path):
     """The settings that a checkpoint was trained with, ours or the original's. Raises InputError
     where the file is neither."""
+    with held(path, "checkpoint") as file:
+        return read_settings(file)
+
+
+def read_settings(file):
+    """checkpoint_settings of a HeldFile."""
     try:
-        if is_torch_zip(path):
-            return lightning_settings(path)
-        with open_checkpoint(path) as file:
-            settings = json.loads((file.metadata() or {})["antarctic_captions"])
+        if is_torch_zip(file.opened_path):
+            return lightning_settings(file.opened_path, file.path)
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_SETTINGS:
+            raise ValueError("its header is too long")
+        header = json.loads(file.read(length, 8))
+        settings = json.loads(header["__metadata__"]["antarctic_captions"])
         sizes = [settings[name] for name in ("topk", "maxlen_enc", "maxlen_dec")]
         if not all(type(size) is int and 0 < size < 1 << 16 for size in sizes):
             raise ValueError("the settings are no sizes of tables and texts")
         return settings | {"lm": settings["lm"] + ""}
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not a checkpoint that trainer.py wrote") from error
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{file.path} is not a checkpoint that trainer.py wrote") from error
 
 
 def trained_sha256(captioner):
@@ -91,8 +96,8 @@ def load_checkpoint(path, captioner, expected=None):
     """Copies a checkpoint's tensors into the captioner, whose `checkpointed` are their names.
     Returns its settings. expected: those that were read before. Raises InputError where it is of
     another language model, holds values that are not finite, or was changed since or meanwhile."""
-    with held(path, "checkpoint"):
-        settings, tensors = read_checkpoint(path, captioner)
+    with held(path, "checkpoint") as file:
+        settings, tensors = read_checkpoint(file, captioner)
     if expected not in (None, settings):
         raise InputError(f"the checkpoint {path} was changed while it was read; rerun the same "
                          f"command")
@@ -105,21 +110,22 @@ def load_checkpoint(path, captioner, expected=None):
     return settings
 
 
-def read_checkpoint(path, captioner):
-    """The settings and tensors of a checkpoint that fits the captioner. Raises InputError."""
-    settings = checkpoint_settings(path)
+def read_checkpoint(file, captioner):
+    """The settings and tensors of a HeldFile, a checkpoint that fits the captioner. Raises
+    InputError."""
+    path, settings = file.path, read_settings(file)
     if settings["lm"] not in (captioner.identity, None):
         raise InputError(f"the checkpoint {path} belongs to the language model {settings['lm']}, "
                          f"not to {captioner.identity}")
     parameters = dict(captioner.model.named_parameters())
     expected = list(filter(is_layernorm, parameters))
     if settings["lm"] is None:  # the original's, which holds all weights
-        tensors = lightning_tensors(path, expected)
+        tensors = lightning_tensors(file.opened_path, expected, path)
     else:
         try:
-            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"the checkpoint {path} cannot be read ({error})") from error
+            tensors = load(file.read(most=MOST_CHECKPOINT))
+        except (SafetensorError, ValueError) as error:
+            raise InputError(f"the checkpoint {path} is damaged ({error})") from error
     for name in sorted(tensors.keys() | expected):
         fits = (name in tensors and name in parameters
                 and parameters[name].shape == tensors[name].shape)
@@ -170,9 +176,9 @@ def load_state(path, trained, optimizer):
     def read():
         if not path.is_file():
             return None
-        with held(path, "state"):
-            require_small_pickle(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with held(path, "state") as file:
+            require_small_pickle(file.opened_path)
+            return torch.load(file.opened_path, map_location="cpu", weights_only=True)
 
     try:
         state = on_rank0(read)

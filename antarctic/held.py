@@ -2,38 +2,39 @@
 
 import hashlib
 import os
-import stat
 import threading
 import time
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
+from antarctic.bounded import telling
 from antarctic.errors import InputError
+from antarctic.reads import open_regular
 
 TICK = 0.02  # seconds; the times that file systems keep are a tick of 1 to 10 ms apart
 BLOCK_BYTES = 1 << 20
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a pipe waits for its writer otherwise
 
 
 class HeldFile:
-    """A file that stays open. A rename over its name changes nothing here, and a change in place is
-    noticed by the read that could return other bytes.
+    """A regular file that stays open. A rename over its name changes nothing here, and a change in
+    place is noticed by the read that could return other bytes.
 
     Reads are no mapping: the system kills a process that reads a mapped file which was cut short.
-    Attributes: name, what messages call it; size, in bytes. Raises InputError where it is no
-    regular file, and OSError where it cannot be opened.
+    kind: what the file is, for messages. name: what they call it (default: path). Attributes: path;
+    title, the kind and the name; size, in bytes; opened_path, which leads to the open file whatever
+    becomes of its name (on Linux; elsewhere it is path). Raises InputError as bounded.telling does.
     """
 
-    def __init__(self, path, name=None):
-        self.name = name or path
-        self.file = open(path, "rb", buffering=0,
-                         opener=lambda path, flags: os.open(path, flags | NONBLOCK))
+    def __init__(self, path, kind="file", name=None):
+        self.path, self.title = Path(path), f"{kind} {name or path}"
+        with telling(name or path, kind):
+            self.file = open_regular(path, buffering=0)
         self.lock = threading.Lock()
-        weakref.finalize(self, self.file.close)
-        status = os.fstat(self.file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{self.name} is not a file that can be read again")
-        if abs(time.time() - status.st_mtime) < TICK:
+        self.close = weakref.finalize(self, self.file.close)
+        own = f"/proc/self/fd/{self.file.fileno()}"
+        self.opened_path = own if os.path.exists(own) else os.path.abspath(path)
+        if abs(time.time() - os.fstat(self.file.fileno()).st_mtime) < TICK:
             time.sleep(TICK)  # a change in the tick of the last one would show no other time
         self.state = self.now()
         self.size = self.state[0]
@@ -44,11 +45,18 @@ class HeldFile:
             status = os.fstat(self.file.fileno())
         return [status.st_size, status.st_mtime_ns]
 
-    def check(self):
-        """Raises InputError where the file was changed since it was opened."""
-        if self.now() != self.state:
-            raise InputError(f"{self.name} was changed while this run read it, so there are no "
-                             "results; rerun the same command once nothing writes to it")
+    def check(self, in_place=False):
+        """Raises InputError where the file was changed since it was opened. in_place: also where
+        another file has its name, or none."""
+        same = self.now() == self.state
+        if in_place and same:
+            try:
+                same = os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+            except OSError:
+                same = False
+        if not same:
+            raise InputError(f"the {self.title} was changed while this run read it, so there are "
+                             "no results; rerun the same command once nothing writes to it")
 
     def fill(self, buffer, offset):
         """Reads len(buffer) bytes from offset on. buffer: a memoryview of bytes. Raises InputError
@@ -89,27 +97,49 @@ class HeldFile:
         try:
             yield
         except OSError as error:
-            raise InputError(f"cannot read {self.name} ({error.strerror})") from error
+            raise InputError(f"the {self.title} cannot be read ({error.strerror})") from error
 
     def cut_short(self):
         self.check()
-        raise InputError(f"{self.name} is cut short")
+        raise InputError(f"the {self.title} is cut short")
 
-    def read(self, size=None, offset=0):
-        """So many of its bytes, all by default. Raises InputError as fill() and check() do."""
+    def read(self, size=None, offset=0, most=None):
+        """So many of its bytes, all by default. most: the number of bytes that it may have. Raises
+        InputError where it has more, and as fill() and check() do."""
+        if most is not None and self.size > most:
+            raise InputError(f"the {self.title} has {self.size:,} bytes; {most:,} are read at most")
         data = bytearray(min(self.size - offset, self.size if size is None else size))
         self.fill(memoryview(data), offset)
         self.check()
         return bytes(data)
 
-    def sha256(self):
-        """The SHA-256 of the file, hexadecimal. Raises InputError as read() does."""
-        digest = hashlib.sha256()
+    def blocks(self):
+        """Yields its bytes, a block at a time. Raises InputError as read() does."""
         for offset in range(0, self.size, BLOCK_BYTES):
-            digest.update(self.read(BLOCK_BYTES, offset))
-        return digest.hexdigest()
+            yield self.read(BLOCK_BYTES, offset)
 
     def content_key(self, most=1 << 30):
         """What changes with the content, as files.content_key has it, of the bytes that are held.
         """
-        return self.sha256() if self.size <= most else self.state
+        return sha256(self) if self.size <= most else self.state
+
+
+def sha256(*files):
+    """The SHA-256 of some HeldFiles, one after the other, hexadecimal. Raises InputError."""
+    digest = hashlib.sha256()
+    for file in files:
+        for block in file.blocks():
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def held(path, kind):
+    """Holds a file while the body reads it. Yields a HeldFile. Raises InputError as it does, and
+    where the file was changed or replaced meanwhile."""
+    file = HeldFile(path, kind)
+    try:
+        yield file
+        file.check(in_place=True)
+    finally:
+        file.close()

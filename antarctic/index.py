@@ -10,7 +10,6 @@ import hashlib
 import io
 import math
 import os
-import stat
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from antarctic.cache import search
 from antarctic.distributed import is_rank0, launched
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import existing_file
+from antarctic.held import HeldFile
 from antarctic.texts import read_json
 
 PROBED = 4  # a query reads one in this many lists
@@ -134,15 +134,9 @@ def index_description(path):
                          "rebuild the index") from error
 
 
-def read_bounded(file, entries):
-    """The bytes of an open file; None where they are more than an index of so many entries has, or
-    the file is a pipe or a device."""
-    status, most = os.fstat(file.fileno()), ENTRY_BYTES * entries + OTHER_BYTES
-    if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-        return None
-    file.seek(0)
-    data = file.read(most + 1)  # it may grow meanwhile
-    return data if len(data) <= most else None
+def most_bytes(entries):
+    """Bytes of the largest index of so many entries that is read."""
+    return ENTRY_BYTES * entries + OTHER_BYTES
 
 
 def parse(data):
@@ -168,11 +162,11 @@ def open_index(path, embeddings):
     if rows is None:
         raise InputError(f"the index {path} is of another cache than --embfile, or of an older "
                          "version of it; rebuild it with compute_cache.py --index")
-    file = open(path, "rb")
+    file = HeldFile(path, "index")
 
     def read():
-        data = read_bounded(file, rows.file_rows)
-        if data is None or hashlib.sha256(data).hexdigest() != description["index_sha256"]:
+        data = file.read(most=most_bytes(rows.file_rows))
+        if hashlib.sha256(data).hexdigest() != description["index_sha256"]:
             raise InputError(f"{path} is not the index that {path}.json describes; rebuild it with "
                              "compute_cache.py --index")
         try:
@@ -184,7 +178,7 @@ def open_index(path, embeddings):
     index.held = held = read()
     if (type(held), held.d, held.ntotal) != (faiss.IndexPreTransform, rows.dim, rows.file_rows):
         raise InputError(f"{path} is not an index of the {rows.file_rows} rows of {rows.path}")
-    return index, os.fstat(file.fileno()).st_size
+    return index, file.size
 
 
 def memory_for_indexes():

@@ -17,7 +17,8 @@ from antarctic.cache import BLOCK, read_one_cache, search
 from antarctic.cache_files import cache_description
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import atomic, existing_file, fingerprint, made_by_runs, remove, write_json
-from antarctic.index import Index, load_faiss, parse, read_bounded
+from antarctic.index import Index, load_faiss, most_bytes, parse
+from antarctic.reads import read_regular
 
 LEAST = 256  # entries of the smallest cache that an index is built for
 WIDTH = 256  # dimensions that remain before rows are quantized
@@ -182,12 +183,12 @@ def read_part(path, key, entries):
     faiss sees no link, no pipe, no file larger than an index of so many entries, and no bytes
     without the seal of write_index.
     """
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # unknown to Windows
+    if os.path.islink(path):
+        return None
     try:
-        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-            data = read_bounded(file, entries)
+        data = read_regular(path, most_bytes(entries))
     except OSError:
         return None
-    if data is None or data[-32:] != seal(hashlib.sha256(memoryview(data)[:-32]), key):
+    if data[-32:] != seal(hashlib.sha256(memoryview(data)[:-32]), key):
         return None
     return parse(data)

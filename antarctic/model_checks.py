@@ -67,7 +67,7 @@ def most_bytes(name):
 
 
 def read_tensors(weights):
-    """The Tensors of files, {name: bounded.Held}. Raises InputError, and what safetensors raises,
+    """The Tensors of files, {name: HeldFile}. Raises InputError, and what safetensors raises,
     where a header lies."""
     shapes = []
     for name, held in weights.items():
@@ -75,7 +75,7 @@ def read_tensors(weights):
             entries = weight_entries(held.opened_path, held.path).values()
             shapes += [entry.shape for entry in entries]
             continue
-        size = held.file.read(8)
+        size = held.read(8)
         if len(size) < 8 or struct.unpack("<Q", size)[0] > MOST_HEADER:
             raise ValueError(f"{name} is not a safetensors file")
         with safe_open(held.opened_path, "pt") as file:

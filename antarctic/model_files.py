@@ -6,7 +6,6 @@ has (modules, adapters, other formats, settings of generation) is not there. So 
 nothing, runs nothing, and fetches nothing that a file names.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from antarctic.bounded import Held, read_opened
 from antarctic.errors import InputError
 from antarctic.files import writing
+from antarctic.held import HeldFile, sha256
 from antarctic.model_checks import (
     check_config,
     check_index,
@@ -52,10 +51,10 @@ class ModelFiles:
         source = fetch(name, kind, parts)
         self.advice = "" if source == self.name else (
             f" from {source}; delete that folder, and a rerun fetches it anew")
-        self.held = {}  # {file name: Held}
+        self.held = {}  # {file name: HeldFile}
         for file in needed(os.listdir(source), parts, f"{kind} {name}"):
-            self.held[file] = Held(Path(source) / file, f"file of the {kind}")
-            stack.enter_context(self.held[file].file)
+            self.held[file] = HeldFile(Path(source) / file, f"file of the {kind}")
+            stack.callback(self.held[file].close)
         weights = {file: held for file, held in self.held.items() if file.endswith(WEIGHTS)}
         with self.telling():
             self.tensors = read_tensors(weights) if weights else None
@@ -70,7 +69,7 @@ class ModelFiles:
     def check(self, file, held):
         """Checks a small file. Returns what transformers may see in its place, or None where that
         is the file itself."""
-        data = read_opened(held.file, held.path, held.kind, most_bytes(file))
+        data = held.read(most=most_bytes(file))
         if not file.endswith(".json"):
             return None
         content = parse(data, file)
@@ -91,7 +90,7 @@ class ModelFiles:
     def require_unchanged(self):
         """Raises InputError where a file was changed since it was opened."""
         for held in self.held.values():
-            held.require_unchanged()
+            held.check(in_place=True)
 
     def telling(self):
         return telling(self.kind, self.name, self.advice)
@@ -197,13 +196,8 @@ def load_tokenizer(name, kind):
 
 def file_identity(*files, name=None):
     """The text that names a model by its folder or file, with a digest of its weights. files: each
-    a Held. name: the folder (default: the file)."""
-    digest = hashlib.sha256()
-    for held in files:
-        held.file.seek(0)
-        while block := held.file.read(1 << 24):
-            digest.update(block)
-    return f"{Path(name or files[0].path).resolve().name}@{digest.hexdigest()[:12]}"
+    a HeldFile. name: the folder (default: the file)."""
+    return f"{Path(name or files[0].path).resolve().name}@{sha256(*files)[:12]}"
 
 
 @torch.no_grad()

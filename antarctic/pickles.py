@@ -223,14 +223,14 @@ def is_torch_zip(path):
         return file.read(4) == b"PK\3\4"
 
 
-def lightning_settings(path):
+def lightning_settings(path, title):
     """The settings of the original's checkpoint, in the form of checkpoints.checkpoint_settings.
 
     Missing settings get the original's defaults. The language model ("lm") is None: the file does
-    not name it. Raises InputError.
+    not name it. title: what messages call the file. Raises InputError.
     """
     settings = {"topk": 10, "maxlen_enc": 128, "maxlen_dec": 32, "lm": None}
-    with torch_file(path) as (content, _):
+    with torch_file(path, title) as (content, _):
         content["state_dict"]  # KeyError where the file is not a checkpoint
         saved = content.get("hyper_parameters", {})
         if isinstance(saved, StandIn) and saved.state:
@@ -242,18 +242,18 @@ def lightning_settings(path):
     return settings
 
 
-def lightning_tensors(path, names):
+def lightning_tensors(path, names, title):
     """{name: tensor} of some parameters of a Lightning checkpoint; the others are not read.
 
     names: the language model's own. In the file a prefix is before them, the model's name in the
-    module that was trained ("model."). Raises InputError where the file is not a checkpoint or
-    lacks a parameter.
+    module that was trained ("model."). title: what messages call the file. Raises InputError where
+    the file is not a checkpoint or lacks a parameter.
     """
-    with torch_file(path) as (content, fetch):
+    with torch_file(path, title) as (content, fetch):
         entries = named_entries(content["state_dict"])
         first = next(iter(names))
         for prefix in [name.removesuffix(first) for name in entries if name.endswith(first)]:
             if all(prefix + name in entries for name in names):
                 return {name: fetch(entries[prefix + name]) for name in names}
-    raise InputError(f"the checkpoint {path} does not fit the language model: it lacks {first}, or "
-                     f"others of its parameters")
+    raise InputError(f"the checkpoint {title} does not fit the language model: it lacks {first}, "
+                     f"or others of its parameters")

@@ -6,6 +6,8 @@ import os
 import stat
 import time
 
+NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # Windows has only the latter
+NOT_REGULAR = "it is no regular file"
 # These say that there is no such file. All others that have a number are the system's: of a disk, a
 # network, rights, too many open files. They say nothing of the file's bytes.
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
@@ -39,30 +41,43 @@ def persistent(read):
     return read()
 
 
+def open_regular(path, buffering=-1):
+    """Opens a regular file, or a link to one, as a binary file. Raises OSError: one without a
+    number where path is something else, such as a pipe, which could wait for ever."""
+    check_regular(os.stat(path))  # some devices act where they are opened
+    file = open(os.open(path, os.O_RDONLY | NO_WAIT), "rb", buffering)
+    try:
+        check_regular(os.fstat(file.fileno()))  # it may have been replaced in between
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def check_regular(status):
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(NOT_REGULAR)
+
+
 def read_regular(path, most):
-    """The bytes of a regular file, which is opened once. Raises OSError: one without a number where
-    the file is none, or has more than `most` bytes."""
-    # A pipe that has no writer is opened without waiting, and then refused.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    check_regular(os.stat(path), most)  # some devices act where they are opened
-    with open(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        check_regular(status, most)
-        data = file.read(status.st_size + 1)
-        if len(data) > status.st_size:  # it grows, or is one of /proc's, which have no size
-            data += file.read(most + 1 - len(data))
-    if len(data) > most:
+    """The bytes of a regular file, which is opened once. Raises OSError as open_regular does, and
+    without a number where it has more than `most` bytes."""
+    with open_regular(path) as file:
+        data = read_at_most(file, most)
+    if data is None:
         raise OSError(too_large(most))
     return data
 
 
-def check_regular(status, most):
-    """Raises OSError where a file is not regular or has more than `most` bytes. status: its
-    os.stat_result."""
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe, say, could wait forever
-        raise OSError("it is no regular file")
-    if status.st_size > most:
-        raise OSError(too_large(most))
+def read_at_most(file, most):
+    """The bytes of an open file; None where it has more than `most`."""
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+        return None
+    data = file.read(size + 1)
+    if len(data) > size:  # it grows, or is one of /proc's, which have no size
+        data += file.read(most + 1 - len(data))
+    return data if len(data) <= most else None
 
 
 def too_large(most):

@@ -116,10 +116,11 @@ def read_npy_header(file):
         version = np.lib.format.read_magic(header)
         shape, fortran_order, dtype = HEADER_READERS[version](header)
     except (ValueError, OSError, EOFError, KeyError, TokenError) as error:
-        raise InputError(f"{file.name} is not a .npy file of numbers") from error
+        raise InputError(f"the {file.title} is not a .npy file of numbers") from error
     is_table = len(shape) == 2 and shape[0] >= 0 and shape[1] >= 1
     if not is_table or fortran_order or not np.issubdtype(dtype, np.floating):
-        raise InputError(f"{file.name} does not hold a table of real numbers, one row an entry")
+        raise InputError(f"the {file.title} does not hold a table of real numbers, one row an "
+                         "entry")
     return shape, dtype, header.tell()
 
 

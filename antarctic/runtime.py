@@ -17,6 +17,7 @@ STOPPED = "\nstopped; finished files are whole, rerun the same command to resume
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 cleanup = ExitStack()  # run() closes it when main() has ended: locks for the whole run
+stopped = threading.Event()  # by Ctrl-C or SIGTERM
 
 
 def run(main, alone=False):
@@ -32,6 +33,7 @@ def run(main, alone=False):
     # Loading libraries makes many objects and hardly any garbage: collecting takes a fifth of it.
     gc.set_threshold(100_000, 50, 100)
     main_done.clear()
+    stopped.clear()
     with safe_output():
         rank, world = launched()
         if alone and world > 1:
@@ -50,19 +52,26 @@ def run(main, alone=False):
             finally:
                 main_done.set()
                 cleanup.close()
-        except InputError as error:
-            print_safely(f"error: {error}", "stderr")
+        except (Exception, KeyboardInterrupt) as error:
+            # A library that is stopped while it is loaded may raise an error of its own instead.
+            if stopped.is_set() or isinstance(error, KeyboardInterrupt):
+                print_safely(STOPPED, "stderr")
+                sys.exit(130)
+            if not (sentence := sentence_of(error)):
+                raise
+            print_safely(f"error: {sentence}", "stderr")
             sys.exit(2)
-        except OSError as error:
-            if error.errno is None:
-                raise  # not the system's
-            path = "a file" if error.filename is None else os.fsdecode(error.filename)
-            print_safely(f"error: cannot use {escape_control(path)} ({error.strerror}); finished "
-                         "files are whole, so rerun the same command once this is fixed", "stderr")
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print_safely(STOPPED, "stderr")
-            sys.exit(130)
+
+
+def sentence_of(error):
+    """What run() says of an exception that is a user's or the system's fault; None of another."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        path = "a file" if error.filename is None else os.fsdecode(error.filename)
+        return (f"cannot use {escape_control(path)} ({error.strerror}); finished files are whole, "
+                "so rerun the same command once this is fixed")
+    return None
 
 
 @contextmanager
@@ -101,6 +110,7 @@ def stop_within_seconds():
     def stop(*_):
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one would only disturb the cleanup
+        stopped.set()
         raise KeyboardInterrupt
 
     def unraisable(unraised):

@@ -290,7 +290,7 @@ def test_an_index_that_is_changed_or_replaced_while_it_is_used(tmp_path, large, 
         file.seek(-1, 2)
         file.write(b"?")
     monkeypatch.setattr(index.load_faiss(), "read_index", None)
-    with pytest.raises(InputError, match="is not the index that"):
+    with pytest.raises(InputError, match="was changed while this run read it"):
         again(large.queries, embeddings, 10)
     assert all(map(torch.equal, held(large.queries, embeddings, 10), expected))
 
@@ -301,10 +301,10 @@ def test_a_huge_file_in_place_of_an_index_is_not_read(tmp_path, large):
     for suffix in ("", ".json"):
         shutil.copy(f"{large.index}{suffix}", f"{path}{suffix}")
     os.truncate(path, 1 << 40)
-    with pytest.raises(InputError, match="is not the index that"):
+    with pytest.raises(InputError, match="has 1,099,511,627,776 bytes"):
         index.open_indexes([path], read(large.files)[1])
     os.truncate(f"{path}.json", 1 << 40)
-    with pytest.raises(InputError, match="is not the description of an index"):
+    with pytest.raises(InputError, match="has more than"):
         index.open_indexes([path], read(large.files)[1])
 
 
@@ -485,6 +485,6 @@ def test_the_benchmark_of_large_caches_runs_in_small(script, tmp_path):
     run = script("benchmarks.large", "--rows", 1000, "--caches", 2, "--folder", tmp_path)
     assert run.code == 0, run.err
     figures = json.loads(run.out.splitlines()[-1])
-    assert figures["rows"] == 1000 and figures["embeddings, GB"] == 0.0021
+    assert figures["rows"] == 1000 and figures["embeddings, GB"] == 0.002
     assert figures["least recall at 10 of an index"] > 0.5 and figures["recall at 10 of all"] > 0.5
     assert not list(tmp_path.iterdir())

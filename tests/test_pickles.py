@@ -43,10 +43,10 @@ from transformers import (
 )
 
 from antarctic import openai_clip, pickles
-from antarctic.bounded import held
 from antarctic.cache import read_cache
 from antarctic.checkpoints import checkpoint_settings, is_layernorm, load_checkpoint, trained_sha256
 from antarctic.errors import InputError
+from antarctic.held import held
 from antarctic.model_files import file_identity, opened_model
 from antarctic.preprocessing import OpenAIPreprocessor
 from model import Captioner, Clip

@@ -343,7 +343,8 @@ def test_what_is_no_file_is_skipped_and_keeps_nobody_waiting(photos, special, mo
             read_image(path)
         if special != "folder":
             assert names([path]) == ["special.png"]
-            assert "cannot read the captions file" in refusal(read_captions, path)
+            message = refusal(read_captions, path)
+            assert message == f"there is no captions file at {path}: it is no regular file"
 
 
 def test_a_file_that_says_it_has_a_terabyte_is_not_read(tmp_path):

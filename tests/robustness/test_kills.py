@@ -303,15 +303,28 @@ def test_stories_that_are_printed_stop_with_the_sentence_and_begin_anew(tmp_path
     assert told and told == whole[:len(told)]
 
 
-def test_a_library_that_waits_for_ever_at_exit_does_not_hold_a_run_that_was_stopped(tmp_path):
+STOPPED_BADLY = {
+    "waits for ever at exit":
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    work()\n",
+    "raises an error of its own":
+        "    try:\n"
+        "        work()\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise ImportError('initialization failed')\n"}
+
+
+@pytest.mark.parametrize("library", STOPPED_BADLY)
+def test_a_library_does_not_hold_a_run_that_was_stopped(tmp_path, library):
     (tmp_path / "late.py").write_text(
         "import sys, threading, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from antarctic import runtime\n"
-        "def main():\n"
-        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "def work():\n"
         "    print('working', flush=True)\n"
         "    time.sleep(60)\n"
+        "def main():\n"
+        f"{STOPPED_BADLY[library]}"
         "runtime.run(main)\n")
     process = subprocess.Popen([sys.executable, tmp_path / "late.py"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
