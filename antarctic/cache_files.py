@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from antarctic.bounded import MOST_SETTINGS, MissingError, parse_json
 from antarctic.errors import InputError
-from antarctic.files import existing_file, move
+from antarctic.files import existing_file, move, remove
 from antarctic.held import HeldFile
 from antarctic.texts import LONGEST_TEXT
 
@@ -25,12 +25,15 @@ def finish_cache(textfile, embfile):
     it moved them. Only a run that may write the cache calls this, under its lock.
 
     The description is staged last: where it exists, all files are whole. So text and embeddings
-    always belong together.
+    always belong together. Where it does not, a run was killed while it staged the others, which
+    are removed.
     """
     files = textfile, embfile, f"{embfile}.json"
     if staging_path(files[-1]).is_file():
         for path in files:
             move(staging_path(path), path, missing_ok=True)  # a killed run has moved it
+    elif left := [path for path in map(staging_path, files) if path.is_file()]:
+        remove(*left)
 
 
 def whole(path, embfile):

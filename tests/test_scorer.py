@@ -23,6 +23,7 @@ from antarctic import metrics
 from antarctic.datasets import read_coco
 from antarctic.files import write_lines
 from antarctic.images import read_image
+from antarctic.leftovers import Process, this_host
 from antarctic.pairs import Scored
 from model import Clip
 
@@ -756,10 +757,16 @@ def test_json_still_writes_exactly_that_file_and_warns_once(script, no_java, tmp
 def test_image_features_go_into_savedir(script, world, no_java, tmp_path):
     (tmp_path / "preds").mkdir()
     write_lines(tmp_path / "preds" / "preds.txt", ["a dog"] * VAL)
-    score(script, tmp_path / "out", "--preds", tmp_path / "preds" / "preds.txt", "--images",
-          world / "val2017", "--clip_model", CLIP)
+    arguments = ("--preds", tmp_path / "preds" / "preds.txt", "--images", world / "val2017",
+                 "--clip_model", CLIP)
+    score(script, tmp_path / "out", *arguments)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names[0].startswith("features-") and names[1:] == ["scores.json"]
+    # A run that was killed when all images were encoded.
+    (tmp_path / "out" / f".features-{1:016}.lock").write_text(
+        f"process 999999999 on here ({Process(999_999_999, 1, this_host()).name})\n")
+    score(script, tmp_path / "out", *arguments)
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [path.name for path in (tmp_path / "preds").iterdir()] == ["preds.txt"]
 
 
