@@ -20,6 +20,11 @@ def staging_path(path):
     return Path(path).with_name(f".{Path(path).name}.new")
 
 
+def cache_lock(embfile):
+    """The lock of whoever writes a cache: a path for locks.locked."""
+    return Path(embfile).with_name(f".{Path(embfile).name}.lock")
+
+
 def finish_cache(textfile, embfile):
     """Moves the files that write_cache staged into place, also those of a run that was killed while
     it moved them. Only a run that may write the cache calls this, under its lock.
