@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.cache_files import existing_caches, finish_cache, staging_path
+from antarctic.cache_files import cache_lock, existing_caches, finish_cache, staging_path
 from antarctic.datasets import read_split
 from antarctic.distributed import on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
@@ -256,8 +256,7 @@ def main():
         on_rank0(lambda: check_cache(args.textfile, args.embfile))
         return
     check_outputs(args)
-    embfile = Path(args.embfile)
-    cleanup.enter_context(locked(embfile.with_name(f".{embfile.name}.lock")))
+    cleanup.enter_context(locked(cache_lock(args.embfile)))
     on_rank0(lambda: finish_cache(args.textfile, args.embfile))  # which a killed run had begun
     if sources(args):
         make_cache(args)

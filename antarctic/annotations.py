@@ -81,7 +81,7 @@ def read_entries(path):
         raise InputError(f"{path} lists no images")
     if isinstance(images[0], dict) and "sentences" in images[0]:
         with reading(path, "a JSON file in Karpathy's form"):
-            entries = [karpathy_entry(image, path) for image in images]
+            entries = [karpathy_entry(image, path, i) for i, image in enumerate(images, 1)]
     else:
         with reading(path, "a COCO caption file"):
             entries = coco_entries(data, path)
@@ -102,22 +102,26 @@ def coco_entries(data, path):
         raise KeyError("image_id")
     if annotations and not any(annotation.captioned for annotation in annotations):
         raise KeyError("caption")
-    captions = {image_id(image["id"]): [] for image in data["images"]}  # {image id: [texts]}
-    for number, caption, _ in annotations:
+    numbers = [image_id(image["id"], f"image {i}") for i, image in enumerate(data["images"], 1)]
+    captions = {number: [] for number in numbers}  # {image id: [texts]}
+    for i, (number, caption, _) in enumerate(annotations, 1):
+        if type(number) not in (int, str, type(None)):  # null is of no image
+            number = image_id(number, f"annotation {i}")
         if number in captions:
             captions[number].append(caption_of(caption, path))
     entries = []
-    for image in data["images"]:
+    for number, image in zip(numbers, data["images"]):
         domain = image.get("domain")
-        entries.append(Entry(image["id"], inside_name(image["file_name"], path),
-                             tuple(captions[image["id"]]),
+        entries.append(Entry(number, inside_name(image["file_name"], path),
+                             tuple(captions[number]),
                              domain=domain if domain in DOMAINS else None))
     return entries
 
 
-def karpathy_entry(image, path):
-    """The entry of an image in the JSON of https://cs.stanford.edu/people/karpathy/deepimagesent"""
-    number = image_id(image["cocoid"] if "cocoid" in image else image["imgid"])
+def karpathy_entry(image, path, i):
+    """The entry of the i-th image in the JSON of
+    https://cs.stanford.edu/people/karpathy/deepimagesent"""
+    number = image_id(image["cocoid"] if "cocoid" in image else image["imgid"], f"image {i}")
     folder, split = image.get("filepath", ""), image["split"]
     if not isinstance(split, str):
         raise TypeError(f"{split!r} is no split")

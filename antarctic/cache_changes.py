@@ -8,7 +8,7 @@ import numpy as np
 from antarctic.cache import read_one_cache
 from antarctic.cache_files import finish_cache, staging_path
 from antarctic.errors import InputError, escape_control, print_safely
-from antarctic.files import atomic, file_sha256, write_json, write_lines
+from antarctic.files import atomic, file_sha256, reading, write_json, write_lines
 from antarctic.rows import DIGEST_ROWS, Embeddings, digest_of
 from antarctic.words import warn_of_entries, warn_of_long_entries
 
@@ -20,7 +20,8 @@ def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtyp
     embeddings: an array, or what yields its rows by slices, such as Embeddings; a block of them is
     in memory at a time. The three files are replaced together or not at all (finish_cache). The
     description holds the text's sha256 and digests of the rows, so that files of two runs are never
-    taken for one cache. Raises InputError where a value is not finite.
+    taken for one cache. Raises InputError where a value is not finite, or another run wrote the
+    text meanwhile.
     """
     finish_cache(textfile, embfile)  # otherwise an older run's staged files would mix with these
     write_lines(staging_path(textfile), entries)
@@ -31,6 +32,11 @@ def write_cache(textfile, embfile, entries, embeddings, clip_model, prefix, dtyp
                    "rows_sha256": digests}
     write_json(staging_path(f"{embfile}.json"), description, indent=1)
     finish_cache(textfile, embfile)
+    with reading(textfile):
+        same = file_sha256(textfile) == description["text_sha256"]
+    if not same:  # the lock is that of embfile
+        raise InputError(f"{textfile} was changed by another run while this one wrote it; give "
+                         "each --embfile a --textfile of its own, and rerun the same command")
 
 
 def write_rows(path, entries, embeddings, shape, dtype):

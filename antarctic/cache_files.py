@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from antarctic.bounded import MOST_SETTINGS, MissingError, parse_json
 from antarctic.errors import InputError
-from antarctic.files import existing_file, move
+from antarctic.files import existing_file, move, remove
 from antarctic.held import HeldFile
 from antarctic.texts import LONGEST_TEXT
 
@@ -20,17 +20,25 @@ def staging_path(path):
     return Path(path).with_name(f".{Path(path).name}.new")
 
 
+def cache_lock(embfile):
+    """The lock of whoever writes a cache: a path for locks.locked."""
+    return Path(embfile).with_name(f".{Path(embfile).name}.lock")
+
+
 def finish_cache(textfile, embfile):
     """Moves the files that write_cache staged into place, also those of a run that was killed while
     it moved them. Only a run that may write the cache calls this, under its lock.
 
     The description is staged last: where it exists, all files are whole. So text and embeddings
-    always belong together.
+    always belong together. Where it does not, a run was killed while it staged the others, which
+    are removed.
     """
     files = textfile, embfile, f"{embfile}.json"
     if staging_path(files[-1]).is_file():
         for path in files:
             move(staging_path(path), path, missing_ok=True)  # a killed run has moved it
+    elif left := [path for path in map(staging_path, files) if path.is_file()]:
+        remove(*left)
 
 
 def whole(path, embfile):

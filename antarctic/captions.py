@@ -4,6 +4,7 @@ from pathlib import Path
 
 from antarctic.bounded import parse_json
 from antarctic.errors import InputError
+from antarctic.layouts import image_id
 from antarctic.texts import one_line, read_text
 
 RECORD = {"image_id", "caption", "file"}  # what is read of a record of captions
@@ -15,7 +16,8 @@ def read_captions(path, other=".txt"):
 
     .json: COCO's results format, a list of {"image_id", "caption"}. .jsonl: one such object a line.
     Other keys are ignored. .txt: one caption a line. other: which of these any other suffix means.
-    A caption that is missing or null is an empty text, unless all are missing.
+    A caption that is missing or null is an empty text, unless all are missing; an image id that is
+    null is missing.
     """
     return [(image, caption) for image, caption, _ in read_records(path, other)]
 
@@ -32,16 +34,30 @@ def read_records(path, other):
         # Only what is used: details.jsonl can hold 1,000 candidates an image.
         records = [{name: record[name] for name in record.keys() & RECORD}
                    for part in parts for record in parse_json(part, path, "captions file")]
+        images = [id_of(record, path, i) for i, record in enumerate(records, 1)]
         if records and not any("caption" in record.keys() for record in records):
             raise KeyError("caption")
         captions = [record.get("caption") for record in records]
         captions = [one_line("" if text is None else text, path) for text in captions]
         files = [record.get("file") for record in records]
-        return [(record.get("image_id"), caption, file if isinstance(file, str) else None)
-                for record, caption, file in zip(records, captions, files)]
+        return [(image, caption, file if isinstance(file, str) else None)
+                for image, caption, file in zip(images, captions, files)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} does not hold captions as sampler.py writes them in {suffix} "
                          f"files") from error
+
+
+def id_of(record, path, i):
+    """The image id of a file's i-th record, None where it is missing. Raises InputError where it is
+    none."""
+    value = record.get("image_id")
+    try:
+        # The sampler's ids are paths, whose bytes need not be UTF-8: JSON has them as surrogates.
+        return None if value is None else image_id(value, errors="surrogatepass")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the image_id of record {i} in {path} is {repr(value)[:60]}, which is "
+                         "neither a whole number nor a text; correct it, or leave it out") \
+            from error
 
 
 def read_captioned(path):
@@ -50,7 +66,7 @@ def read_captioned(path):
     else, or an image has two captions."""
     captions = {}
     for image, caption, file in read_records(path, ".json"):
-        if not isinstance(image, (int, float, str)):
+        if image is None:
             raise InputError(f"{path} is not in COCO's results format: no image_id belongs to the "
                              f"caption {caption[:60]!r}")
         if image in captions:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from antarctic.distributed import warn_of
 from antarctic.errors import InputError
+from antarctic.layouts import image_id
 from antarctic.texts import one_line, read_json
 
 METRICS = ("CHAIRs", "CHAIRi", "object recall")
@@ -246,7 +247,8 @@ def read_instances(path, rows):
             coco.createIndex()
         names = {number: class_name(category["name"], path)
                  for number, category in coco.cats.items()}
-        objects = {image: {names[thing["category_id"]] for thing in coco.imgToAnns.get(image, ())}
+        objects = {image_id(image): {names[thing["category_id"]]
+                                     for thing in coco.imgToAnns.get(image, ())}
                    for image in coco.imgs}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a COCO instances file "

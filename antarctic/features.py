@@ -21,7 +21,7 @@ from antarctic.images import (
     read_image,
     reads_heif,
 )
-from antarctic.locks import locked
+from antarctic.locks import locked, remove_dead_locks
 from antarctic.reads import passes, persistent
 from antarctic.tars import split_path
 
@@ -54,7 +54,10 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=
     missing, known, complete = on_rank0(lambda: store.missing())
     missing = [row for row in missing if pictures[row].path not in unread]
     lock = locked(Path(folder) / f".features-{fingerprint([encoder, statuses])}.lock")
-    with nullcontext() if complete and not missing else lock:
+    if complete and not missing:  # a run that was killed when it was done has left its lock
+        lock = nullcontext()
+        on_rank0(lambda: remove_dead_locks(folder))
+    with lock:
         reasons = encode_missing(clip, pictures, missing, known, store, batch_size, shard, reading)
         features, digests = on_rank0(lambda: store.finish())
     good = [picture._replace(sha256=digest.hex())

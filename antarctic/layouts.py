@@ -98,11 +98,15 @@ def inside_name(name, source):
     return name
 
 
-def image_id(value):
-    """An image id as it is: a number or a text. Raises TypeError or ValueError for another."""
+def image_id(value, place="", errors="strict"):
+    """An image id of a file: a whole number, which a table's program may have written as 7.0, or a
+    text. place: where in the file, for the message. errors: of str.encode. Raises TypeError or
+    ValueError for another."""
+    if type(value) is float and value.is_integer():
+        return int(value)
     if type(value) not in (int, str):
-        raise TypeError(f"{value!r} is no image id")
-    f"{value}".encode()  # half a surrogate pair; a number of more digits than Python writes
+        raise TypeError(f"{place}{': ' * bool(place)}{repr(value)[:60]} is no image id")
+    f"{value}".encode(errors=errors)  # half a surrogate pair; more digits than Python writes
     return value
 
 

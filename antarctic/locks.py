@@ -25,6 +25,7 @@ STALE = 180  # seconds without one, after which it looks, where a lock may be he
 SETTLE = 2  # seconds that a run waits, where flock does not work, for others that begin just now
 PATIENCE = 0.5  # seconds: a run that removes dead locks holds each for a moment
 TEXT = re.compile(rf"process \d{{1,10}} on \S{{1,255}} \({PROCESS}\)\n")
+ONE_TIME = re.compile(r"\.features-[0-9a-f]{16}\.lock")  # of images that may not come again
 LONGEST = 400  # characters of a lock's text that are read
 
 
@@ -70,7 +71,7 @@ class Lock:
             warn(f"{path.parent} is on a file system without locks: a second run there is noticed "
                  f"only by {path.name}, which this run touches every {BEAT} seconds; start none")
         threading.Thread(target=self.beat, daemon=True).start()
-        remove_dead_locks(path)
+        remove_dead_locks(path.parent, path.name)
 
     def acquire(self, patient_until):
         """Locks the open file. Returns False where it is to be opened anew."""
@@ -206,19 +207,28 @@ def refuse_if_touched(path, text):
             raise refusal(path, text)
 
 
-def remove_dead_locks(path):
-    """Removes other locks beside this one whose processes have died. Where these ran on another
-    host, or before this one was started, they go once they are an hour old."""
-    with suppress(OSError):
-        names = [Path(entry.path) for entry in os.scandir(path.parent)
-                 if entry.name.endswith(".lock") and entry.name != path.name and is_mine(entry)]
-        for other in names:
-            with suppress(OSError, InputError), open(other, "r+", opener=own_file) as file:
-                owner = owner_of(read(file))
-                dead = owner and owner.has_died()
-                if owner and dead is None:
-                    dead = abs(age_of(other)) > HOUR
-                if dead:
-                    flock_works(file, other)  # raises BlockingIOError where it is held all the same
-                    if is_at(other, file):
-                        other.unlink()
+def remove_dead_locks(folder, own=None):
+    """Removes the locks of a folder whose processes have died, but not the one named `own`. Where
+    these ran on another host, or before this one was started, they go once they are an hour old."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in [entry for entry in entries if entry.name.endswith(".lock")]:
+            if entry.name != own and is_mine(entry):
+                with suppress(OSError, InputError):
+                    remove_if_dead(Path(entry.path))
+
+
+def remove_if_dead(path):
+    """Removes a lock of remove_dead_locks. Raises BlockingIOError where it is held all the same,
+    and OSError or InputError where that cannot be told."""
+    with open(path, "r+", encoding="utf-8", errors="replace", opener=own_file) as file:
+        text = read(file)
+        owner = owner_of(text)
+        # Killed while it was written. Others are taken over, since later runs give them the name.
+        cut_off = ONE_TIME.fullmatch(path.name) and "process ".startswith(text[:8])
+        dead = owner.has_died() if owner else None
+        if dead is False or not (owner or cut_off):
+            return
+        works = flock_works(file, path)
+        if dead or works and not owner or abs(age_of(path)) > HOUR:
+            if is_at(path, file):
+                path.unlink()

@@ -6,46 +6,91 @@ them.
 """
 
 import math
+import os
 import subprocess
+import sys
 import tempfile
+import threading
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+from antarctic.distributed import warn
 from antarctic.errors import InputError
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 BY_WORDS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr-D", "SPICE")
+PATIENCE = 600  # seconds that Java may be silent; METEOR takes 10 of a processor to begin
+# What becomes Java, and is killed with its parent. Popen's preexec_fn is not safe beside threads.
+BECOME = (sys.executable, "-ISc", """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):  # else it has died already
+    os.execvp(sys.argv[2], sys.argv[2:])
+""")
 TOKENIZERS = {"ptb": "Java's PTBTokenizer, as COCO's evaluation",
               "treebank": "NLTK's TreebankWordTokenizer, without Java"}
 
 
 # --------------------------------------------------------------------------------------------- Java
 
+class Java(subprocess.Popen):
+    """A Java program with pipes as its standard input and output. It ends with this process, also
+    where that is killed (on Linux; elsewhere it ends where it reads the end of its input), and is
+    killed once it was silent for `patience` seconds (default: PATIENCE), since a pipe has no limit.
+
+    Attributes: silent, seconds, which whoever reads an answer sets to 0; late, whether it was
+    killed for its silence.
+    """
+
+    def __init__(self, *arguments, stderr, patience=None):
+        command = [*BECOME, str(os.getpid())] if sys.platform == "linux" else []
+        super().__init__([*command, "java", *arguments], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE, stderr=stderr)
+        self.patience, self.silent, self.late = patience or PATIENCE, 0, False
+        self.ended = threading.Event()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        # Seconds are counted, and no clock is read, which goes on while a shell holds both.
+        while not self.ended.wait(1):
+            self.silent += 1
+            if self.silent > self.patience:
+                self.late = True
+                self.kill()
+                return
+
+
 def has_java():
     """Whether Java runs. On some systems the command `java` only prints where to get Java."""
     try:
         with java_process("-version", stderr=subprocess.DEVNULL) as process:
             process.communicate()
+            if process.late:
+                warn(f"`java -version` gave no answer for {minutes(PATIENCE)}, so Java is not used")
             return process.returncode == 0
     except OSError:
         return False
 
 
+def minutes(seconds):
+    return f"{seconds / 60:.3g} minutes"
+
+
 @contextmanager
-def java_process(*arguments, stderr):
-    """Runs Java with pipes as its standard input and output, as a Popen.
+def java_process(*arguments, **options):
+    """Runs Java, see there.
 
     It is killed and waited for in the end, whatever happens: subprocess.run leaves a zombie where
-    Ctrl-C comes. If this process is killed, Java reads the end of its input.
+    Ctrl-C comes.
     """
-    process = subprocess.Popen(["java", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=stderr)
+    process = Java(*arguments, **options)
     try:
         yield process
     finally:
+        process.ended.set()
         process.kill()  # first, as closing its input would wait until it reads what is left
         with suppress(OSError):
             process.stdin.close()
@@ -56,8 +101,9 @@ def java_process(*arguments, stderr):
 @contextmanager
 def java_program(*arguments):
     """Runs a Java program that answers lines of text. Yields ask(line), which returns its answer,
-    and last(line), which also ends its input and returns all that it still answers, a list. ask
-    raises SubprocessError, with the last line of what the program complains of, where it has ended.
+    and last(line), which also ends its input and returns all that it still answers, a list. Both
+    raise SubprocessError where it is silent for too long, and ask where it has ended, with the last
+    line of what it complains of.
     """
     # A pipe of complaints that nobody reads would fill up.
     with (tempfile.TemporaryFile() as complaints,
@@ -70,7 +116,9 @@ def java_program(*arguments):
         def ask(line):
             send(line)
             answer = process.stdout.readline()
+            process.silent = 0
             if not answer:
+                refuse_late()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(5)
                 complaints.seek(0)
@@ -81,7 +129,18 @@ def java_program(*arguments):
             send(line)
             with suppress(BrokenPipeError):
                 process.stdin.close()
-            return process.stdout.read().decode(errors="replace").split("\n")[:-1]
+            answers = []
+            for answer in process.stdout:
+                process.silent = 0
+                answers.append(answer)
+            refuse_late()
+            return b"".join(answers).decode(errors="replace").split("\n")[:-1]
+
+        def refuse_late():
+            if process.late:
+                raise subprocess.SubprocessError(
+                    f"Java gave METEOR no answer for {minutes(PATIENCE)}; rerun the same command "
+                    "where it gets a processor and 2 GB of memory")
 
         yield ask, last
 
@@ -124,9 +183,13 @@ def ptb_tokens(texts):
     from pycocoevalcap.tokenizer import ptbtokenizer
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     text = "".join(text + "\n" for text in texts).encode(errors="replace")
+    patience = PATIENCE + len(text) // 10_000  # it takes a hundredth of this
     with java_process("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
-                      "-lowerCase", stderr=subprocess.PIPE) as process:
+                      "-lowerCase", stderr=subprocess.PIPE, patience=patience) as process:
         output, complaints = process.communicate(text)
+    if process.late:
+        raise InputError(f"Java's tokenizer has not ended after {minutes(patience)}; try "
+                         "--tokenizer treebank")
     lines = output.decode(errors="replace").split("\n")[:-1]
     if len(lines) != len(texts):
         raise InputError(f"Java's tokenizer gave {len(lines)} lines for {len(texts)} texts"

@@ -1,16 +1,18 @@
 """What the page asks of a Model: captions under one's own words and dials, one at a time."""
 
 import hashlib
+import os
 import threading
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
+from antarctic.cache_files import cache_lock, finish_cache
 from antarctic.errors import InputError
 from antarctic.files import file_sha256, output_folder, write_lines
 from antarctic.images import MOST_PIXELS, read_image
+from antarctic.locks import locked
 from antarctic.texts import one_line
 
 MOST_WORDS, LONGEST_WORD = 1000, 200  # lines of a box; characters of a line
@@ -97,6 +99,7 @@ class Studio:
         self.model, self.max_pixels = model, max_pixels
         self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
         self.device, self.running, self.stopped = threading.Lock(), None, False
+        self.saving = threading.Lock()
         # The decoder runs once a token: between two of them a caption can be stopped.
         model.captioner.model.get_decoder().register_forward_pre_hook(self.stop_here)
         decoding = model.decoding
@@ -213,8 +216,7 @@ class Studio:
     def save(self, words, folder):
         """Writes a visitor's words as a small cache into a folder: {flag: path} of the files, which
         sampler.py takes. Files that are there stay; the same words are written once. Raises
-        InputError."""
-        from antarctic.cache_changes import write_cache
+        InputError, also where another run is writing that cache."""
         if not any(words):
             raise InputError("there is nothing to save yet: write a word into one of the boxes")
         name = hashlib.sha256(repr(tuple(words)).encode()).hexdigest()[:8]
@@ -223,15 +225,26 @@ class Studio:
         if len(list(folder.glob("words-*.txt"))) >= MOST_SAVED:
             raise InputError(f"{folder} holds {MOST_SAVED:,} lists of words; remove some of them")
         own = tuple(dict.fromkeys((*words.words, *words.only)))
-        if own:
-            files = {"--textfile": f"{base}.txt", "--embfile": f"{base}.npy"}
-            if not Path(files["--embfile"]).exists():
-                clip, prefix = self.model.clip, self.model.prefix
-                with self.turn(None):
-                    vectors = clip.encode_texts([prefix + word for word in own])  # (own, dim)
-                write_cache(*files.values(), own, vectors.numpy(), clip.identity, prefix)
-        for flag, lines in (("--only", words.only), ("--ban", words.ban)):
-            if lines:
-                files[flag] = f"{base}-{flag[2:]}.txt"
-                write_lines(files[flag], lines)
+        with self.saving:
+            if own:
+                files = {"--textfile": f"{base}.txt", "--embfile": f"{base}.npy"}
+                self.save_cache(*files.values(), own)
+            for flag, lines in (("--only", words.only), ("--ban", words.ban)):
+                if lines:
+                    files[flag] = f"{base}-{flag[2:]}.txt"
+                    if not os.path.exists(files[flag]):
+                        write_lines(files[flag], lines)
         return files
+
+    def save_cache(self, textfile, embfile, entries):
+        """Writes a cache of a few entries, unless it is there. Raises InputError where another
+        page, or compute_cache.py, is writing to it."""
+        from antarctic.cache_changes import write_cache
+        with locked(cache_lock(embfile)):
+            finish_cache(textfile, embfile)  # which a killed page had begun
+            if os.path.exists(textfile) and os.path.exists(embfile):
+                return
+            clip, prefix = self.model.clip, self.model.prefix
+            with self.turn(None):
+                vectors = clip.encode_texts([prefix + entry for entry in entries])  # (n, dim)
+            write_cache(textfile, embfile, entries, vectors.numpy(), clip.identity, prefix)

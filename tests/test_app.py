@@ -8,6 +8,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,10 @@ from conftest import BART, CLIP, ROOT, flags
 from PIL import Image
 
 import app
-from antarctic import page
+from antarctic import cache_files, page
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
+from antarctic.locks import locked
 from antarctic.studio import MOST_WORDS, Stopped, Studio, Words, checked_dials, lines_of
 from antarctic.uploads import KEPT_SECONDS, Folder, examples_of, names_of, write_downloads
 from model import Caption, Model
@@ -138,6 +140,35 @@ def test_saved_words_are_a_cache_that_the_command_uses(script, studio, cache, pe
     assert record["caption"] == studio.caption(penguin, words)[0].caption
     with pytest.raises(InputError, match="nothing to save"):
         studio.save(Words(), tmp_path / "saved")
+
+
+def test_a_cache_of_saved_words_has_one_writer_at_a_time(studio, tmp_path):
+    """Visitors of this page wait; another page, or compute_cache.py --add, is told of."""
+    words = Words(("penguin", "a red hat"))
+    [textfile, embfile] = map(Path, studio.save(words, tmp_path / "whole").values())
+    before = textfile.read_bytes(), embfile.read_bytes()
+    lock = cache_files.cache_lock(tmp_path / "new" / embfile.name)
+    lock.parent.mkdir()
+    with locked(lock):
+        with pytest.raises(InputError, match=f"another run is writing to {lock.parent}: process"):
+            studio.save(words, lock.parent)
+        assert [path.name for path in lock.parent.iterdir()] == [lock.name]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda _: studio.save(words, lock.parent), range(4)))
+    assert together == together[:1] * 4
+    assert tuple(Path(path).read_bytes() for path in together[0].values()) == before
+    # A page that was killed while it moved the files, and one that staged the text alone.
+    for path in (embfile, Path(f"{embfile}.json")):
+        path.rename(cache_files.staging_path(path))
+    assert studio.save(words, textfile.parent)
+    cache_files.staging_path(textfile).write_text("penguin\n")
+    studio.save(words, textfile.parent)
+    assert {path.name for path in textfile.parent.iterdir()} == {
+        textfile.name, embfile.name, f"{embfile.name}.json"}
+    assert (textfile.read_bytes(), embfile.read_bytes()) == before
+    textfile.write_text("changed by --add\n")
+    studio.save(words, textfile.parent)
+    assert textfile.read_text() == "changed by --add\n"
 
 
 def test_boxes_are_bounded():

@@ -95,6 +95,27 @@ def test_a_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, killed_a
     monkeypatch.setattr(os, "replace", replace)
     finish_cache(*files)
     assert cache_description(files[1])["text_sha256"] == file_sha256(files[0])
+    # What is left is a temporary file of this process, which lives.
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".tmp"} == {
+        *(path.name for path in files), f"{files[1].name}.json"}
+
+
+@pytest.mark.parametrize("text", ["c\nd\n", None])
+def test_a_text_that_another_run_wrote_meanwhile_is_told_of(tmp_path, monkeypatch, text):
+    """Two caches of one --textfile: each run locks its own --embfile."""
+    finish, calls = cache_changes.finish_cache, []
+
+    def finish_both(textfile, embfile):
+        calls.append(textfile)
+        if len(calls) == 2:
+            cache_files.staging_path(textfile).unlink()
+            if text:
+                textfile.write_text(text)
+        finish(textfile, embfile)
+    monkeypatch.setattr(cache_changes, "finish_cache", finish_both)
+    with pytest.raises(InputError, match="c.txt"):
+        write_cache(tmp_path / "c.txt", tmp_path / "c.npy", ["a", "b"], unit_rows(2, 4, 0).numpy(),
+                    "clip", "")
 
 
 # ---------------------------------------------------------------- changed while it is read, damaged

@@ -212,12 +212,27 @@ def test_other_locks_of_dead_runs_are_removed(tmp_path):
     lock(".empty.lock", "")
     (tmp_path / "text").write_text(dead)
     (tmp_path / ".link.lock").symlink_to("text")
+    (tmp_path / "latin1.lock").write_bytes(b"caf\xe9")
+    for place, cut in enumerate(["", "pro", dead[:30], "of another program"]):
+        lock(f".features-{place:016}.lock", cut)  # killed while it was written, but for the last
     lock(".held.lock", dead)
-    with open(tmp_path / ".held.lock") as held:
+    lock(f".features-{'a' * 16}.lock", "")
+    with (open(tmp_path / ".held.lock") as held,
+          open(tmp_path / f".features-{'a' * 16}.lock") as new):
         fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.flock(new, fcntl.LOCK_EX)
         assert taken(tmp_path / ".lock")
     assert {path.name for path in tmp_path.iterdir()} == {
-        ".new.lock", ".own.lock", "yarn.lock", ".empty.lock", "text", ".link.lock", ".held.lock"}
+        ".new.lock", ".own.lock", "yarn.lock", "latin1.lock", ".empty.lock", "text", ".link.lock",
+        ".held.lock", f".features-{3:016}.lock", f".features-{'a' * 16}.lock"}
+
+
+def test_a_lock_that_was_cut_off_stays_for_an_hour_where_locks_do_not_work(tmp_path, no_flock):
+    for name, age in ((f".features-{0:016}.lock", 60), (f".features-{1:016}.lock", 4000)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    locks.remove_dead_locks(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f".features-{0:016}.lock"]
 
 
 def test_a_lock_that_cannot_be_removed_is_told_of_and_taken_over(tmp_path, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from antarctic import metrics
 from antarctic.datasets import read_coco
 from antarctic.files import write_lines
 from antarctic.images import read_image
+from antarctic.leftovers import Process, this_host
 from antarctic.pairs import Scored
 from model import Clip
 
@@ -554,6 +555,44 @@ def test_a_meteor_that_dies_or_answers_nonsense_is_named_and_costs_no_other_scor
         name: value for name, value in GOOD_SCORES.items() if name != "METEOR"}
 
 
+SILENT = "exec /bin/sleep 60"
+
+
+@pytest.mark.parametrize("body", [
+    SILENT, f"read a; echo 1; read a; echo 1; read a; echo 1; {SILENT}"], ids=["first", "last"])
+def test_a_meteor_that_is_silent_is_waited_for_within_bounds(
+        script, no_java, tmp_path, monkeypatch, body):
+    monkeypatch.setattr(metrics, "PATIENCE", 1)
+    fake_java(tmp_path, body)
+    references = [[text * 100 for text in texts * 5] for texts in REFERENCES]
+    report, _ = score(script, tmp_path, *lines(tmp_path, GOOD, references), "--tokenizer",
+                      "treebank")  # more than a pipe holds
+    assert re.search(r"Java gave METEOR no answer for .* minutes; rerun the same command where",
+                     report["left_out"]["METEOR"])
+    assert "CIDEr-D" in report["scores"]
+
+
+def test_a_meteor_that_is_slow_is_waited_for(script, no_java, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "PATIENCE", 2)
+    fake_java(tmp_path, "read a; echo 1; read a; /bin/sleep 1.5; echo 1; read a; /bin/sleep 1.5\n"
+                        "echo 1; echo 1; /bin/sleep 1.5; echo 0.5")
+    report, _ = score(script, tmp_path, *lines(tmp_path, GOOD, REFERENCES), "--tokenizer",
+                      "treebank")
+    assert report["scores"]["METEOR"] == 0.5
+
+
+def test_a_java_that_is_silent_otherwise_is_named(script, no_java, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "PATIENCE", 1)
+    fake_java(tmp_path, SILENT)
+    result = script("scorer", *lines(tmp_path, GOOD, REFERENCES), "--tokenizer", "ptb")
+    assert result.code == 2 and "Java's tokenizer has not ended" in result.err
+    assert "try --tokenizer treebank" in result.err
+    (tmp_path / "bin" / "java").write_text(f"#!/bin/sh\n{SILENT}\n")
+    result = script("scorer", *lines(tmp_path, GOOD, REFERENCES))
+    assert result.code == 0 and "`java -version` gave no answer" in result.err
+    assert re.search("METEOR +- there is no Java here", result.out)
+
+
 def test_a_java_tokenizer_that_answers_nonsense_is_named(script, no_java, tmp_path):
     fake_java(tmp_path, "printf '\\377\\n'; echo out of memory >&2")
     result = script("scorer", *lines(tmp_path, GOOD, REFERENCES), "--tokenizer", "ptb")
@@ -756,10 +795,16 @@ def test_json_still_writes_exactly_that_file_and_warns_once(script, no_java, tmp
 def test_image_features_go_into_savedir(script, world, no_java, tmp_path):
     (tmp_path / "preds").mkdir()
     write_lines(tmp_path / "preds" / "preds.txt", ["a dog"] * VAL)
-    score(script, tmp_path / "out", "--preds", tmp_path / "preds" / "preds.txt", "--images",
-          world / "val2017", "--clip_model", CLIP)
+    arguments = ("--preds", tmp_path / "preds" / "preds.txt", "--images", world / "val2017",
+                 "--clip_model", CLIP)
+    score(script, tmp_path / "out", *arguments)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names[0].startswith("features-") and names[1:] == ["scores.json"]
+    # A run that was killed when all images were encoded.
+    (tmp_path / "out" / f".features-{1:016}.lock").write_text(
+        f"process 999999999 on here ({Process(999_999_999, 1, this_host()).name})\n")
+    score(script, tmp_path / "out", *arguments)
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [path.name for path in (tmp_path / "preds").iterdir()] == ["preds.txt"]
 
 

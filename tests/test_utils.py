@@ -6,12 +6,13 @@ import io
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import utils
-from antarctic import annotations, captions, datasets, files, folders
+from antarctic import annotations, captions, chair, datasets, files, folders
 from antarctic.errors import InputError
 from antarctic.gallery import write_gallery
 
@@ -173,6 +174,43 @@ def test_a_caption_that_is_missing_is_empty_and_a_null_reference_is_none(tmp_pat
          "annotations": [{"image_id": 1, "caption": "a dog"}, {"image_id": 2, "caption": None}]}))
     assert annotations.read_annotations(tmp_path / "a.json") == {1: ("1.png", ["a dog"]),
                                                               2: ("2.png", [])}
+
+
+NO_IDS = "NaN", "-Infinity", "1e999", "1.5", "true", "[7]", "{}"
+THING = '{"image_id": %s, "caption": "a dog", "category_id": 1}'
+
+
+@pytest.mark.parametrize("value", NO_IDS)
+@pytest.mark.parametrize("name, form", [("a.jsonl", "%s\n\n%s\n"), ("a.json", "[%s, %s]")])
+def test_a_caption_of_what_is_no_image_id_is_named_with_its_record(tmp_path, name, form, value):
+    (tmp_path / name).write_text(form % (THING % 7, THING % value))
+    for read in (captions.read_captions, captions.read_captioned):
+        with pytest.raises(InputError, match=f"the image_id of record 2 in .*{name} is .*, which"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", NO_IDS)
+def test_annotations_of_what_is_no_image_id_are_named(tmp_path, value):
+    path, image = tmp_path / "a.json", '{"id": %s, "file_name": "a.png"}'
+    whole = ('{"images": [%s, %s], "annotations": [%s, %s], '
+             '"categories": [{"id": 1, "name": "dog"}]}')
+    path.write_text(whole % (image % 7, image % 8, THING % 7, THING % value))
+    with pytest.raises(InputError, match="a.json is not .*annotation 2: .* is no image id"):
+        annotations.read_annotations(path)
+    path.write_text(whole % (image % 7, image % value, THING % 7, THING % 7))
+    with pytest.raises(InputError, match="a.json is not .*image 2: .* is no image id"):
+        annotations.read_annotations(path)
+    with pytest.raises(InputError, match="a.json is not a COCO instances file"):
+        chair.read_instances(path, [SimpleNamespace(id=7)])
+
+
+def test_a_whole_number_may_be_written_as_a_float(tmp_path):
+    (tmp_path / "a.json").write_text('[{"image_id": 7.0, "caption": "a dog"}]')
+    assert [*map(type, captions.read_captioned(tmp_path / "a.json"))] == [int]
+    (tmp_path / "b.json").write_text(
+        '{"images": [{"id": 7, "file_name": "a"}], "annotations": [{"image_id": 7.0, '
+        '"caption": "a dog"}]}')
+    assert annotations.read_annotations(tmp_path / "b.json") == {7: ("a", ["a dog"])}
 
 
 @pytest.mark.parametrize("separator", [b"\n", b"\0", b"\r\n"])
