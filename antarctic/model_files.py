@@ -108,19 +108,9 @@ class ModelFiles:
         """loader.from_pretrained of these files, again where the system could not read them for a
         moment. Raises InputError."""
         quiet_transformers()
-
-        def read():
-            try:
-                return loader.from_pretrained(str(self.folder), local_files_only=True,
-                                              trust_remote_code=False, **options)
-            except Exception as error:
-                passing = system_error(error)
-                if passing in (None, error):
-                    raise
-                raise passing from error
-
         with self.telling():
-            return persistent(read)
+            return persistent(lambda: loader.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False, **options))
 
     def load_model(self, loader, wanted, config=None, **options):
         """The model, with all of its weights, which are finite and in memory of their own.

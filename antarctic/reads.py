@@ -7,6 +7,8 @@ import re
 import stat
 import time
 
+from antarctic.errors import InputError
+
 NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # Windows has only the latter
 NOT_REGULAR = "it is no regular file"
 # These say that there is no such file. All others that have a number are the system's: of a disk, a
@@ -46,13 +48,15 @@ def system_error(error):
 
 
 def persistent(read):
-    """What read() returns. Where it raises an error that may pass, it is called again after a
-    pause, a few times. Raises the last error."""
+    """What read() returns. Where it raises an error that may pass, or a library in it does because
+    of one, it is called again after a pause, a few times. Raises the last error."""
     for pause in PAUSES:
         try:
             return read()
-        except OSError as error:
-            if not passes(error) or Patience.left < pause:
+        except InputError:
+            raise
+        except Exception as error:
+            if not system_error(error) or Patience.left < pause:
                 raise
         Patience.left -= pause
         time.sleep(pause)
