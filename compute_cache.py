@@ -221,7 +221,8 @@ def make_cache(args):
     prefix, embfile = args.prefix or "", Path(args.embfile)
     warn_of_entries(entries)
     warn_of_long_entries(clip, entries, prefix)
-    key = fingerprint([clip.identity, entries, prefix, args.batch_size, str(clip.dtype)])
+    key = fingerprint([clip.identity, clip.digests, entries, prefix, args.batch_size,
+                       str(clip.dtype)])
     part = embfile.with_name(f".{embfile.name}.{key}.part")
     vectors = text_features(clip, [prefix + entry for entry in entries], part, args.batch_size)
     if rank_and_world()[0] > 0:

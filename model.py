@@ -32,7 +32,7 @@ from antarctic.index import open_indexes
 from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
-from antarctic.pretrained import CLIP_NAMES
+from antarctic.pretrained import CLIP_NAMES, PROCESSOR
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
@@ -58,7 +58,9 @@ class Clip:
 
     name: one of CLIP_NAMES, a hub id, a folder, or one of OpenAI's .pt files. dtype: weights and
     arithmetic; in torch.bfloat16 the vectors have cosines above .999 with those of float32.
-    Attributes: identity, the stamp of the caches that it encodes; dim, the width of its vectors.
+    Attributes: identity, the stamp of the caches that it encodes, by its weights; digests, {small
+    file: its SHA-256}, and image_digests, those that images' vectors depend on; dim, the width of
+    its vectors.
     Raises InputError where the model cannot be loaded.
     """
 
@@ -78,6 +80,9 @@ class Clip:
                 with files.telling():
                     self.processor = openai_preprocessor(processor)
                 self.identity = files.identity()
+        self.digests = self.tokenizer.digests
+        self.image_digests = {name: digest for name, digest in self.digests.items()
+                              if name in ("config.json", *PROCESSOR)}
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
         config = self.model.config
@@ -159,7 +164,7 @@ class Captioner:
             self.model = files.load_model(AutoModelForSeq2SeqLM, "BART", dtype=torch.float32,
                                           **attention).to(device).eval()
             self.tokenizer = files.load_tokenizer(self.model.config.vocab_size)
-            self.identity = files.identity()
+            self.identity, self.digests = files.identity(), files.digests
         self.device, self.dtype = torch.device(device), dtype
         self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
         longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)

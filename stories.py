@@ -204,7 +204,7 @@ def main():
 
     done, part = [], None  # stories of the batches that a stopped run has finished
     if savedir:
-        settings = [model.identity, tokens, batches, ends, args.chat,
+        settings = [model.identity, tokenizer.digests, tokens, batches, ends, args.chat,
                     str(dtype), args.temperature, args.top_p]
         part = savedir / f"stories-{fingerprint(settings)}.jsonl.part"
         done = on_rank0(lambda: list(read_sealed(part)) if resume(part) else [])

@@ -194,8 +194,8 @@ def train(captioner, trained, data, val_data, settings, savedir, args):
     warmup = min(args.warmup, steps // 4)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lrate)
     # The state's name holds all that determines the result: a run of other settings starts anew.
-    key = fingerprint([settings, args.lrate, warmup, steps, args.batch_size, str(captioner.dtype),
-                       digest_of(*data), digest_of(*val_data)])
+    key = fingerprint([settings, captioner.digests, args.lrate, warmup, steps, args.batch_size,
+                       str(captioner.dtype), digest_of(*data), digest_of(*val_data)])
     state, saved = savedir / f"state-{key}.pt", time.monotonic()
     best, step, recent, history = load_state(state, trained, optimizer) or (math.inf, 0, [], [])
     validated = sum(val_loss is not None for _, _, val_loss, _ in history)  # epochs

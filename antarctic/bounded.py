@@ -39,7 +39,13 @@ def telling(path, kind):
             raise MissingError(f"there is no {kind} at {path}") from error
         if reason is None:  # a pipe, a folder
             raise InputError(f"there is no {kind} at {path}: {error}") from error
-        raise InputError(f"the {kind} {path} cannot be read ({error.strerror})") from error
+        raise InputError(cannot_be_read(f"the {kind} {path}", error)) from error
+
+
+def cannot_be_read(title, error):
+    """The sentence for an error of the system. title: a file's kind and name. error: an OSError."""
+    return (f"{title} cannot be read ({error.strerror}); rerun the same command once this is "
+            "fixed")
 
 
 def read_bytes(path, kind, most=MOST_TEXT):

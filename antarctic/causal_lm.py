@@ -97,7 +97,8 @@ def chat_prompts(tokenizer, name, prompts):
 
 def encode(name, prompts, chat=False):
     """Tokenizes the prompts. Returns (config, tokenizer, token ids of each prompt, the most tokens
-    that the model can write after each).
+    that the model can write after each). The tokenizer's attribute digests is that of its
+    ModelFiles.
 
     No weights are read yet. Raises InputError where the model is missing or of another kind, or
     where a prompt is too long.
@@ -110,6 +111,7 @@ def encode(name, prompts, chat=False):
         require_causal(name, config, MODEL_FOR_CAUSAL_LM_MAPPING)
         check_size(name, config)
         tokenizer = load_gguf(AutoTokenizer, name)
+        tokenizer.digests = {}  # the model's identity is of the whole file
     else:
         # And the config, before gigabytes of weights.
         with opened_model(name, "language model", ("tokenizer",)) as files:

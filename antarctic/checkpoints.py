@@ -4,12 +4,13 @@ resumes from."""
 import hashlib
 import io
 import json
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from antarctic.bounded import MOST_SETTINGS
+from antarctic.bounded import MOST_SETTINGS, MissingError, cannot_be_read
 from antarctic.distributed import on_rank0
 from antarctic.errors import InputError
 from antarctic.files import atomic
@@ -20,9 +21,7 @@ from antarctic.pickles import (
     lightning_tensors,
     require_small_pickle,
 )
-
-MOST_CHECKPOINT = 1 << 30  # bytes of the trained tensors; bart-large's have 300 kB
-
+from antarctic.reads import system_error
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -64,7 +63,7 @@ def checkpoint_settings(path):
 def read_settings(file):
     """checkpoint_settings of a HeldFile."""
     try:
-        if is_torch_zip(file.opened_path):
+        if is_torch_zip(file.read(4)):
             return lightning_settings(file.opened_path, file.path)
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_SETTINGS:
@@ -122,8 +121,9 @@ def read_checkpoint(file, captioner):
     if settings["lm"] is None:  # the original's, which holds all weights
         tensors = lightning_tensors(file.opened_path, expected, path)
     else:
+        most = sum(parameter.nbytes for parameter in parameters.values())
         try:
-            tensors = load(file.read(most=MOST_CHECKPOINT))
+            tensors = load(file.read(most=most + MOST_SETTINGS))
         except (SafetensorError, ValueError) as error:
             raise InputError(f"the checkpoint {path} is damaged ({error})") from error
     for name in sorted(tensors.keys() | expected):
@@ -173,22 +173,36 @@ def save_state(path, trained, optimizer, progress):
 def load_state(path, trained, optimizer):
     """Copies a saved state into the trained parameters and the optimizer. Returns the progress, or
     None where no state was saved. Raises InputError where it cannot be read."""
-    def read():
-        if not path.is_file():
-            return None
-        with held(path, "state") as file:
-            require_small_pickle(file.opened_path)
-            return torch.load(file.opened_path, map_location="cpu", weights_only=True)
-
+    state = on_rank0(partial(read_state, path))
+    if state is None:
+        return None
     try:
-        state = on_rank0(read)
-        if state is None:
-            return None
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
         return state["progress"]
+    except Exception as error:  # the pickle can hold anything
+        raise InputError(no_state(path)) from error
+
+
+def read_state(path):
+    """What save_state wrote to path, a dict; None where there is no file. Raises InputError where
+    it is damaged, or cannot be read."""
+    try:
+        with held(path, "state") as file:
+            require_small_pickle(file.opened_path)
+            return torch.load(file.opened_path, map_location="cpu", weights_only=True)
+    except MissingError:
+        return None
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle can raise any exception
-        raise InputError(f"the state {path} of a stopped run cannot be read; delete it to start "
-                         "from the beginning") from error
+        if passing := system_error(error):
+            raise InputError(cannot_be_read(f"the state {path}", passing)) from error
+        raise InputError(no_state(path)) from error
+
+
+def no_state(path):
+    return (f"the state {path} of a stopped run cannot be read; delete it to start from the "
+            "beginning")

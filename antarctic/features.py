@@ -45,7 +45,7 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=
     `later` and no such list.
     """
     reading = {"max_pixels": max_pixels, "truncated": truncated}
-    encoder = fingerprint([clip.identity, *changes(reading, pictures)])
+    encoder = fingerprint([clip.identity, clip.image_digests, *changes(reading, pictures)])
     # Rank 0 alone looks at files, since another host's may have other times.
     statuses = on_rank0(lambda: statuses_of(picture.path for picture in pictures))
     store = None

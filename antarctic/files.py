@@ -9,8 +9,10 @@ import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from antarctic.bounded import telling
 from antarctic.errors import InputError
 from antarctic.leftovers import remove_leftovers, temporary_path, temporary_prefix
+from antarctic.reads import persistent
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EROFS}
@@ -239,9 +241,12 @@ def reading(path):
 
 
 def existing_file(path, kind):
-    """The Path of a file. Raises InputError where there is none. kind: what the file is."""
+    """The Path of a file. Raises InputError where there is none, or nobody can tell. kind: what the
+    file is."""
     path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, without an error in a closed folder
+    with telling(path, kind):
+        regular = stat.S_ISREG(persistent(lambda: os.stat(path)).st_mode)
+    if not regular:
         raise InputError(f"there is no {kind} at {path}")
     return path
 

@@ -79,10 +79,14 @@ class ImagesBeside:
                              f"its own; remove the link")
 
     def has(self, path, jpeg):
-        """Whether a file holds these bytes, from an earlier run."""
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != len(jpeg):
+        """Whether a file holds these bytes, from an earlier run. One that cannot be read is written
+        anew."""
+        try:
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != len(jpeg):
+                return False
+            return path.read_bytes() == jpeg
+        except OSError:
             return False
-        return path.read_bytes() == jpeg
 
     def remove_others(self):
         """Removes the images of earlier pages, and the folder where nothing is left in it."""

@@ -1,16 +1,18 @@
 """Files that are opened once and held, so that all that a run reads of one are the same bytes."""
 
 import hashlib
+import mmap
 import os
 import threading
 import time
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from antarctic.bounded import telling
+from antarctic.bounded import cannot_be_read, telling
 from antarctic.errors import InputError
-from antarctic.reads import open_regular
+from antarctic.reads import open_regular, passes, persistent
 
 TICK = 0.02  # seconds; the times that file systems keep are a tick of 1 to 10 ms apart
 BLOCK_BYTES = 1 << 20
@@ -33,56 +35,80 @@ class HeldFile:
         self.lock = threading.Lock()
         self.close = weakref.finalize(self, self.file.close)
         own = f"/proc/self/fd/{self.file.fileno()}"
-        self.opened_path = own if os.path.exists(own) else os.path.abspath(path)
-        if abs(time.time() - os.fstat(self.file.fileno()).st_mtime) < TICK:
+        self.opened_path = own if os.path.lexists(own) else os.path.abspath(path)
+        if abs(time.time() - self.now()[1] / 1e9) < TICK:
             time.sleep(TICK)  # a change in the tick of the last one would show no other time
         self.state = self.now()
         self.size = self.state[0]
 
+    def ask(self, call, *arguments):
+        """What a system call of this file returns. An error that may pass is tried again. Raises
+        InputError."""
+        try:
+            return persistent(partial(call, *arguments))
+        except OSError as error:
+            raise InputError(cannot_be_read(f"the {self.title}", error)) from error
+
     def now(self):
         """[size, time of change in ns]: they differ once the file was changed in place."""
-        with self.reading():
-            status = os.fstat(self.file.fileno())
+        status = self.ask(os.fstat, self.file.fileno())
         return [status.st_size, status.st_mtime_ns]
+
+    def is_in_place(self):
+        """Whether its name still stands for the open file. Raises OSError where nobody can tell."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except OSError as error:
+            if passes(error):
+                raise
+            return False
 
     def check(self, in_place=False):
         """Raises InputError where the file was changed since it was opened. in_place: also where
-        another file has its name, or none."""
+        another file has its name, or none. And where this cannot be told."""
         same = self.now() == self.state
-        if in_place and same:
-            try:
-                same = os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
-            except OSError:
-                same = False
+        if same and in_place:
+            same = self.ask(self.is_in_place)
         if not same:
             raise InputError(f"the {self.title} was changed while this run read it, so there are "
                              "no results; rerun the same command once nothing writes to it")
 
+    def check_readable(self):
+        """Raises InputError where another reader, such as a library, could not open, read or map
+        the file now."""
+        def read():
+            with open(self.opened_path, "rb") as file:
+                if file.read(1):
+                    mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ).close()
+
+        self.ask(read)
+
     def fill(self, buffer, offset):
         """Reads len(buffer) bytes from offset on. buffer: a memoryview of bytes. Raises InputError
         where they cannot be read. A caller that has all its bytes calls check()."""
-        with self.reading():
-            while len(buffer):
-                count = self.read_into(buffer, offset)
-                if not count:
-                    self.cut_short()
-                buffer, offset = buffer[count:], offset + count
+        while len(buffer):
+            count = self.ask(self.read_into, buffer, offset)
+            if not count:
+                self.cut_short()
+            buffer, offset = buffer[count:], offset + count
 
     def gather(self, offsets, size):
         """Pieces of so many bytes each, one after the other, a bytearray. Raises InputError as
         fill() does."""
-        number = self.file.fileno()
-        with self.reading():
-            if hasattr(os, "pread"):
-                pieces = [os.pread(number, size, offset) for offset in offsets]
-            else:
-                pieces = [bytearray(size) for _ in offsets]
-                for piece, offset in zip(pieces, offsets):
-                    self.read_into(piece, offset)
-            data = bytearray().join(pieces)
+        data = bytearray().join(self.ask(self.pieces, offsets, size))
         if len(data) < len(offsets) * size:
             self.cut_short()
         return data
+
+    def pieces(self, offsets, size):
+        """The pieces of gather(), a list. Raises OSError."""
+        number = self.file.fileno()
+        if hasattr(os, "pread"):
+            return [os.pread(number, size, offset) for offset in offsets]
+        pieces = [bytearray(size) for _ in offsets]
+        for piece, offset in zip(pieces, offsets):
+            self.read_into(piece, offset)
+        return pieces
 
     def read_into(self, buffer, offset):
         """Reads bytes from offset on, and returns how many."""
@@ -91,13 +117,6 @@ class HeldFile:
         with self.lock:  # Windows
             self.file.seek(offset)
             return self.file.readinto(buffer)
-
-    @contextmanager
-    def reading(self):
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"the {self.title} cannot be read ({error.strerror})") from error
 
     def cut_short(self):
         self.check()

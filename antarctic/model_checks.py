@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from safetensors import safe_open
 
 from antarctic.bounded import parse_json
 from antarctic.pickles import weight_entries
+from antarctic.reads import persistent
 
 MOST = {  # bytes of the small files; the largest known tokenizer.json, of Gemma 3, has 33 MB
     "tokenizer.json": 48 << 20, "vocab.json": 16 << 20, "merges.txt": 16 << 20,
@@ -78,9 +80,14 @@ def read_tensors(weights):
         size = held.read(8)
         if len(size) < 8 or struct.unpack("<Q", size)[0] > MOST_HEADER:
             raise ValueError(f"{name} is not a safetensors file")
-        with safe_open(held.opened_path, "pt") as file:
-            shapes += [file.get_slice(key).get_shape() for key in file.keys()]
+        shapes += persistent(partial(shapes_of, held.opened_path))
     return Tensors(len(shapes), sum(map(math.prod, shapes)))
+
+
+def shapes_of(path):
+    """The shape of each tensor of a safetensors file, a list."""
+    with safe_open(path, "pt") as file:
+        return [file.get_slice(key).get_shape() for key in file.keys()]
 
 
 def check_index(index, files):

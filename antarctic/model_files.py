@@ -6,8 +6,10 @@ has (modules, adapters, other formats, settings of generation) is not there. So 
 nothing, runs nothing, and fetches nothing that a file names.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import ExitStack, contextmanager
@@ -15,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from antarctic.bounded import cannot_be_read
 from antarctic.errors import InputError
-from antarctic.files import writing
+from antarctic.files import reading, writing
 from antarctic.held import HeldFile, sha256
 from antarctic.model_checks import (
     check_config,
@@ -31,6 +34,7 @@ from antarctic.model_checks import (
     read_tensors,
 )
 from antarctic.pretrained import PROCESSOR, fetch, first_sentence, needed
+from antarctic.reads import persistent, system_error
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 
@@ -44,15 +48,19 @@ def quiet_transformers():
 
 class ModelFiles:
     """The files of a model that are read, held open. Attributes: name; kind, what messages call it;
-    folder, the private one; tensors, a model_checks.Tensors of its weights, or None."""
+    folder, the private one; tensors, a model_checks.Tensors of its weights, or None; digests,
+    {small file: its SHA-256}, which name what else than the weights decides results."""
 
     def __init__(self, name, kind, parts, folder, stack):
         self.name, self.kind, self.folder = str(name), kind, Path(folder)
         source = fetch(name, kind, parts)
-        self.advice = "" if source == self.name else (
+        self.is_folder = source == self.name
+        self.advice = "" if self.is_folder else (
             f" from {source}; delete that folder, and a rerun fetches it anew")
-        self.held = {}  # {file name: HeldFile}
-        for file in needed(os.listdir(source), parts, f"{kind} {name}"):
+        self.held, self.digests = {}, {}  # {file name: HeldFile}; {file name: SHA-256}
+        with reading(source):
+            present = os.listdir(source)
+        for file in needed(present, parts, f"{kind} {name}"):
             self.held[file] = HeldFile(Path(source) / file, f"file of the {kind}")
             stack.callback(self.held[file].close)
         weights = {file: held for file, held in self.held.items() if file.endswith(WEIGHTS)}
@@ -70,6 +78,7 @@ class ModelFiles:
         """Checks a small file. Returns what transformers may see in its place, or None where that
         is the file itself."""
         data = held.read(most=most_bytes(file))
+        self.digests[file] = hashlib.sha256(data).hexdigest()
         if not file.endswith(".json"):
             return None
         content = parse(data, file)
@@ -93,14 +102,15 @@ class ModelFiles:
             held.check(in_place=True)
 
     def telling(self):
-        return telling(self.kind, self.name, self.advice)
+        return telling(self.kind, self.name, self.advice, self.held.values())
 
     def load(self, loader, **options):
-        """loader.from_pretrained of these files. Raises InputError."""
+        """loader.from_pretrained of these files, again where the system could not read them for a
+        moment. Raises InputError."""
         quiet_transformers()
         with self.telling():
-            return loader.from_pretrained(str(self.folder), local_files_only=True,
-                                          trust_remote_code=False, **options)
+            return persistent(lambda: loader.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False, **options))
 
     def load_model(self, loader, wanted, config=None, **options):
         """The model, with all of its weights, which are finite and in memory of their own.
@@ -123,8 +133,9 @@ class ModelFiles:
         return model
 
     def load_tokenizer(self, known=None):
-        """The tokenizer. known: the tokens that the model knows, or None. Raises InputError, also
-        where its files are missing: transformers would make one without a vocabulary."""
+        """The tokenizer. known: the tokens that the model knows, or None. Its attribute digests are
+        those of these files. Raises InputError, also where its files are missing: transformers
+        would make one without a vocabulary."""
         from transformers import AutoTokenizer
         tokenizer = self.load(AutoTokenizer)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -133,20 +144,22 @@ class ModelFiles:
         if known is not None and highest >= known:
             raise InputError(f"the {self.kind} {self.name} has embeddings of {known:,} tokens, but "
                              f"its tokenizer has the token {highest:,}")
+        tokenizer.digests = self.digests
         return tokenizer
 
     def identity(self):
         """The text that names the model in the files made with it: its name on the hub, or that of
         its folder with a digest of the weights."""
-        if not os.path.exists(self.name):
+        if not self.is_folder:
             return self.name
         weights = (self.held[file] for file in sorted(self.held) if file.endswith(WEIGHTS))
         return file_identity(*weights, name=self.name)
 
 
 @contextmanager
-def telling(kind, name, advice=""):
-    """Tells each error of the body, which loads or tries a model, in one sentence."""
+def telling(kind, name, advice="", files=()):
+    """Tells each error of the body, which loads or tries a model, in one sentence. files: the
+    HeldFiles that it reads."""
     try:
         yield
     except InputError:
@@ -155,8 +168,14 @@ def telling(kind, name, advice=""):
         raise InputError(f"the {kind} {name} needs another library: "
                          f"{first_sentence(error)}") from error
     except Exception as error:  # such files can make the libraries raise anything
-        raise InputError(f"the {kind} {name} could not be loaded{advice} "
-                         f"({first_sentence(error)})") from error
+        paths = {file.opened_path: str(file.path) for file in files}
+        text = re.sub(r"/proc/self/fd/\d+", lambda found: paths.get(found[0], found[0]),
+                      first_sentence(error))
+        if passing := system_error(error):
+            for file in files:
+                file.check_readable()  # where one of them is not, its name is known
+            raise InputError(cannot_be_read(f"a file of the {kind} {name}", passing)) from error
+        raise InputError(f"the {kind} {name} could not be loaded{advice} ({text})") from error
 
 
 def link(target, path):

@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from antarctic.bounded import cannot_be_read
 from antarctic.errors import InputError
+from antarctic.reads import passes
 
 STORAGES = {
     "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
@@ -165,8 +167,15 @@ def torch_file(path, title=None):
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{title} cannot be read: it is damaged, cut short, or of an unknown "
-                         f"kind") from error
+        raise damaged(title, error) from error
+
+
+def damaged(title, error):
+    """The InputError for what reading a file raised, unless that may pass. title: what messages
+    call the file."""
+    if passes(error):
+        return InputError(cannot_be_read(title, error))
+    return InputError(f"{title} cannot be read: it is damaged, cut short, or of an unknown kind")
 
 
 def named_entries(content):
@@ -201,11 +210,13 @@ def weight_entries(path, title):
     """{name: Entry} of a state dict that torch.save wrote, in its zip format or in the one before
     PyTorch 1.6. title: what messages call the file. Raises InputError where the file names anything
     unknown, or is damaged."""
-    if is_torch_zip(path):
-        with torch_file(path, title) as (content, _):
-            require_small_pickle(path)
-            return named_entries(StandIn() | content)
     try:
+        with open(path, "rb") as file:
+            zipped = is_torch_zip(file.read(4))
+        if zipped:
+            with torch_file(path, title) as (content, _):
+                require_small_pickle(path)
+                return named_entries(StandIn() | content)
         with open(path, "rb") as file:
             reader = Reader(io.BytesIO(file.read(MOST_PICKLE // 2)), title)
             _magic, _version, _system, content = (reader.load() for _ in range(4))
@@ -213,14 +224,13 @@ def weight_entries(path, title):
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{title} cannot be read: it is damaged, cut short, or of an unknown "
-                         f"kind") from error
+        raise damaged(title, error) from error
 
 
-def is_torch_zip(path):
-    """Whether a file begins as a zip file, the format of torch.save since PyTorch 1.6."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\3\4"
+def is_torch_zip(head):
+    """Whether a file begins as a zip file, the format of torch.save since PyTorch 1.6. head: its
+    first bytes."""
+    return head.startswith(b"PK\3\4")
 
 
 def lightning_settings(path, title):

@@ -37,6 +37,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, v
 
 from antarctic.distributed import is_rank0
 from antarctic.errors import InputError, escape_control, print_safely
+from antarctic.reads import is_there
 
 CLIP_NAMES = {  # {OpenAI's name: the same model on the hub}
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -94,7 +95,7 @@ def fetch(name, kind, parts):
     kind: of the model, as messages call it. parts: see needed. Raises InputError, with a sentence
     for each cause.
     """
-    if os.path.exists(name):
+    if is_there(name):
         if not os.path.isdir(name):
             raise InputError(f"the {kind} {name} is a file; give a folder or a name on the Hugging "
                              f"Face hub")

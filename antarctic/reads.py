@@ -3,8 +3,11 @@ prove, and tried again; files read whole, within bounds."""
 
 import errno
 import os
+import re
 import stat
 import time
+
+from antarctic.errors import InputError
 
 NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # Windows has only the latter
 NOT_REGULAR = "it is no regular file"
@@ -12,6 +15,7 @@ NOT_REGULAR = "it is no regular file"
 # network, rights, too many open files. They say nothing of the file's bytes.
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 PAUSES = 0.1, 0.4, 1.5  # seconds before another attempt
+NUMBER = re.compile(r"\((?:os error )?(\d{1,3})\)$")  # of the error, as Rust and PyTorch tell it
 
 
 class Patience:
@@ -27,18 +31,48 @@ def passes(error):
     return isinstance(error, OSError) and error.errno is not None and error.errno not in GONE
 
 
+def system_error(error):
+    """The error of the system that made a library raise an exception, if it may pass: an OSError
+    with a number. None where there is none."""
+    chain = []
+    while error is not None and error not in chain:
+        if passes(error):
+            return error
+        if number := NUMBER.search(str(error)):
+            told = OSError(int(number[1]), os.strerror(int(number[1])))
+            if passes(told) and told.strerror in str(error):
+                return told
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def persistent(read):
-    """What read() returns. Where it raises an error that may pass, it is called again after a
-    pause, a few times. Raises the last error."""
+    """What read() returns. Where it raises an error that may pass, or a library in it does because
+    of one, it is called again after a pause, a few times. Raises the last error."""
     for pause in PAUSES:
         try:
             return read()
-        except OSError as error:
-            if not passes(error) or Patience.left < pause:
+        except InputError:
+            raise
+        except Exception as error:
+            if not system_error(error) or Patience.left < pause:
                 raise
         Patience.left -= pause
         time.sleep(pause)
     return read()
+
+
+def is_there(path):
+    """Whether there is something at a path, or behind a link there. Raises OSError where the system
+    cannot tell."""
+    try:
+        persistent(lambda: os.stat(path))
+    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
+        if passes(error):
+            raise
+        return False
+    return True
 
 
 def open_regular(path, buffering=-1):

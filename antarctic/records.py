@@ -106,8 +106,10 @@ class Records:
                         files[path] = stack.enter_context(open(path, "rb"))
             for done, picture in enumerate(pictures):
                 path, start = self.places[picture.key]
-                files[path].seek(start)
-                record, _ = self.parse(files[path].readline(), path)
+                with reading(path):
+                    files[path].seek(start)
+                    line = files[path].readline()
+                record, _ = self.parse(line, path)
                 if not record or key_of(record) != picture.key:
                     raise InputError(f"{path} was changed by another program: {done} of "
                                      f"{len(pictures)} records were read; rerun the same command "

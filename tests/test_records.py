@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CLIP
+from conftest import BART, CLIP
 from test_sampler import photos, run_sampler, sample
 
 from antarctic.errors import InputError
@@ -119,6 +119,27 @@ def test_other_settings_or_a_changed_photo_are_captioned_anew(script, world, cac
     records = sample(script, cache, tmp_path / "r", *images, *flags, "--num_beams", "4")
     assert counted() == (1, 1)
     assert records == sample(script, cache, tmp_path / "new", *images, *flags, "--num_beams", "4")
+
+
+@pytest.mark.parametrize("model, file, encoded", [
+    ("bart", "tokenizer.json", 0), ("bart", "config.json", 0), ("clip", "tokenizer_config.json", 0),
+    ("clip", "preprocessor_config.json", 2), ("clip", "config.json", 2)])
+def test_a_model_with_another_small_file_captions_anew(script, world, cache, checkpoint, tmp_path,
+                                                       counted, model, file, encoded):
+    """The weights alone name a model in caches and checkpoints, which stay valid."""
+    models = {name: Path(shutil.copytree(path, tmp_path / name))
+              for name, path in (("clip", CLIP), ("bart", BART))}
+    flags = ("--images", photos(world, tmp_path / "photos", 2), "--ckpt", checkpoint,
+             "--clip_model", models["clip"], "--lm", models["bart"])
+    first = sample(script, cache, tmp_path / "r", *flags)
+    counted()
+    assert sample(script, cache, tmp_path / "r", *flags) == first and counted() == (0, 0)
+    path = models[model] / file
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1) + "\n")  # the same settings
+    again = sample(script, cache, tmp_path / "r", *flags)
+    assert counted() == (2, encoded)
+    assert [r["caption"] for r in again] == [r["caption"] for r in first]
+    assert [r["seal"] for r in again] != [r["seal"] for r in first]
 
 
 @pytest.mark.parametrize("change", [

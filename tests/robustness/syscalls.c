@@ -241,6 +241,8 @@ WRAP(ssize_t, pread, (int fd, void *data, size_t size, off_t at), (fd, data, siz
      verdict_read("read", fd, NULL))
 WRAP(ssize_t, pread64, (int fd, void *data, size_t size, off64_t at), (fd, data, size, at),
      verdict_read("read", fd, NULL))
+WRAP(ssize_t, preadv64v2, (int fd, const struct iovec *parts, int n, off64_t at, int flags),
+     (fd, parts, n, at, flags), verdict_read("read", fd, NULL))
 WRAP(int, fstat, (int fd, struct stat *status), (fd, status), verdict_read("fstat", fd, NULL))
 WRAP(int, fstat64, (int fd, struct stat64 *status), (fd, status), verdict_read("fstat", fd, NULL))
 WRAP(int, stat, (const char *path, struct stat *status), (path, status),
