@@ -18,14 +18,31 @@ def start_tokens(bart, rows):
     return torch.tensor([start] * rows, device=bart.device)
 
 
+def output_layer(bart):
+    """A function of the decoder's states (R, dim) that gives logits, float32 (R, V).
+
+    On a CPU, in float32, the weights are laid out once as oneDNN's matrix products read them
+    (torch's own would do it in each step), which takes as long as two or three steps, and the
+    memory of the embeddings.
+    """
+    weight, bias = bart.lm_head.weight, bart.final_logits_bias[0]  # (V, dim), (V,)
+    if (weight.device.type == "cpu" and weight.dtype == torch.float32
+            and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")):
+        onednn = torch.ops.mkldnn
+        packed = onednn._reorder_linear_weight(weight.detach(), None)
+        return lambda states: onednn._linear_pointwise(states, packed, bias, "none", [], "")
+    return lambda states: linear(states, weight, bias).float()
+
+
 class Decoder:
     """BART's decoder over some tables, whose encoder states are computed here.
 
     bart: a BartForConditionalGeneration. inputs: input_ids and attention_mask, int64 (B, T).
+    to_logits: of output_layer().
     """
 
-    def __init__(self, bart, inputs):
-        self.bart, self.decoder = bart, bart.get_decoder()
+    def __init__(self, bart, inputs, to_logits):
+        self.bart, self.decoder, self.to_logits = bart, bart.get_decoder(), to_logits
         self.heads = bart.config.decoder_attention_heads
         states = bart.get_encoder()(**inputs).last_hidden_state  # (B, T, dim)
         self.mask = inputs["attention_mask"].bool()[:, None, None]  # (B, 1, 1, T)
@@ -69,8 +86,7 @@ class Decoder:
             states = layer.encoder_attn_layer_norm(states + seen)
             hidden = layer.fc2(layer.activation_fn(layer.fc1(states)))
             states = layer.final_layer_norm(states + hidden)
-        weight, bias = self.bart.lm_head.weight, self.bart.final_logits_bias[0]  # (V, dim), (V,)
-        return linear(states[:, -1], weight, bias).float()  # (R, V)
+        return self.to_logits(states[:, -1])  # (R, V)
 
     def keep(self, tables):
         """Drops the keys and values of other tables. tables: some of those that are left."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from antarctic.bart_decoder import Decoder, start_tokens
+from antarctic.bart_decoder import Decoder, output_layer, start_tokens
 
 # ------------------------------------------------------------------------------------ beam search
 
@@ -27,7 +27,8 @@ def beam_search(bart, inputs, num_beams, maxlen):
     https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py.
     A table that is done leaves the batch, where generate() computes on until all of them are.
     """
-    decoder, tables = Decoder(bart, inputs), list(range(len(inputs["input_ids"])))  # open tables
+    decoder = Decoder(bart, inputs, output_layer(bart))
+    tables = list(range(len(inputs["input_ids"])))  # those that are open
     finished = [[] for _ in tables]
     tokens, past = start_tokens(bart, len(tables)), decoder.empty_past()  # (rows, length)
     new, rows = tokens, None  # rows are the beams of the open tables, in order
@@ -154,21 +155,23 @@ def sample_trees(bart, inputs, n, temperature, top_p, maxlen, seeds, chunk):
     time, which bounds the memory: of so many tables that they cannot have more, or of one table,
     whose other rows wait.
     """
-    together, finished = max(1, chunk // n), []
+    together, to_logits, finished = max(1, chunk // n), output_layer(bart), []
     for start in range(0, len(seeds), together):
         group = slice(start, start + together)
         part = {name: tensor[group] for name, tensor in inputs.items()}
-        finished += sample_group(bart, part, n, temperature, top_p, maxlen, seeds[group], chunk)
+        decoder = Decoder(bart, part, to_logits)
+        finished += sample_group(decoder, n, temperature, top_p, maxlen, seeds[group], chunk)
     return finished
 
 
-def sample_group(bart, inputs, n, temperature, top_p, maxlen, seeds, chunk):
-    """As sample_trees, where either n * B is at most chunk or B is 1."""
+def sample_group(decoder, n, temperature, top_p, maxlen, seeds, chunk):
+    """As sample_trees, of the tables of a Decoder, which are so few that n * B is at most chunk, or
+    one."""
+    bart, finished = decoder.bart, [[] for _ in seeds]
     device, eos = bart.device, bart.config.eos_token_id
     # Draws need doubles, which mps does not have.
     draws_on = "cpu" if device.type == "mps" else device
     generators = [torch.Generator(draws_on).manual_seed(seed) for seed in seeds]
-    decoder, finished = Decoder(bart, inputs), [[] for _ in seeds]
     tables, scores = torch.arange(len(seeds), device=device), torch.zeros(len(seeds), device=device)
     waiting = [Prefixes(tables, start_tokens(bart, len(seeds)), scores, torch.full_like(tables, n),
                         decoder.empty_past())]
