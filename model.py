@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
 from antarctic.cache_files import is_cache_file
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.decoding import beam_search, sample_tree
+from antarctic.decoding import beam_search, sample_trees
 from antarctic.distributed import warn
 from antarctic.errors import InputError
 from antarctic.files import existing_file, file_sha256
@@ -233,19 +233,23 @@ class Captioner:
                  for likelihood, ids in captions[:num_return_sequences]] for captions in finished]
 
     @torch.inference_mode()
-    def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
-        """n independent samples for one table, each distinct sequence of tokens once: a list of
+    def sample(self, tables, n, temperature=1.0, top_p=1.0, seeds=None, chunk=256):
+        """n independent samples for each table, each distinct sequence of tokens once: B lists of
         (text, likelihood, count), whose counts sum to n.
 
-        table: a list of token ids. likelihood: as of beam(), before temperature and nucleus. The
-        same seed gives the same samples. chunk: rows of the decoder at a time, which bounds the
-        memory. Samples that begin alike are computed once, see sample_tree.
+        tables: B lists of token ids. likelihood: as of beam(), before temperature and nucleus.
+        seeds: B numbers (default: 0, 1, ...); a table's samples depend on its own alone. chunk:
+        rows of the decoder at a time, which bounds the memory. See sample_trees.
         """
+        if not tables:
+            return []
+        seeds = range(len(tables)) if seeds is None else seeds
         with self.autocast():
-            finished = sample_tree(self.model, self.pad([table]), n, temperature, top_p,
-                                   self.maxlen_dec, seed, chunk)
-        return [sample for tokens, likelihoods, counts in finished
-                for sample in zip(self.decode(tokens), likelihoods.tolist(), counts.tolist())]
+            finished = sample_trees(self.model, self.pad(tables), n, temperature, top_p,
+                                    self.maxlen_dec, list(seeds), chunk)
+        return [[sample for tokens, likelihoods, counts in steps
+                 for sample in zip(self.decode(tokens), likelihoods.tolist(), counts.tolist())]
+                for steps in finished]
 
     def decode(self, sequences):
         """Texts of token ids (B, length), without special tokens."""
@@ -501,9 +505,7 @@ class Model:
         seeds = [seed_of(decoding.seed, image_id) for image_id in ids]
         tokens, n = self.tokenize(tables), decoding.num_return_sequences
         if decoding.do_sample:
-            dials = n, decoding.temperature, decoding.top_p
-            drafts = [self.captioner.sample(table, *dials, seed)
-                      for table, seed in zip(tokens, seeds)]
+            drafts = self.captioner.sample(tokens, n, decoding.temperature, decoding.top_p, seeds)
         else:
             drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
         if self.banned:
@@ -515,7 +517,7 @@ class Model:
         many attempts."""
         for attempt in range(attempts + 1):
             if attempt:
-                candidates = self.captioner.sample(table, 100, seed=seed + attempt)
+                [candidates] = self.captioner.sample([table], 100, seeds=[seed + attempt])
             clean = [each for each in candidates if not self.banned.search(each[0])]
             if clean:
                 return clean
