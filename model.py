@@ -33,6 +33,7 @@ from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES
+from antarctic.selection import IMAGES, select, shortlist_size
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
@@ -330,18 +331,19 @@ class Model:
     """
 
     def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=None,
-                 banned=None, prefix="", search=search):
+                 banned=None, prefix="", search=search, table="topk"):
         """banned: a WholeWords that no caption may hold, or None. prefix: the text before each
-        entry when CLIP encodes it. search: cache.search, or an Indexes."""
+        entry when CLIP encodes it. search: cache.search, or an Indexes. table: one of
+        selection.METHODS."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
-        self.topk, self.decoding = topk, decoding or Decoding()
+        self.topk, self.table, self.decoding = topk, table, decoding or Decoding()
         self.banned, self.prefix = banned, prefix
 
     @classmethod
     def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,
              embfile=None, index=None, only=None, ban=None, topk=None, maxlen_enc=None,
-             maxlen_dec=None, device="auto", dtype="auto", **decoding):
+             maxlen_dec=None, device="auto", dtype="auto", table=None, **decoding):
         """Loads a Model. The arguments are the sampler's flags, with the same defaults.
 
         textfile, embfile, index: a path, or a list of paths. ckpt: "none" for BART as pretrained.
@@ -361,6 +363,7 @@ class Model:
         settings = {"topk": topk or TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
         if ckpt:  # it holds the sizes of the tables and texts that it was trained with
             settings = checkpoint_settings(existing_file(ckpt, "checkpoint"))
+        table = table or settings.get("table", "topk")
         topk, maxlen_enc = topk or settings["topk"], maxlen_enc or settings["maxlen_enc"]
         maxlen_dec = maxlen_dec or settings["maxlen_dec"]
 
@@ -377,7 +380,7 @@ class Model:
         description = embeddings.parts[0].description
         prefix = description.prefix if description else ""
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,
-                   index_search)
+                   index_search, table)
 
     def __str__(self):
         dtype = str(self.captioner.dtype).removeprefix("torch.")
@@ -475,13 +478,29 @@ class Model:
         find = self.search
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
             find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, sooner
+        size = self.topk
+        if self.table != "topk":
+            size = shortlist_size(len(self.entries), self.topk)
         tables = []
         for rows in features.split(256) if len(features) else ():
-            cosines, indices = find(rows, self.embeddings, self.topk)  # (256, k), (256, k)
-            for image_indices, image_cosines in zip(indices.tolist(), cosines.tolist()):
-                entries = [self.entries[i] for i in image_indices]
-                tables.append(list(zip(entries, image_cosines)))
+            cosines, indices = find(rows, self.embeddings, size)  # (256, s), (256, s)
+            chosen = self.choose_entries(rows, cosines, indices)
+            for places, image_indices, image_cosines in zip(
+                    chosen, indices.tolist(), cosines.tolist()):
+                tables.append([(self.entries[image_indices[i]], image_cosines[i]) for i in places])
         return tables
+
+    def choose_entries(self, features, cosines, indices):
+        """The places of each table's entries in its shortlist: n lists. features: (n, dim).
+        cosines, indices: of the shortlists, (n, s)."""
+        if self.table == "topk":
+            return [range(indices.shape[1])] * len(indices)
+        chosen = []
+        for rows, near, some in zip(*(each.split(IMAGES) for each in (features, cosines, indices))):
+            numbers, places = some.unique(return_inverse=True)  # (u,), (32, s)
+            vectors = self.embeddings.only(numbers.tolist())[:][places]  # (32, s, dim)
+            chosen += select(self.table, rows, near, vectors, self.topk)
+        return chosen
 
     def tokenize(self, tables):
         """Token ids of each linearized table, cut at maxlen_enc: n lists."""
