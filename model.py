@@ -298,16 +298,20 @@ class Caption(NamedTuple):
     candidates: list  # (text, cosine, likelihood), best first
 
 
-def warn_of_settings(settings, clip_model, topk, entries):
+def warn_of_settings(settings, clip_model, topk, table, entries):
     """Warns where tables are not those that a checkpoint was trained on.
 
-    settings: of checkpoint_settings(). clip_model: the CLIP's identity. topk: entries of a table.
+    settings: of checkpoint_settings(). clip_model: the CLIP's identity. topk, table: as of Model.
     entries: how many there are in all.
     """
     trained_with = settings.get("clip_model") or clip_model  # the original's does not say
     if trained_with != clip_model:
         warn(f"the checkpoint was trained with the CLIP model {trained_with}, not with "
              f"{clip_model}")
+    trained_on = settings.get("table", "topk")
+    if table != trained_on:
+        warn(f"tables are by --table {table}, but the checkpoint was trained on tables by "
+             f"{trained_on}")
     if topk != settings["topk"]:
         warn(f"tables have --topk {topk} entries, but the checkpoint was trained on "
              f"{settings['topk']}")
@@ -372,7 +376,7 @@ class Model:
         banned = WholeWords(ban) if ban else None
         if only or banned:
             entries, embeddings = restrict(entries, embeddings, only, banned)
-        warn_of_settings(settings, clip.identity, topk, len(entries))
+        warn_of_settings(settings, clip.identity, topk, table, len(entries))
         index_search = open_indexes(as_list(index), embeddings) if index else search
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
         if ckpt:
@@ -478,10 +482,7 @@ class Model:
         find = self.search
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
             find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, sooner
-        size = self.topk
-        if self.table != "topk":
-            size = shortlist_size(len(self.entries), self.topk)
-        tables = []
+        size, tables = self.shortlist_size(), []
         for rows in features.split(256) if len(features) else ():
             cosines, indices = find(rows, self.embeddings, size)  # (256, s), (256, s)
             chosen = self.choose_entries(rows, cosines, indices)
@@ -489,6 +490,12 @@ class Model:
                     chosen, indices.tolist(), cosines.tolist()):
                 tables.append([(self.entries[image_indices[i]], image_cosines[i]) for i in places])
         return tables
+
+    def shortlist_size(self):
+        """How many of the nearest entries a table is chosen from."""
+        if self.table == "topk":
+            return self.topk
+        return shortlist_size(len(self.entries), self.topk)
 
     def choose_entries(self, features, cosines, indices):
         """The places of each table's entries in its shortlist: n lists. features: (n, dim).

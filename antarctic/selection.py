@@ -28,7 +28,8 @@ def standard(values):
     """Values (B, s) or (B, s, s) of each image with mean 0 and deviation 1."""
     flat = values.flatten(1)
     shape = (-1,) + (1,) * (values.dim() - 1)
-    return (values - flat.mean(1).view(shape)) / flat.std(1).clamp(min=1e-6).view(shape)
+    deviation = flat.std(1, correction=0).clamp(min=1e-6)
+    return (values - flat.mean(1).view(shape)) / deviation.view(shape)
 
 
 def marginal_relevance(cosines, vectors, k):

@@ -185,9 +185,10 @@ class Studio:
 
     def search(self, path, text, words=AS_IT_IS, topk=None, visitor=None):
         """Where a text stands among the entries for an image: a dict with text, known (whether it
-        is an entry), cosine, rank, entries (how many there are), topk, last (the cosine of the
-        table's last entry) and others, (entry, cosine, rank) of up to ten entries that hold it.
-        Raises InputError."""
+        is an entry), cosine, rank, entries (how many there are), topk, shortlist (how many of the
+        nearest the table is chosen from), kept (whether it is in the table, where it is an entry),
+        last (the least cosine in the table) and others, (entry, cosine, rank) of up to ten entries
+        that hold it. Raises InputError."""
         lines = lines_of(text)
         if len(lines) != 1:
             raise InputError("type one word, or one phrase, to search for")
@@ -201,14 +202,17 @@ class Studio:
                     holding.append(entry)
                     if len(holding) == 200:
                         break
-            places = model.places(feature[0], [text, *holding])
+            places, known = model.places(feature[0], [text, *holding]), text in model.entries
+            entries = len(model.entries)
             topk = min(topk or model.topk, len(model.entries))
-            last = model.with_words(topk=topk).tables(feature)[0][-1][1]
+            model = model.with_words(text, topk=topk)  # as a line of the visitor's words
+            [table] = model.tables(feature)
         others = [(entry, *place) for entry, place in zip(holding, places[1:])]
         others.sort(key=lambda other: other[2])
-        return {"text": text, "known": text in model.entries, "cosine": places[0][0],
-                "rank": places[0][1], "entries": len(model.entries), "topk": topk, "last": last,
-                "others": others[:10]}
+        return {"text": text, "known": known, "cosine": places[0][0], "rank": places[0][1],
+                "entries": entries, "topk": topk,
+                "kept": text in dict(table), "last": min(cosine for _, cosine in table),
+                "shortlist": model.shortlist_size(), "others": others[:10]}
 
     def save(self, words, folder):
         """Writes a visitor's words as a small cache into a folder: {flag: path} of the files, which
