@@ -184,7 +184,7 @@ def load_page(args, decoding, folder, device, dtype):
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
     model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
                        args.index, only, ban, args.topk, device=device, dtype=dtype,
-                       **asdict(decoding))
+                       table=args.table, **asdict(decoding))
     folder = Folder(folder)
     examples = examples_of(folder, example_paths(args))
     answers = Answers(Studio(model, args.max_pixels), folder, args.savedir, command_of(args),

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
 from antarctic.cache_files import is_cache_file
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.decoding import beam_search, sample_tree
+from antarctic.decoding import beam_search, sample_trees
 from antarctic.distributed import warn
 from antarctic.errors import InputError
 from antarctic.files import existing_file, file_sha256
@@ -33,6 +33,7 @@ from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, PROCESSOR
+from antarctic.selection import IMAGES, select, shortlist_size
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
@@ -238,19 +239,23 @@ class Captioner:
                  for likelihood, ids in captions[:num_return_sequences]] for captions in finished]
 
     @torch.inference_mode()
-    def sample(self, table, n, temperature=1.0, top_p=1.0, seed=0, chunk=256):
-        """n independent samples for one table, each distinct sequence of tokens once: a list of
+    def sample(self, tables, n, temperature=1.0, top_p=1.0, seeds=None, chunk=256):
+        """n independent samples for each table, each distinct sequence of tokens once: B lists of
         (text, likelihood, count), whose counts sum to n.
 
-        table: a list of token ids. likelihood: as of beam(), before temperature and nucleus. The
-        same seed gives the same samples. chunk: rows of the decoder at a time, which bounds the
-        memory. Samples that begin alike are computed once, see sample_tree.
+        tables: B lists of token ids. likelihood: as of beam(), before temperature and nucleus.
+        seeds: B numbers (default: 0, 1, ...); a table's samples depend on its own alone. chunk:
+        rows of the decoder at a time, which bounds the memory. See sample_trees.
         """
+        if not tables:
+            return []
+        seeds = range(len(tables)) if seeds is None else seeds
         with self.autocast():
-            finished = sample_tree(self.model, self.pad([table]), n, temperature, top_p,
-                                   self.maxlen_dec, seed, chunk)
-        return [sample for tokens, likelihoods, counts in finished
-                for sample in zip(self.decode(tokens), likelihoods.tolist(), counts.tolist())]
+            finished = sample_trees(self.model, self.pad(tables), n, temperature, top_p,
+                                    self.maxlen_dec, list(seeds), chunk)
+        return [[sample for tokens, likelihoods, counts in steps
+                 for sample in zip(self.decode(tokens), likelihoods.tolist(), counts.tolist())]
+                for steps in finished]
 
     def decode(self, sequences):
         """Texts of token ids (B, length), without special tokens."""
@@ -298,16 +303,20 @@ class Caption(NamedTuple):
     candidates: list  # (text, cosine, likelihood), best first
 
 
-def warn_of_settings(settings, clip_model, topk, entries):
+def warn_of_settings(settings, clip_model, topk, table, entries):
     """Warns where tables are not those that a checkpoint was trained on.
 
-    settings: of checkpoint_settings(). clip_model: the CLIP's identity. topk: entries of a table.
+    settings: of checkpoint_settings(). clip_model: the CLIP's identity. topk, table: as of Model.
     entries: how many there are in all.
     """
     trained_with = settings.get("clip_model") or clip_model  # the original's does not say
     if trained_with != clip_model:
         warn(f"the checkpoint was trained with the CLIP model {trained_with}, not with "
              f"{clip_model}")
+    trained_on = settings.get("table", "topk")
+    if table != trained_on:
+        warn(f"tables are by --table {table}, but the checkpoint was trained on tables by "
+             f"{trained_on}")
     if topk != settings["topk"]:
         warn(f"tables have --topk {topk} entries, but the checkpoint was trained on "
              f"{settings['topk']}")
@@ -331,18 +340,19 @@ class Model:
     """
 
     def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=None,
-                 banned=None, prefix="", search=search):
+                 banned=None, prefix="", search=search, table="topk"):
         """banned: a WholeWords that no caption may hold, or None. prefix: the text before each
-        entry when CLIP encodes it. search: cache.search, or an Indexes."""
+        entry when CLIP encodes it. search: cache.search, or an Indexes. table: one of
+        selection.METHODS."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
-        self.topk, self.decoding = topk, decoding or Decoding()
+        self.topk, self.table, self.decoding = topk, table, decoding or Decoding()
         self.banned, self.prefix = banned, prefix
 
     @classmethod
     def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,
              embfile=None, index=None, only=None, ban=None, topk=None, maxlen_enc=None,
-             maxlen_dec=None, device="auto", dtype="auto", **decoding):
+             maxlen_dec=None, device="auto", dtype="auto", table=None, **decoding):
         """Loads a Model. The arguments are the sampler's flags, with the same defaults.
 
         textfile, embfile, index: a path, or a list of paths. ckpt: "none" for BART as pretrained.
@@ -362,6 +372,7 @@ class Model:
         settings = {"topk": topk or TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
         if ckpt:  # it holds the sizes of the tables and texts that it was trained with
             settings = checkpoint_settings(existing_file(ckpt, "checkpoint"))
+        table = table or settings.get("table", "topk")
         topk, maxlen_enc = topk or settings["topk"], maxlen_enc or settings["maxlen_enc"]
         maxlen_dec = maxlen_dec or settings["maxlen_dec"]
 
@@ -370,7 +381,7 @@ class Model:
         banned = WholeWords(ban) if ban else None
         if only or banned:
             entries, embeddings = restrict(entries, embeddings, only, banned)
-        warn_of_settings(settings, clip.identity, topk, len(entries))
+        warn_of_settings(settings, clip.identity, topk, table, len(entries))
         index_search = open_indexes(as_list(index), embeddings) if index else search
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
         if ckpt:
@@ -378,7 +389,7 @@ class Model:
         description = embeddings.parts[0].description
         prefix = description.prefix if description else ""
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,
-                   index_search)
+                   index_search, table)
 
     def __str__(self):
         dtype = str(self.captioner.dtype).removeprefix("torch.")
@@ -476,13 +487,32 @@ class Model:
         find = self.search
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
             find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, sooner
-        tables = []
+        size, tables = self.shortlist_size(), []
         for rows in features.split(256) if len(features) else ():
-            cosines, indices = find(rows, self.embeddings, self.topk)  # (256, k), (256, k)
-            for image_indices, image_cosines in zip(indices.tolist(), cosines.tolist()):
-                entries = [self.entries[i] for i in image_indices]
-                tables.append(list(zip(entries, image_cosines)))
+            cosines, indices = find(rows, self.embeddings, size)  # (256, s), (256, s)
+            chosen = self.choose_entries(rows, cosines, indices)
+            for places, image_indices, image_cosines in zip(
+                    chosen, indices.tolist(), cosines.tolist()):
+                tables.append([(self.entries[image_indices[i]], image_cosines[i]) for i in places])
         return tables
+
+    def shortlist_size(self):
+        """How many of the nearest entries a table is chosen from."""
+        if self.table == "topk":
+            return self.topk
+        return shortlist_size(len(self.entries), self.topk)
+
+    def choose_entries(self, features, cosines, indices):
+        """The places of each table's entries in its shortlist: n lists. features: (n, dim).
+        cosines, indices: of the shortlists, (n, s)."""
+        if self.table == "topk":
+            return [range(indices.shape[1])] * len(indices)
+        chosen = []
+        for rows, near, some in zip(*(each.split(IMAGES) for each in (features, cosines, indices))):
+            numbers, places = some.unique(return_inverse=True)  # (u,), (32, s)
+            vectors = self.embeddings.only(numbers.tolist())[:][places]  # (32, s, dim)
+            chosen += select(self.table, rows, near, vectors, self.topk)
+        return chosen
 
     def tokenize(self, tables):
         """Token ids of each linearized table, cut at maxlen_enc: n lists."""
@@ -506,9 +536,7 @@ class Model:
         seeds = [seed_of(decoding.seed, image_id) for image_id in ids]
         tokens, n = self.tokenize(tables), decoding.num_return_sequences
         if decoding.do_sample:
-            dials = n, decoding.temperature, decoding.top_p
-            drafts = [self.captioner.sample(table, *dials, seed)
-                      for table, seed in zip(tokens, seeds)]
+            drafts = self.captioner.sample(tokens, n, decoding.temperature, decoding.top_p, seeds)
         else:
             drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
         if self.banned:
@@ -520,7 +548,7 @@ class Model:
         many attempts."""
         for attempt in range(attempts + 1):
             if attempt:
-                candidates = self.captioner.sample(table, 100, seed=seed + attempt)
+                [candidates] = self.captioner.sample([table], 100, seeds=[seed + attempt])
             clean = [each for each in candidates if not self.banned.search(each[0])]
             if clean:
                 return clean

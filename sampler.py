@@ -121,7 +121,7 @@ def settings_of(args, model):
               args.ckpt and trained_sha256(captioner), str(captioner.dtype)]
     words = [model.entries, [rows.file.content_key() for rows in model.embeddings.files()],
              args.index and model.search.sha256, model.banned and model.banned.lines]
-    sizes = [model.topk, captioner.maxlen_enc, captioner.maxlen_dec]
+    sizes = [model.topk, model.table, captioner.maxlen_enc, captioner.maxlen_dec]
     return fingerprint([models, words, sizes, asdict(model.decoding)])
 
 
@@ -197,7 +197,7 @@ def main():
     alone = on_rank0(lambda: exports.check(pictures))  # images that have a text
     model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
                        args.index, only, ban, args.topk, device=device, dtype=dtype,
-                       **asdict(decoding))
+                       table=args.table, **asdict(decoding))
     rank, _ = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))

@@ -30,6 +30,7 @@ from utils import (
     add_clip_flag,
     add_device_flags,
     add_lm_flag,
+    add_table_flag,
     find_inputs,
     require_at_least,
     start_run,
@@ -66,6 +67,7 @@ def parse():
     sizes = parser.add_argument_group("table and caption")
     sizes.add_argument("--topk", type=int, default=TOPK, help="entries of a table (default "
                        "%(default)s)")
+    add_table_flag(sizes, "topk")
     sizes.add_argument("--maxlen_enc", type=int, default=MAXLEN_ENC, help="tokens of a table at "
                        "most (default %(default)s)")
     sizes.add_argument("--maxlen_dec", type=int, default=MAXLEN_DEC, help="tokens of a caption at "
@@ -265,7 +267,7 @@ def main():
 
     model = Model.load(args.clip_model, args.lm, "none", args.textfile, args.embfile, args.index,
                        topk=args.topk, maxlen_enc=args.maxlen_enc, maxlen_dec=args.maxlen_dec,
-                       device=device, dtype=dtype)
+                       device=device, dtype=dtype, table=args.table)
     captioner = model.captioner
     chosen = is_layernorm if args.trained == "layernorms" else lambda name: True
     trained = captioner.train_only(chosen)
@@ -281,6 +283,7 @@ def main():
         require_few_bad(bad, good, args.max_bad, split)
         data.append((tokenize(model, features), [picture.captions for picture in good]))
     settings = {"lm": captioner.identity, "clip_model": model.clip.identity, "topk": args.topk,
+                "table": args.table,
                 "maxlen_enc": args.maxlen_enc, "maxlen_dec": args.maxlen_dec,
                 "trained": args.trained, "seed": args.seed}
     # Training needs neither CLIP nor the cache, nor the images' paths.

@@ -103,7 +103,17 @@ def add_captioner_flags(parser):
                        "checkpoints/best.safetensors, else the original's)")
     group.add_argument("--topk", type=int, help="entries of a table (default: as in training; 10 "
                        "with --ckpt none)")
+    add_table_flag(group)
     return group
+
+
+def add_table_flag(group, default=None):
+    """--table. default: None takes the checkpoint's."""
+    group.add_argument("--table", default=default, choices=("topk", "mmr", "omp"), help="entries "
+                       "of a table: the nearest, or of these some that say different things, by "
+                       "maximal marginal relevance (--topk of them) or orthogonal matching pursuit "
+                       "(--topk at most, as many as the image needs; default: "
+                       f"{default or 'as in training'})")
 
 
 def add_decoding_flags(group):

@@ -205,8 +205,9 @@ def sample(model, prompts, seeds, n, temperature=1.0, top_p=1.0):
                              "weights are damaged, or too large for this --dtype")
         # invert draws one random number a token, multinomial() would draw K, and K depends on the
         # other rows.
-        drawn = torch.stack([invert(row[None], generator) for row, generator in zip(p, generators)])
-        drawn = order.gather(1, drawn).to(logits.device)  # (B, 1)
+        uniform = torch.cat([torch.rand(1, generator=generator, dtype=torch.double)
+                             for generator in generators])  # (B,)
+        drawn = order.gather(1, invert(p, uniform)[:, None]).to(logits.device)  # (B, 1)
         return torch.full_like(logits, -math.inf).scatter_(1, drawn, 0)
 
     output = model.generate(ids, attention_mask=mask, logits_processor=[draw], do_sample=False,

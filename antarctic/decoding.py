@@ -4,52 +4,11 @@ Shapes: B tables of T tokens, V tokens in the vocabulary, R rows of the decoder,
 continuations of these rows.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 
-from antarctic.errors import InputError
-
-# ------------------------------------------------------------------------------------------ model
-
-def encode(bart, inputs):
-    """The encoder's states, (B, T, dim). inputs: input_ids and attention_mask, int64 (B, T)."""
-    return bart.get_encoder()(**inputs).last_hidden_state
-
-
-def start_tokens(bart, rows):
-    """What every caption begins with, int64 (rows, 2): the decoder's start token and <s>."""
-    start = [bart.config.decoder_start_token_id, bart.config.bos_token_id]
-    return torch.tensor([start] * rows, device=bart.device)
-
-
-def empty_cache():
-    """A cache that next_logits fills with keys and values of self-attention and cross-attention."""
-    # stories.py imports this module before its main() imports transformers, which takes seconds.
-    from transformers import DynamicCache, EncoderDecoderCache
-    return EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-
-def next_logits(bart, tokens, encoded, cache, mask=None):
-    """Logits of the token that follows each prefix, float32 (R, V). Raises InputError where they
-    are not finite.
-
-    The decoder reads the tokens that the cache lacks, and adds their keys and values to it.
-    tokens: int64 (R, length). encoded: the encoder's states, (R, T, dim). mask: int64 (R, T), or
-    None where no place is padding.
-    """
-    output = bart.get_decoder()(
-        input_ids=tokens[:, cache.get_seq_length():], encoder_hidden_states=encoded,
-        encoder_attention_mask=mask, past_key_values=cache)
-    hidden = output.last_hidden_state[:, -1]  # (R, dim)
-    weight, bias = bart.lm_head.weight, bart.final_logits_bias[0]  # (V, dim), (V,)
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()  # (R, V)
-    if not logits.amax(-1).isfinite().all():  # of NaN the maximum is NaN
-        raise InputError("the language model computes values that are not finite; its weights are "
-                         "damaged, or too large for this --dtype")
-    return logits
-
+from antarctic.bart_decoder import Decoder, output_layer, start_tokens
 
 # ------------------------------------------------------------------------------------ beam search
 
@@ -68,29 +27,31 @@ def beam_search(bart, inputs, num_beams, maxlen):
     https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py.
     A table that is done leaves the batch, where generate() computes on until all of them are.
     """
-    encoded, mask = encode(bart, inputs), inputs["attention_mask"]  # (B, T, dim), (B, T)
-    finished = [[] for _ in range(len(mask))]
-    open_tables = list(finished)  # the same lists; rows are the beams of these tables, in order
-    tokens, cache = start_tokens(bart, len(mask)), empty_cache()  # (rows, length)
-    scores = torch.zeros(len(mask), 1, device=bart.device)  # (tables, beams), log-probabilities
+    decoder = Decoder(bart, inputs, output_layer(bart))
+    tables = list(range(len(inputs["input_ids"])))  # those that are open
+    finished = [[] for _ in tables]
+    tokens, past = start_tokens(bart, len(tables)), decoder.empty_past()  # (rows, length)
+    new, rows = tokens, None  # rows are the beams of the open tables, in order
+    scores = torch.zeros(len(tables), 1, device=bart.device)  # (tables, beams), log-probabilities
     for length in range(2, maxlen - 1):
-        logits = next_logits(bart, tokens, encoded, cache, mask)  # (rows, V)
+        sizes = dict.fromkeys(tables, scores.shape[1])
+        logits = decoder.logits(new, past, rows, sizes)  # (rows, V)
         # Twice the beams, so that num_beams continuations are left even if as many end.
         scores, parent, token = expand_beams(logits, scores, 2 * num_beams)  # (tables, 2 num_beams)
         ended = token == bart.config.eos_token_id  # (tables, 2 num_beams)
-        keep_finished(open_tables, tokens, scores, parent, ended, num_beams)
+        open_captions = [finished[table] for table in tables]
+        keep_finished(open_captions, tokens, scores, parent, ended, num_beams)
         scores, best = scores.masked_fill(ended, -torch.inf).topk(num_beams)  # (tables, num_beams)
         likelihoods = (scores[:, 0] / length).tolist()  # of each table's best open beam
-        remaining = [i for i, captions in enumerate(open_tables)
+        remaining = [i for i, captions in enumerate(open_captions)
                      if not is_done(captions, likelihoods[i], num_beams)]
         if not remaining:
             return finished
-        open_tables, scores = [open_tables[i] for i in remaining], scores[remaining]
-        parent = parent.gather(1, best)[remaining].flatten()  # (rows,)
-        token = token.gather(1, best)[remaining].view(-1, 1)  # (rows, 1)
-        tokens = torch.cat((tokens[parent], token), 1)  # (rows, length + 1)
-        encoded, mask = reorder_rows(parent, encoded, mask, cache)  # (rows, T, dim), (rows, T)
-    end_open_beams(open_tables, tokens, scores, maxlen - 1)
+        tables, scores = [tables[i] for i in remaining], scores[remaining]
+        rows = parent.gather(1, best)[remaining].flatten()  # (rows,)
+        new = token.gather(1, best)[remaining].view(-1, 1)  # (rows, 1)
+        tokens = torch.cat((tokens[rows], new), 1)  # (rows, length + 1)
+    end_open_beams([finished[table] for table in tables], tokens, scores, maxlen - 1)
     return finished
 
 
@@ -152,81 +113,92 @@ def is_done(captions, likelihood, num_beams):
     return num_beams == 1 or likelihood <= worst
 
 
-def reorder_rows(parent, encoded, mask, cache):
-    """Gives each new row the keys and values of the row that it continues, in place. Returns the
-    new rows' encoded, (rows, T, dim), and mask, (rows, T). parent: int64 (rows,)."""
-    layers = list(cache.self_attention_cache.layers)
-    if len(parent) != len(mask):  # else each row stays in its table, and what it reads stays too
-        encoded, mask = encoded[parent], mask[parent]  # (rows, T, dim), (rows, T)
-        layers += cache.cross_attention_cache.layers
-    for layer in layers:
-        layer.keys, layer.values = layer.keys[parent], layer.values[parent]
-    return encoded, mask
-
-
 # --------------------------------------------------------------------------------------- sampling
 
 @dataclass
 class Prefixes:
-    """Distinct prefixes of one length, one a row, that samples of one table begin with.
+    """Distinct prefixes of one length, one a row, that samples begin with.
 
-    tokens: int64 (R, length). scores: float32 (R,), log-probabilities. counts: int64 (R,), how many
-    samples begin so. cache: keys and values of all tokens but the last, at the start of none.
+    tables: int64 (R,), the table that each is of, ascending. tokens: int64 (R, length). scores:
+    float32 (R,), log-probabilities. counts: int64 (R,), how many samples begin so. past: keys and
+    values of all tokens but the last. rows: int64 (R,), each prefix's row in the past, or None
+    where it is empty.
     """
+    tables: torch.Tensor
     tokens: torch.Tensor
     scores: torch.Tensor
     counts: torch.Tensor
-    cache: object
+    past: list
+    rows: torch.Tensor | None = None
 
     def split(self):
-        """The first and the second part of the rows."""
-        parts = torch.arange(len(self.tokens), device=self.tokens.device).tensor_split(2)
-        return [Prefixes(self.tokens[rows], self.scores[rows], self.counts[rows],
-                         fork_cache(self.cache, rows)) for rows in parts]
+        """The first and the second half of the rows."""
+        columns = self.tables, self.tokens, self.scores, self.counts, self.rows
+        halves = zip(*(column.tensor_split(2) for column in columns))
+        return [Prefixes(*rest, list(self.past), rows) for *rest, rows in halves]
 
 
 @torch.inference_mode()
-def sample_tree(bart, inputs, n, temperature, top_p, maxlen, seed, chunk):
-    """n independent samples of one table's caption, each distinct sequence of tokens once. Returns
-    a list of (tokens, int64 (D, length); likelihoods, float32 (D,); counts, int64 (D,)), a step of
-    the decoder each.
+def sample_trees(bart, inputs, n, temperature, top_p, maxlen, seeds, chunk):
+    """n independent samples of the caption of each of B tables, each distinct sequence of tokens
+    once. Returns for each table a list of (tokens, int64 (D, length); likelihoods, float32 (D,);
+    counts, int64 (D,)), a step of the decoder each.
 
-    inputs: input_ids and attention_mask, int64 (1, T). maxlen, likelihoods: as of beam_search; the
-    likelihood is before temperature and nucleus. counts: how many of the n samples a sequence is.
+    inputs: input_ids and attention_mask, int64 (B, T). seeds: B numbers; a table's samples depend
+    on its own alone. maxlen, likelihoods: as of beam_search; the likelihood is before temperature
+    and nucleus. counts: how many of the n samples a sequence is.
 
     Samples that begin alike share their beginning. A row is a distinct prefix with its count, and
     for each row it is drawn how many samples go on with which token. These counts are multinomial,
     as they are when samples are drawn one after the other. Barrett, Malyshev and Lvovsky sample
-    quantum states like this (2021, https://arxiv.org/abs/2109.12606). The encoder runs once and all
-    rows read its states. At most `chunk` rows run at a time and the others wait, which bounds the
-    memory.
+    quantum states like this (2021, https://arxiv.org/abs/2109.12606). At most `chunk` rows run at a
+    time, which bounds the memory: of so many tables that they cannot have more, or of one table,
+    whose other rows wait.
     """
+    together, to_logits, finished = max(1, chunk // n), output_layer(bart), []
+    for start in range(0, len(seeds), together):
+        group = slice(start, start + together)
+        part = {name: tensor[group] for name, tensor in inputs.items()}
+        decoder = Decoder(bart, part, to_logits)
+        finished += sample_group(decoder, n, temperature, top_p, maxlen, seeds[group], chunk)
+    return finished
+
+
+def sample_group(decoder, n, temperature, top_p, maxlen, seeds, chunk):
+    """As sample_trees, of the tables of a Decoder, which are so few that n * B is at most chunk, or
+    one."""
+    bart, finished = decoder.bart, [[] for _ in seeds]
     device, eos = bart.device, bart.config.eos_token_id
     # Draws need doubles, which mps does not have.
-    generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)
-    encoded = encode(bart, inputs)  # (1, T, dim)
-    waiting = [Prefixes(start_tokens(bart, 1), torch.zeros(1, device=device),
-                        torch.tensor([n], device=device), empty_cache())]
-    finished = []
+    draws_on = "cpu" if device.type == "mps" else device
+    generators = [torch.Generator(draws_on).manual_seed(seed) for seed in seeds]
+    tables, scores = torch.arange(len(seeds), device=device), torch.zeros(len(seeds), device=device)
+    waiting = [Prefixes(tables, start_tokens(bart, len(seeds)), scores, torch.full_like(tables, n),
+                        decoder.empty_past())]
     while waiting:
         prefixes = waiting.pop()
         rows, length = prefixes.tokens.shape
         if rows > chunk:
             waiting += prefixes.split()
             continue
-        logits = next_logits(bart, prefixes.tokens, encoded.expand(rows, -1, -1), prefixes.cache)
+        new = prefixes.tokens if prefixes.rows is None else prefixes.tokens[:, -1:]
+        sizes = sizes_of(prefixes.tables)
+        logits = decoder.logits(new, prefixes.past, prefixes.rows, sizes)
         log_p = logits.log_softmax(-1)  # (R, V)
         if length < maxlen - 1:
-            parent, token, counts = draw(log_p / temperature, top_p, prefixes.counts, generator)
+            uniform = uniforms(prefixes.counts, sizes, generators)
+            parent, token, counts = draw(log_p / temperature, top_p, prefixes.counts, uniform)
         else:
             parent, token, counts = end_all(prefixes.counts, eos)
+        tables = prefixes.tables[parent]
         tokens = torch.cat((prefixes.tokens[parent], token[:, None]), 1)  # (D, length + 1)
         scores = prefixes.scores[parent] + log_p[parent, token]  # (D,)
         ended = token == eos  # (D,)
-        finished.append((tokens[ended], scores[ended] / length, counts[ended]))
+        share(finished, tables[ended], tokens[ended], scores[ended] / length, counts[ended])
         if not ended.all():
-            cache = fork_cache(prefixes.cache, parent[~ended])
-            waiting.append(Prefixes(tokens[~ended], scores[~ended], counts[~ended], cache))
+            left = (tables, tokens, scores, counts)
+            waiting.append(Prefixes(*(column[~ended] for column in left), prefixes.past,
+                                    parent[~ended]))
     return finished
 
 
@@ -236,54 +208,64 @@ def end_all(counts, eos):
     return rows, torch.full_like(counts, eos), counts
 
 
-def fork_cache(cache, rows):
-    """A cache of keys and values of some rows of another, ascending, int64 (R,), each as often as
-    it stands there. The encoder's part is of one image, so all of its rows are one and the same,
-    and it is a view."""
-    new = copy.copy(cache)
-    new.self_attention_cache = copy.copy(cache.self_attention_cache)
-    new.cross_attention_cache = copy.copy(cache.cross_attention_cache)
-    for part in (new.self_attention_cache, new.cross_attention_cache):
-        part.layers = [copy.copy(layer) for layer in part.layers]
-    for layer in new.self_attention_cache.layers:
-        if len(rows) != len(layer.keys) or (rows[1:] == rows[:-1]).any():
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-    for layer in new.cross_attention_cache.layers:
-        layer.keys = layer.keys[:1].expand(len(rows), -1, -1, -1)  # (R, heads, T, dim / heads)
-        layer.values = layer.values[:1].expand(len(rows), -1, -1, -1)
-    return new
+def sizes_of(tables):
+    """{table: how many rows are of it}, in ascending order. tables: int64 (R,), ascending."""
+    numbers, sizes = tables.unique_consecutive(return_counts=True)
+    return dict(zip(numbers.tolist(), sizes.tolist()))
+
+
+def share(finished, tables, *columns):
+    """Adds rows to the lists of their tables. tables: int64 (D,), ascending. columns: (D, ...)."""
+    sizes = sizes_of(tables)
+    parts = zip(*(column.split(list(sizes.values())) for column in columns))
+    for table, part in zip(sizes, parts):
+        finished[table].append(part)
 
 
 # ------------------------------------------------------------------------------------------ draws
 
-def draw(log_p, top_p, counts, generator):
+def uniforms(counts, sizes, generators):
+    """Two random numbers in [0, 1) for each sample, float64 (2, samples).
+
+    counts: int64 (R,), samples of each row. sizes: {table: how many rows are of it}. generators:
+    one for each table, whose numbers so do not depend on the other tables.
+    """
+    samples = [rows.sum().item() for rows in counts.split(list(sizes.values()))]
+    drawn = []
+    for table, number in zip(sizes, samples):
+        options = {"generator": generators[table], "device": generators[table].device}
+        drawn.append(torch.stack([torch.rand(number, dtype=torch.double, **options)
+                                  for _ in range(2)]))
+    return torch.cat(drawn, 1)  # (2, samples)
+
+
+def draw(log_p, top_p, counts, uniform):
     """Of each row's samples, how many go on with which token, drawn from the nucleus by inverting
     its distribution function.
 
-    log_p: (R, V). counts: int64 (R,), samples of each row. Returns int64 (D,) each: row, token,
-    samples; distinct, rows ascending.
+    log_p: (R, V). counts: int64 (R,), samples of each row. uniform: of uniforms(). Returns int64
+    (D,) each: row, token, samples; distinct, rows ascending.
     """
-    p, order = (t.to(generator.device) for t in nucleus(log_p, top_p))  # (R, K), (R, K)
+    p, order = (t.to(uniform.device) for t in nucleus(log_p, top_p))  # (R, K), (R, K)
     row = torch.arange(len(p), device=p.device).repeat_interleave(counts.to(p.device))  # (samples,)
     # First the block of 256 tokens, then the token in it: one sum over a large vocabulary, in place
     # of running sums.
     padded = torch.nn.functional.pad(p, (0, -p.shape[1] % 256))
     blocks = padded.unflatten(1, (-1, 256))  # (R, K / 256, 256)
-    block = invert(blocks.sum(-1)[row], generator)  # (samples,)
-    column = invert(blocks[row, block], generator)  # (samples,)
+    block = invert(blocks.sum(-1)[row], uniform[0])  # (samples,)
+    column = invert(blocks[row, block], uniform[1])  # (samples,)
     place = (row * blocks.shape[1] + block) * 256 + column  # (samples,)
     place, counts = place.unique(return_counts=True)  # (D,), (D,)
     row, token = place // blocks[0].numel(), place % blocks[0].numel()  # (D,), (D,)
     return tuple(t.to(log_p.device) for t in (row, order[row, token], counts))
 
 
-def invert(p, generator):
-    """A column of each row, drawn with the row's probabilities p (S, K), which need not sum to 1.
-    Returns int64 (S,)."""
+def invert(p, uniform):
+    """The column of each row that a random number falls into. p: (S, K), probabilities, which need
+    not sum to 1. uniform: float64 (S,), in [0, 1). Returns int64 (S,)."""
     # A column of no probability has no room between two values.
     reached = p.double().cumsum(-1)  # (S, K)
-    uniform = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.double)
-    column = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)  # (S, 1)
+    column = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)  # (S, 1)
     return column.clamp(max=p.shape[1] - 1)[:, 0]
 
 

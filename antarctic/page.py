@@ -154,15 +154,16 @@ def caption_html(result, seconds, before=None):
 def search_html(found):
     """Why a text is in the table or not, as HTML. found: see Studio.search."""
     text, rank, entries = as_text(found["text"]), found["rank"], found["entries"]
-    kept = rank <= found["topk"]
+    kept, takes = found["kept"], f"the best {found['topk']}"
+    if found["shortlist"] > found["topk"]:
+        takes = f"up to {found['topk']} of the best {found['shortlist']}, which say other things"
     if found["known"]:
         verdict = (f"“{text}” is in the vocabulary, number {rank:,} of {entries:,} for this image. "
-                   f"The table takes the best {found['topk']}, so it is "
-                   f"{'in' if kept else 'not in'} it.")
+                   f"The table takes {takes}, and it is {'in' if kept else 'not in'} it.")
     else:
         verdict = (f"“{text}” is not in the vocabulary. Number {rank:,} would be its place among "
-                   f"the {entries:,} entries. The table takes the best {found['topk']}: as a line "
-                   f"of your words it would {'be in it' if kept else 'still be left out'}.")
+                   f"the {entries:,} entries. The table takes {takes}: as a line of "
+                   f"your words it would {'be in it' if kept else 'still be left out'}.")
     rows = "".join(f"<tr><td>{as_text(entry)}</td><td class='ac-number'>{cosine:.3f}</td>"
                    f"<td class='ac-number'>{place:,}</td></tr>"
                    for entry, cosine, place in found["others"])

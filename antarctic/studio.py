@@ -100,8 +100,9 @@ class Studio:
         self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
         self.device, self.running, self.stopped = threading.Lock(), None, False
         self.saving = threading.Lock()
-        # The decoder runs once a token: between two of them a caption can be stopped.
-        model.captioner.model.get_decoder().register_forward_pre_hook(self.stop_here)
+        # This layer runs once a token: between two of them a caption can be stopped.
+        decoder = model.captioner.model.get_decoder()
+        decoder.layernorm_embedding.register_forward_pre_hook(self.stop_here)
         decoding = model.decoding
         self.dials = {"topk": model.topk, "do_sample": decoding.do_sample,
                       **{name: getattr(decoding, name) for name in BOUNDS if name != "topk"}}
@@ -188,9 +189,10 @@ class Studio:
 
     def search(self, path, text, words=AS_IT_IS, topk=None, visitor=None):
         """Where a text stands among the entries for an image: a dict with text, known (whether it
-        is an entry), cosine, rank, entries (how many there are), topk, last (the cosine of the
-        table's last entry) and others, (entry, cosine, rank) of up to ten entries that hold it.
-        Raises InputError."""
+        is an entry), cosine, rank, entries (how many there are), topk, shortlist (how many of the
+        nearest the table is chosen from), kept (whether it is in the table, where it is an entry),
+        last (the least cosine in the table) and others, (entry, cosine, rank) of up to ten entries
+        that hold it. Raises InputError."""
         lines = lines_of(text)
         if len(lines) != 1:
             raise InputError("type one word, or one phrase, to search for")
@@ -204,14 +206,17 @@ class Studio:
                     holding.append(entry)
                     if len(holding) == 200:
                         break
-            places = model.places(feature[0], [text, *holding])
+            places, known = model.places(feature[0], [text, *holding]), text in model.entries
+            entries = len(model.entries)
             topk = min(topk or model.topk, len(model.entries))
-            last = model.with_words(topk=topk).tables(feature)[0][-1][1]
+            model = model.with_words(text, topk=topk)  # as a line of the visitor's words
+            [table] = model.tables(feature)
         others = [(entry, *place) for entry, place in zip(holding, places[1:])]
         others.sort(key=lambda other: other[2])
-        return {"text": text, "known": text in model.entries, "cosine": places[0][0],
-                "rank": places[0][1], "entries": len(model.entries), "topk": topk, "last": last,
-                "others": others[:10]}
+        return {"text": text, "known": known, "cosine": places[0][0], "rank": places[0][1],
+                "entries": entries, "topk": topk,
+                "kept": text in dict(table), "last": min(cosine for _, cosine in table),
+                "shortlist": model.shortlist_size(), "others": others[:10]}
 
     def save(self, words, folder):
         """Writes a visitor's words as a small cache into a folder: {flag: path} of the files, which

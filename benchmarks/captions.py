@@ -96,7 +96,7 @@ def sample(captioner, folder, tables, n, clip=None, **dials):
         return texts
 
     def ours():
-        samples = [captioner.sample(table, n, **dials, seed=next(seeds)) for table in tables]
+        samples = captioner.sample(tables, n, **dials, seeds=[next(seeds) for _ in tables])
         if clip:
             rescore(clip, image, [[text for text, *_ in samples[0]]])
         return samples

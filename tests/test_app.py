@@ -210,7 +210,7 @@ def test_what_is_hostile_is_text():
     parts = [page.caption_html(result, 0.1), page.caption_html(result, 0.1, other),
              page.problem(HOSTILE), page.saved_html([HOSTILE], HOSTILE),
              page.search_html({"text": HOSTILE, "known": True, "cosine": 0.1, "rank": 1,
-                               "entries": 2, "topk": 1, "last": 0.1,
+                               "entries": 2, "topk": 1, "shortlist": 1, "kept": True, "last": 0.1,
                                "others": [(HOSTILE, 0.1, 2)]})]
     for part in parts:
         assert "<img" not in part and "<script" not in part and "&lt;img" in part

@@ -200,16 +200,28 @@ def plain_likelihood(captioner, table, text):
 
 def test_the_likelihood_of_a_candidate_is_the_models_own(captioner):
     table = captioner.tokenize(TABLES[:1], 64)[0]
-    for candidates in (captioner.sample(table, 6), captioner.sample(table, 6, 0.7, 0.9),
-                       captioner.beam([table])[0], captioner.beam([table], 1, 1)[0]):
+    for [candidates] in (captioner.sample([table], 6), captioner.sample([table], 6, 0.7, 0.9),
+                         captioner.beam([table]), captioner.beam([table], 1, 1)):
         for text, likelihood, *_ in candidates:
             assert likelihood == pytest.approx(plain_likelihood(captioner, table, text), abs=1e-3)
 
 
-def test_samples_depend_on_the_seed_alone(captioner):
-    table = captioner.tokenize(TABLES[:1], 64)[0]
-    assert captioner.sample(table, 20, seed=3) == captioner.sample(table, 20, seed=3)
-    assert captioner.sample(table, 20, seed=3) != captioner.sample(table, 20, seed=4)
+@pytest.mark.parametrize("n, chunk", [(1, 256), (7, 256), (7, 20), (7, 5), (60, 9)])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.3, 0.8)])
+def test_samples_depend_on_the_seed_alone(n, chunk, temperature, top_p):
+    """Whatever other tables are drawn with them, and how many rows run at a time for one."""
+    captioner = Captioner(BART, maxlen_dec=12)
+    captioner.model.double()  # in float32, a draw may fall on the other side of a limit
+    tables, seeds = captioner.tokenize(TABLES * 2, 64), [3, 3, 4, 5, 3, 7]
+    dials = n, temperature, top_p
+    together = captioner.sample(tables, *dials, seeds, chunk)
+    for table, seed, samples in zip(tables, seeds, together, strict=True):
+        [alone] = captioner.sample([table], *dials, [seed], chunk)
+        assert [(text, count) for text, _, count in samples] == [(t, c) for t, _, c in alone]
+        assert [p for _, p, _ in samples] == pytest.approx([p for _, p, _ in alone])
+        assert sum(count for *_, count in samples) == n
+    [other] = captioner.sample(tables[:1], *dials, [seeds[0] + 1], chunk)
+    assert n < 5 or other != together[0]
 
 
 def random_captioner():
@@ -263,7 +275,7 @@ def test_samples_that_share_prefixes_are_distributed_as_independent_ones(tempera
     assert sum(exact.values()) == pytest.approx(1)
     counts = []  # of each seed {caption: samples}
     for seed in range(seeds):
-        samples = captioner.sample(table, n, temperature, top_p, seed, chunk)
+        [samples] = captioner.sample([table], n, temperature, top_p, [seed], chunk)
         counts.append({caption: count for caption, _, count in samples})
         assert sum(counts[-1].values()) == n
     total = sum(map(Counter, counts), Counter())

@@ -82,7 +82,8 @@ def test_a_story_is_drawn_as_by_the_plain_loop(lm):
             with torch.inference_mode():
                 logits = model(torch.tensor([ids])).logits[0, -1:]
             p, order = nucleus(logits / 1.3, 0.95)
-            ids.append(order[0, invert(p, generator)].item())
+            uniform = torch.rand(1, generator=generator, dtype=torch.double)
+            ids.append(order[0, invert(p, uniform)].item())
         assert ended == (ids[-1] == tokenizer.eos_token_id)
         assert prompt + new == (ids[:-1] if ended else ids)
 

@@ -295,8 +295,8 @@ def test_weights_that_overflow_are_told_at_loading(copy, kind):
 
 @pytest.mark.parametrize("write", [
     lambda captioner, table: captioner.beam([table]),
-    lambda captioner, table: captioner.sample(table, 20),
-    lambda captioner, table: captioner.sample(table, 20, 0.5, 0.9)],
+    lambda captioner, table: captioner.sample([table], 20),
+    lambda captioner, table: captioner.sample([table], 20, 0.5, 0.9)],
     ids=["beams", "samples", "nucleus"])
 def test_logits_that_overflow_end_in_a_sentence(write):
     captioner = Captioner(BART)

@@ -1,0 +1,141 @@
+"""Measures the ways to choose a table's entries (--table) on worlds that nothing was tuned on.
+
+    python -m snowglobe.choices --folder demo
+    python -m snowglobe.choices --folder demo --worlds 2 --caches "17,000" --trainings 0
+
+For each world, cache and way, layernorms are trained on such tables, two epochs on 2,400 images,
+once for each seed of --trainings. Then 500 images of val2017 are captioned by beam search, and 500
+of near with the held-out words added. Prints the means with the spread over trainings (greatest
+less least), and writes FOLDER/choices/choices.json. Rerunning skips finished runs.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from antarctic.datasets import read_coco
+from antarctic.files import atomic, write_json
+from antarctic.runtime import run
+from antarctic.selection import METHODS
+from snowglobe.dials import MODELS, script
+from snowglobe.measure import WEIGHTS, objects, read_captions, read_scenes, score_run
+
+MINED = {"300": 150, "1,700": 1500}  # {cache: --topk of compute_cache.py}
+LARGE = "17,000"  # n-grams of one to four words
+COLUMNS = {  # {heading: (split, score)}
+    "CIDEr-D": ("val2017", "cider"), "recall": ("val2017", "object_recall"),
+    "precision": ("val2017", "object_precision"), "table: recall": ("val2017", "table_recall"),
+    "precision ": ("val2017", "table_precision"), "entries": ("val2017", "entries"),
+    "near: CIDEr-D": ("near", "cider"), "held-out named": ("near", "held_out")}
+
+
+def ngrams(captions, count):
+    """The `count` most frequent runs of one to four words of the captions, a list of texts."""
+    counts = Counter()
+    for caption in captions:
+        words = re.findall(r"[a-z']+", caption.lower())
+        counts.update(" ".join(words[i:i + n]) for n in range(1, 5)
+                      for i in range(len(words) - n + 1))
+    return [text for text, _ in counts.most_common(count)]
+
+
+def make_cache(path, world, name):
+    """Makes one of the caches: path.txt and path.npy, and path-added with the held-out words."""
+    source = ["--datadir", world, "--topk", MINED.get(name)]
+    if name == LARGE:
+        captions = (text for picture in read_coco(world, "train2017") for text in picture.captions)
+        with atomic(path.with_suffix(".entries")) as file:
+            file.write("".join(f"{text}\n" for text in ngrams(captions, 17000)))
+        source = ["--entries", path.with_suffix(".entries")]
+    for ending in ("", "-added"):  # the second is made anew, then changed
+        files = ["--textfile", f"{path}{ending}.txt", "--embfile", f"{path}{ending}.npy"]
+        script("compute_cache.py", *source, *files, *MODELS[:2])
+    script("compute_cache.py", "--add_from", WEIGHTS.parent / "held_out.txt", *files, *MODELS[:2])
+
+
+def tables_of(savedir):
+    """{image id: the entries of its table, joined} of a run."""
+    with open(savedir / "details.jsonl", encoding="utf-8") as file:
+        records = map(json.loads, file)
+        return {record["image_id"]: [entry for entry, _ in record["table"]] for record in records}
+
+
+def measure(folder, world, cache, method, seed, topk):
+    """Trains and captions: {split: scores}, as of measure.score_run, with those of the tables."""
+    scores = {}
+    trained = folder / f"{cache.name}-{method}-{seed}"
+    files = ["--textfile", f"{cache}.txt", "--embfile", f"{cache}.npy"]
+    if not (trained / "loss.csv").exists() or list(trained.glob("state-*")):
+        script("trainer.py", "--datadir", world, *files, *MODELS, "--savedir", trained, "--table",
+               method, "--topk", topk, "--lrate", "7e-2", "--epochs", 2, "--seed", seed)
+    for split, ending in (("val2017", ""), ("near", "-added")):
+        files = ["--textfile", f"{cache}{ending}.txt", "--embfile", f"{cache}{ending}.npy"]
+        script("sampler.py", "--datadir", world, "--split", split, *files, *MODELS, "--ckpt",
+               trained / "best.safetensors", "--savedir", trained / split, "--features", folder,
+               "--gallery", 0, "--batch_size", 64)
+        captions, tables = read_captions(trained / split), tables_of(trained / split)
+        references = {each.id: list(each.captions) for each in read_coco(world, split)}
+        described = read_scenes(world, split)
+        scores[split] = score_run(captions, references, described)
+        recall, precision, _ = objects([" | ".join(tables[i]) for i in captions],
+                                       [described[i] for i in captions])
+        entries = sum(map(len, tables.values())) / len(tables)
+        scores[split] |= {"table_recall": recall, "table_precision": precision, "entries": entries}
+    return scores
+
+
+def cells(results):
+    """One line of the printed table. results: of measure(), one a training."""
+    parts = []
+    for split, score in COLUMNS.values():
+        values = [result[split][score] for result in results]
+        mean, spread = sum(values) / len(values), max(values) - min(values)
+        text = f"{mean:.1f}" if score == "entries" else f"{mean:.3f}"
+        parts.append(text + f" ±{spread / 2:.3f}" * (len(values) > 1 and score == "cider"))
+    return parts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("demo"),
+                        help="folder of demo.sh (default %(default)s)")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 3], metavar="SEED",
+                        help="seeds of the worlds (default 2 3)")
+    parser.add_argument("--caches", nargs="+", default=[*MINED, LARGE], choices=[*MINED, LARGE],
+                        help="caches, by their entries (default: all)")
+    parser.add_argument("--tables", nargs="+", default=METHODS, choices=METHODS,
+                        help="ways to choose entries (default: all)")
+    parser.add_argument("--trainings", type=int, nargs="+", default=[0, 1, 2], metavar="SEED",
+                        help="seeds of the trainings (default 0 1 2)")
+    parser.add_argument("--topk", type=int, default=10, help="entries of a table (default "
+                        "%(default)s)")
+    args = parser.parse_args()
+    folder, results = (args.folder / "choices").resolve(), {}
+    widths = [max(14, len(heading) + 2) for heading in COLUMNS]
+    print(f"{'world, cache, tables':24}"
+          + "".join(f"{name.strip():>{width}}" for name, width in zip(COLUMNS, widths)))
+    for seed in args.worlds:
+        world = folder / str(seed) / "world"
+        if not (world / "annotations" / "captions_near.json").exists():
+            script("-m", "snowglobe.scenes", "--datadir", world, "--train", 2400, "--val", 500,
+                   "--seed", seed)
+        for name in args.caches:
+            cache = folder / str(seed) / f"cache{name.replace(',', '')}"
+            if not Path(f"{cache}.whole").exists():
+                make_cache(cache, world, name)
+                Path(f"{cache}.whole").touch()
+            for method in args.tables:
+                key = f"{seed}, {name}, {method}"
+                results[key] = [measure(folder / str(seed), world, cache, method, training,
+                                        args.topk) for training in args.trainings]
+                print(f"{key:24}" + "".join(f"{text:>{width}}" for text, width in zip(
+                    cells(results[key]), widths)), flush=True)
+    write_json(folder / "choices.json", results, indent=1)
+    print(f"\nscores: {folder / 'choices.json'}")
+
+
+if __name__ == "__main__":
+    run(main)
