@@ -58,8 +58,9 @@ def read_cache(textfiles, embfiles, clip_model, dim=None):
     return entries, embeddings
 
 
-def read_one_cache(textfile, embfile, clip_model):
-    """One cache, checked: (lines, Rows). Raises InputError as read_cache does."""
+def read_one_cache(textfile, embfile, clip_model, whole=False):
+    """One cache, checked: (lines, Rows). whole: all digests are checked, not those of a sample:
+    what is copied gets new ones. Raises InputError as read_cache does."""
     lines, rows = open_checked(textfile, embfile)
     description = rows.description
     if description is None:
@@ -68,16 +69,18 @@ def read_one_cache(textfile, embfile, clip_model):
     elif description.clip_model != clip_model:
         raise InputError(f"the cache {embfile} was made with the CLIP model "
                          f"{description.clip_model}, not with {clip_model}")
-    if description and description.digests:
+    digests = description and description.digests  # only finite rows are written with them
+    if digests:
         blocks = rows.blocks()
-        if len(blocks) > 2 * SAMPLE:  # the ends differ where entries were added or removed
+        if len(blocks) > 2 * SAMPLE and not whole:
+            # The ends differ where entries were added or removed.
             some = random.Random().sample(blocks[1:-1], SAMPLE - 2)  # others each time
             blocks = [blocks[0], *some, blocks[-1]]
         if damaged := rows.damaged(blocks):
             raise InputError(f"{embfile} is damaged: {name_rows(damaged[0], lines)} are not what "
                              "was written; --check of compute_cache.py names all that are, and "
                              "the cache must be computed again")
-    if next(not_finite(rows), None) is not None:
+    elif next(not_finite(rows), None) is not None:
         raise InputError(f"{embfile} holds values that are not finite; compute the cache again")
     return lines, rows
 
@@ -166,6 +169,7 @@ def search(queries, embeddings, k, chunk=None, half=None):
     queries: (B, dim) float32. embeddings: a float32 tensor (N, dim), or Embeddings. Returns (scores
     (B, k), indices (B, k) int64), k <= N. Only B x chunk products exist at a time, so memory does
     not grow with N. chunk: rows that are read at a time (default: 8192, for FEW queries 2 MB).
+    Raises InputError where one of the scores is not finite.
 
     half: to_bfloat16(embeddings), or None. It is scanned first, and float32 products are computed
     only of those rows of a chunk that may be among a query's k best, given the greatest error of
@@ -196,6 +200,9 @@ def search(queries, embeddings, k, chunk=None, half=None):
             top, order = top.topk(min(k, top.shape[1]), dim=1)
             place = place.gather(1, order)
         best, indices = top, place
+    if best is not None and not best.isfinite().all():  # topk takes NaN for the greatest
+        raise InputError("a score is not finite: a cache was damaged after it was written, and "
+                         "compute_cache.py --check tells which, or the CLIP model is at fault")
     return best, indices  # (B, k), (B, k) indices into the cache
 
 
@@ -208,7 +215,7 @@ def to_bfloat16(embeddings):
     half = torch.empty(len(embeddings), embeddings[:1].shape[1], dtype=torch.bfloat16)
     for start in range(0, len(half), BLOCK):
         rows = embeddings[start:start + BLOCK]
-        if rows.norm(dim=1).max() > 1.002:
+        if not rows.norm(dim=1).max() <= 1.002:  # nor NaN
             return None
         half[start:start + BLOCK] = rows
     return half

@@ -70,7 +70,7 @@ def change_cache(textfile, embfile, clip, add=(), remove=(), prefix=None, batch_
     without line breaks. prefix: must be the cache's; None takes the cache's. Raises InputError
     where the cache is of another CLIP, has another prefix, or would be empty.
     """
-    entries, rows = read_one_cache(textfile, embfile, clip.identity)
+    entries, rows = read_one_cache(textfile, embfile, clip.identity, whole=True)
     if rows.dim != clip.dim:
         raise InputError(f"{embfile} has {rows.dim} dimensions, but the CLIP model {clip.identity} "
                          f"has {clip.dim}")

@@ -123,7 +123,7 @@ def build_index(path, textfile, embfile, features=None):
     if cache is None:
         raise InputError(f"{embfile}.json is missing, so an index could not be tied to the cache; "
                          "compute the cache again")
-    _, rows = read_one_cache(Path(textfile), Path(embfile), cache["clip_model"])
+    _, rows = read_one_cache(Path(textfile), Path(embfile), cache["clip_model"], whole=True)
     if len(rows) < LEAST:
         raise InputError(f"{textfile} has {len(rows)} entries; below {LEAST} an index gains "
                          "nothing")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -277,6 +278,46 @@ def test_a_description_without_digests_is_one_of_an_earlier_version(tmp_path, ca
     np.save(paths[1], rows)
     with pytest.raises(InputError, match=r"damaged: row 8 \('e 7'\) are not finite"):
         cache.check_cache(*paths)
+
+
+@pytest.fixture()
+def damaged_between_samples(tmp_path, monkeypatch):
+    """A function that damages a row of a new cache, in a block that is not looked at when the cache
+    is opened. Returns the cache's paths."""
+    for module in (cache_changes, rows_module):
+        monkeypatch.setattr(module, "DIGEST_ROWS", 10)
+
+    def damage(value):
+        paths, rows = made(tmp_path, 200)
+        rows[55, 2] = value
+        with open(paths[1], "r+b") as file:
+            file.seek(128)
+            file.write(rows.tobytes())
+        monkeypatch.setattr(cache.random.Random, "sample", lambda _, blocks, count: blocks[:count])
+        return paths
+
+    return damage
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_value_that_is_not_finite_does_not_pass_for_the_nearest(
+        damaged_between_samples, value, count):
+    _, embeddings = read(damaged_between_samples(value))
+    queries = torch.ones(count, embeddings[:1].shape[1])
+    half = cache.to_bfloat16(embeddings)
+    with pytest.raises(InputError, match="a score is not finite"):
+        cache.search(queries, embeddings, 3, half=half)
+
+
+def test_what_is_damaged_is_not_sealed_anew_where_entries_are_added(damaged_between_samples):
+    paths = damaged_between_samples(0.5)
+    read(paths)
+    before = paths[1].read_bytes()
+    clip = SimpleNamespace(identity="clip", dim=read(paths)[1][:1].shape[1])
+    with pytest.raises(InputError, match="is damaged: rows 51 "):
+        cache_changes.change_cache(*paths, clip, add=["a word"])
+    assert paths[1].read_bytes() == before
 
 
 def test_no_value_that_is_not_finite_is_written(tmp_path):

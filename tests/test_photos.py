@@ -517,9 +517,9 @@ def broken(monkeypatch):
         left = dict.fromkeys(errors, times)
 
         @contextlib.contextmanager
-        def opened(descriptor, mode):
-            name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-            with open(descriptor, mode) as file:
+        def opened(path):
+            name = os.path.basename(path)
+            with open_regular(path) as file:
                 broken, error = left.get(name, 0), errors.get(name, 0)
                 left[name] = broken - 1
 
@@ -532,18 +532,17 @@ def broken(monkeypatch):
                     raise OSError(error, os.strerror(error))
                 yield SimpleNamespace(fileno=file.fileno, read=read)
 
-        monkeypatch.setattr(reads, "open", opened, raising=False)
+        monkeypatch.setattr(reads, "open_regular", opened)
 
+    open_regular = reads.open_regular
     monkeypatch.setattr(reads, "PAUSES", (0, 0, 0))
     return put
 
 
 PASSING = [errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE,
            errno.ENOMEM, errno.ETIMEDOUT, errno.ENETDOWN]
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's /proc")
 
 
-@needs_proc
 @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
 def test_a_passing_read_error_is_tried_again(tmp_path, broken, number):
     shades().save(tmp_path / "a.png")
@@ -582,7 +581,6 @@ def test_pauses_end_with_the_patience_of_the_run(monkeypatch):
     assert sum(slept) <= 5 and len(calls) == 100 + len(slept)
 
 
-@needs_proc
 def test_an_image_that_cannot_be_read_now_is_left_out_named_and_captioned_later(
         command, broken, tmp_path):
     """Its run ends with an error, and the next run's results are those of a run without a fault."""
@@ -607,7 +605,6 @@ def test_an_image_that_cannot_be_read_now_is_left_out_named_and_captioned_later(
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@needs_proc
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
 def test_no_training_leaves_out_an_image_that_cannot_be_read_now(
         command, broken, world, tmp_path, split):

@@ -76,8 +76,9 @@ def make_folder(folder, count, rng):
 
 
 def without_texts(folder):
+    """{path: bytes} of all files but the texts, and what a killed run had begun to write."""
     return {path: path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.suffix != ".txt"}
+            if path.is_file() and path.suffix not in (".txt", ".tmp")}
 
 
 def texts_of(folder):
