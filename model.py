@@ -13,11 +13,12 @@ from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from PIL.Image import new as new_image
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, BatchFeature
 
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
 from antarctic.cache_files import is_cache_file
@@ -102,16 +103,22 @@ class Clip:
     @torch.inference_mode()
     def try_out(self):
         """Encodes an image and a text, since what the model's files say may not go together."""
-        image = self.processor(images=[new_image("RGB", (64, 48))], return_tensors="pt")
+        self.encode_images([new_image("RGB", (64, 48))])
         text = self.tokenizer(["a"], return_tensors="pt", **self.padding)
-        unit(self.model.get_image_features(**image.to(self.device, self.dtype)))
         unit(self.model.get_text_features(**text.to(self.device)))
+
+    def prepare(self, image):
+        """What encode_images needs of a PIL image (RGB): a BatchFeature of arrays, pixel_values
+        (1, 3, H, W) and, of SigLIP 2 NaFlex, masks and sizes. Threads may call this at once."""
+        return self.processor(images=[image], return_tensors="np")
 
     @torch.inference_mode()
     def encode_images(self, images):
-        """Unit vectors of B PIL images (RGB), float32 (B, dim), on the CPU."""
-        # pixel_values (B, 3, H, W); of SigLIP 2 NaFlex also masks and sizes
-        batch = self.processor(images=images, return_tensors="pt")
+        """Unit vectors of B images, float32 (B, dim), on the CPU. images: PIL images (RGB), or what
+        prepare() makes of them."""
+        images = [self.prepare(image) if isinstance(image, Image) else image for image in images]
+        batch = BatchFeature({name: np.concatenate([image[name] for image in images])
+                              for name in images[0]}, tensor_type="pt")
         return unit(self.model.get_image_features(**batch.to(self.device, self.dtype)))
 
     @torch.inference_mode()

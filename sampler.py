@@ -86,7 +86,7 @@ def parse():
     group = parser.add_argument_group("computation")
     group.add_argument("--batch_size", type=int, default=16, help="images per batch, per process "
                        "(default %(default)s)")
-    add_device_flags(group)
+    add_device_flags(group, images=True)
     return parser.parse_args()
 
 
@@ -207,7 +207,7 @@ def main():
     unread = () if records.lost(pictures) else alone
     later = []  # images that cannot be read now, whatever they hold
     features, pictures, bad = image_features(model.clip, pictures, folder, unread=unread,
-                                             later=later, **reading)
+                                             later=later, workers=args.workers, **reading)
     chosen = [row for row, picture in enumerate(pictures)
               if picture.path not in alone or picture.key in records.places]
     features, pictures = features[chosen], [pictures[row] for row in chosen]

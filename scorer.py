@@ -89,7 +89,7 @@ def parse():
                        "else treebank (default %(default)s)")
     group.add_argument("--batch_size", type=int, default=64, help="images or texts per "
                        "batch of CLIP; there is one process (default %(default)s)")
-    add_device_flag(group)
+    add_device_flag(group, images=True)
     return parser.parse_args()
 
 
@@ -166,7 +166,7 @@ def unavailable(args, java, rows):
             for available, metrics, reason in needs if not available for metric in metrics}
 
 
-def clip_values(clip, rows, folder, batch_size):
+def clip_values(clip, rows, folder, batch_size, workers=0):
     """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718) of each
     caption whose image can be read: {metric: {row: score}}.
 
@@ -177,7 +177,7 @@ def clip_values(clip, rows, folder, batch_size):
     from antarctic.features import image_features, report_bad_images
     from model import rescore
     pictures = [Picture(i, row.path) for i, row in enumerate(rows) if row.path]
-    features, pictures, bad = image_features(clip, pictures, folder, batch_size)  # (n, dim)
+    features, pictures, bad = image_features(clip, pictures, folder, batch_size, workers=workers)
     report_bad_images(bad)
     if not pictures:
         raise InputError("none of the images can be read")
@@ -265,7 +265,7 @@ def main():
         from model import Clip  # torch and transformers take seconds to load
         try:
             clip = Clip(args.clip_model, choose_device(args.device))
-            values = clip_values(clip, rows, path.parent, args.batch_size)
+            values = clip_values(clip, rows, path.parent, args.batch_size, args.workers)
             images = len(values["CLIPScore"])
             report |= {"clip_model": clip.identity, "clip_images": images}
             headline += f"; CLIP {clip.identity}, {images} images"

@@ -89,7 +89,7 @@ def parse():
     training.add_argument("--seed", type=int, default=0, help="seed of the order of images and "
                           "captions (default %(default)s)")
 
-    add_device_flags(parser.add_argument_group("computation"))
+    add_device_flags(parser.add_argument_group("computation"), images=True)
     return parser.parse_args()
 
 
@@ -279,7 +279,7 @@ def main():
     # CLIP encodes each image once; later runs read the vectors from --savedir.
     data = []
     for split, listed in ("training", pictures), ("validation", val_pictures):
-        features, good, bad = image_features(model.clip, listed, savedir)
+        features, good, bad = image_features(model.clip, listed, savedir, workers=args.workers)
         require_few_bad(bad, good, args.max_bad, split)
         data.append((tokenize(model, features), [picture.captions for picture in good]))
     settings = {"lm": captioner.identity, "clip_model": model.clip.identity, "topk": args.topk,

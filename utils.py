@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ TOPK, MAXLEN_ENC, MAXLEN_DEC = 10, 128, 32
 OWN_CACHE = "cache.txt", "cache.npy"
 ORIGINAL_CACHE = "original/cache.txt", "original/cache.npy"
 CHECKPOINTS = "checkpoints/best.safetensors", "original/checkpoint.ckpt"
+MOST_WORKERS = 64  # threads that read images
 DTYPES = "auto", "float32", "bfloat16"
 
 
@@ -62,15 +64,38 @@ def add_lm_flag(parser):
                         "(default %(default)s)")
 
 
-def add_device_flag(parser):
+def add_device_flag(parser, images=False):
+    """--device, and of a script that encodes images --workers."""
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda, cuda:N or mps (default %(default)s)")
+    if images:
+        parser.add_argument("--workers", type=number_of_workers, default=own_cores(), metavar="N",
+                            help=f"threads that read images ahead of CLIP, at most {MOST_WORKERS}; "
+                            "0: it waits for each (default: the processor's cores, here "
+                            "%(default)s)")
 
 
-def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=()):
+def number_of_workers(text):
+    """--workers. Raises argparse.ArgumentTypeError, which ends a script with its sentence."""
+    if not (text.isascii() and text.isdecimal() and int(text[:9]) <= MOST_WORKERS):
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {MOST_WORKERS}, not {text!r}")
+    return int(text)
+
+
+def own_cores():
+    """The cores that this process may use, at most MOST_WORKERS; with torchrun its share of
+    them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    share = (cores or 1) // int(processes) if re.fullmatch("[1-9][0-9]{,8}", processes) else cores
+    return min(max(1, share), MOST_WORKERS)
+
+
+def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=(),
+                     images=False):
     """--device and --dtype. dtype: its default. what: what it is the type of. old: values that the
-    script accepts but does not list."""
-    add_device_flag(parser)
+    script accepts but does not list. images: see add_device_flag."""
+    add_device_flag(parser, images)
     names = f"{{{','.join(DTYPES)}}}"
     parser.add_argument("--dtype", default=dtype, choices=(*DTYPES, *old), metavar=names,
                         help=f"{what}; auto: bfloat16 on a GPU that supports it, else float32 "

@@ -193,6 +193,8 @@ def search(queries, embeddings, k, chunk=None, half=None):
             near = ((rough - limit.bfloat16()).amax(0) > 0).nonzero()[:, 0]  # (near,)
             rows = rows[near]
         scores = queries @ rows.T  # (B, chunk), with half (B, near)
+        if best is not None and best.shape[1] == k and (scores < best[:, -1:]).all():
+            continue  # which NaN is not
         top, place = scores.topk(min(k, scores.shape[1]), dim=1)
         place = (place if near is None else near[place]) + start
         if best is not None:

@@ -2,19 +2,21 @@
 
 import hashlib
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from itertools import groupby, zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
 
+from antarctic.ahead import Budget, map_ahead
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.feature_files import Store
 from antarctic.files import fingerprint
 from antarctic.images import (
     HEIF_SUFFIXES,
+    MOST_BYTES,
     MOST_PIXELS,
     file_status,
     read_bytes,
@@ -25,13 +27,12 @@ from antarctic.locks import locked, remove_dead_locks
 from antarctic.reads import passes, persistent
 from antarctic.tars import split_path
 
-# Of a batch of images. read_image's copies and CLIP's preprocessing need 14 bytes a pixel.
-BATCH_PIXELS = 1 << 25
+BATCH_PIXELS = 1 << 25  # of the images of a batch, before they are resized
 MOST_LISTED = 20  # images that are left out of training, or that cannot be read now
 
 
 def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=MOST_PIXELS,
-                   truncated=False, unread=frozenset(), later=None):
+                   truncated=False, unread=frozenset(), later=None, workers=0):
     """CLIP's vectors of all images that are whole. What earlier runs left in folder is not encoded
     again.
 
@@ -40,9 +41,10 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=
     end, so that a killed run loses at most one a process. max_pixels, truncated: see read_image.
     unread: paths of images that are left out unless they are known unopened. later: a list that
     gets the (path, reason) of images that cannot be read now, whatever they hold (see
-    reads.passes). Returns (features, float32 (n, dim); their n Pictures, with sha256; bad, a list
-    of (path, reason)). Raises InputError, once the others are stored, where there are images for
-    `later` and no such list.
+    reads.passes). workers: threads that read images ahead of the model; 0: it waits for each.
+    Returns (features, float32 (n, dim), whatever workers is; their n Pictures, with sha256; bad, a
+    list of (path, reason)). Raises InputError, once the others are stored, where there are images
+    for `later` and no such list.
     """
     reading = {"max_pixels": max_pixels, "truncated": truncated}
     encoder = fingerprint([clip.identity, clip.image_digests, *changes(reading, pictures)])
@@ -58,7 +60,8 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=
         lock = nullcontext()
         on_rank0(lambda: remove_dead_locks(folder))
     with lock:
-        reasons = encode_missing(clip, pictures, missing, known, store, batch_size, shard, reading)
+        reasons = encode_missing(clip, pictures, missing, known, store, batch_size, shard, workers,
+                                 reading)
         features, digests = on_rank0(lambda: store.finish())
     good = [picture._replace(sha256=digest.hex())
             for picture, digest in zip(pictures, digests) if digest]
@@ -114,10 +117,11 @@ def statuses_of(paths):
     return statuses
 
 
-def encode_missing(clip, pictures, missing, known, store, batch_size, shard, reading):
+def encode_missing(clip, pictures, missing, known, store, batch_size, shard, workers, reading):
     """Encodes images and adds them to the store, which rank 0 has. The processes share the work.
 
-    missing: rows of pictures. known: the digests of the store. reading: settings of read_image.
+    missing: rows of pictures. known: the digests of the store. workers: threads of each process.
+    reading: settings of read_image.
     Returns {row of an image that cannot be read: (reason, whether that may pass)}.
     """
     rank, world = rank_and_world()
@@ -128,7 +132,7 @@ def encode_missing(clip, pictures, missing, known, store, batch_size, shard, rea
         for turn in zip_longest(*shares, fillvalue=[]):  # a shard for each process
             rows = turn[rank]
             paths = [pictures[row].path for row in rows]
-            encoded = encode_files(clip, paths, batch_size, bar, known, **reading)
+            encoded = encode_files(clip, paths, batch_size, bar, known, workers, **reading)
             for part, digests, vectors, reasons in gather_lists([(rows, *encoded)]):
                 if rank == 0:
                     store.add(part, digests, vectors)
@@ -154,37 +158,54 @@ def shares_of(missing, pictures, shard, world):
     return shares
 
 
-def encode_files(clip, paths, batch_size, bar, known=frozenset(), **reading):
+def encode_files(clip, paths, batch_size, bar, known=frozenset(), workers=0, **reading):
     """CLIP's vectors of image files. bar: a tqdm that counts images. known: digests of images whose
-    vectors are not needed. reading: see read_image.
+    vectors are not needed. workers: see image_features. reading: see read_image.
 
     Returns (the digest of each file, SHA-256 as bytes, None of a bad one; {digest: vector, a
     float32 array (dim,)} of those that are not known; {index of a bad one: (reason, whether that
     may pass)}). Raises InputError where an image needs more memory than there is.
     """
-    digests, vectors, bad, batch = [None] * len(paths), {}, {}, {}
+    digests, vectors, bad, batch, pixels = [None] * len(paths), {}, {}, {}, 0
+    file_bytes, decoded = Budget(MOST_BYTES), Budget(MOST_PIXELS)  # of all threads together
+
+    def read(path):
+        """(digest, what clip.prepare makes of the image, or None where its vector is known, its
+        pixels, None), or (None, None, 0, the error) of an image that cannot be read."""
+        try:
+            with ExitStack() as shares:
+                size, *_ = persistent(partial(file_status, path))
+                shares.enter_context(file_bytes.share(size))
+                content = read_bytes(path)
+                digest = hashlib.sha256(content).digest()
+                if digest in known or digest in vectors:
+                    return digest, None, 0, None
+                image = read_image(content, **reading, room=lambda pixels: shares.enter_context(
+                    decoded.share(pixels)))
+                return digest, clip.prepare(image), image.width * image.height, None
+        except (OSError, MemoryError) as error:
+            return None, None, 0, error
 
     def encode():
         # As arrays: each tensor would be sent to other processes with the whole batch behind it.
         vectors.update(zip(batch, clip.encode_images(list(batch.values())).numpy()))
         batch.clear()
 
-    for i, path in enumerate(paths):
-        try:
-            content = read_bytes(path)
-            digest = hashlib.sha256(content).digest()
-            if not (digest in known or digest in vectors or digest in batch):
-                batch[digest] = read_image(content, **reading)
+    with closing(map_ahead(read, paths, workers, batch_size)) as results:
+        for i, (digest, prepared, size, error) in enumerate(results):
+            if isinstance(error, MemoryError):  # no fault of the image
+                raise InputError(f"there is not enough memory to read the image {paths[i]}"
+                                 ) from error
+            if error is not None:
+                reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+                bad[i] = reason, passes(error)
+            elif not (digest in known or digest in vectors or digest in batch):
+                batch[digest], pixels = prepared, pixels + size
             digests[i] = digest
-        except MemoryError as error:  # no fault of the image
-            raise InputError(f"there is not enough memory to read the image {path}") from error
-        except OSError as error:
-            reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-            bad[i] = reason, passes(error)
-        pixels = sum(image.width * image.height for image in batch.values())
-        if len(batch) == batch_size or pixels > BATCH_PIXELS:
-            encode()
-        bar.update()
+            if len(batch) == batch_size or pixels > BATCH_PIXELS:
+                encode()
+                pixels = 0
+            bar.update()
     if batch:
         encode()
     return digests, vectors, bad

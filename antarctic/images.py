@@ -7,13 +7,13 @@ import io
 import os
 import re
 import struct
-import warnings
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from antarctic import tars
+from antarctic.pillow_state import PILLOW_WARNINGS, SETTINGS_LOCK, pillow_settings
 from antarctic.reads import passes, persistent, read_regular, too_large
 from antarctic.tiffs import PlainTiff, grey_tiff, strips
 
@@ -44,7 +44,7 @@ TURNS = {
 }
 
 
-def read_image(file, max_pixels=MOST_PIXELS, truncated=False):
+def read_image(file, max_pixels=MOST_PIXELS, truncated=False, room=None):
     """An image file as an upright RGB picture: EXIF rotation applied, transparency laid on white,
     first frame.
 
@@ -52,19 +52,22 @@ def read_image(file, max_pixels=MOST_PIXELS, truncated=False):
     goes, and the rest is grey. Raises OSError, with the reason as its text, where the file is not a
     whole image of a READABLE format, its pixels have no defined brightness, or its header says that
     it has more than max_pixels; one that reads.passes() tells where the file could not be read,
-    whatever it holds. With another max_pixels or truncated, Pillow's settings, which all threads
-    share, change meanwhile.
+    whatever it holds. room: a function that is called with the number of pixels before they are
+    decoded. Threads may call this at once, all with the same settings: of those with another
+    max_pixels or truncated one decodes at a time, since Pillow's settings, which all threads share,
+    change meanwhile.
     """
     stream = io.BytesIO(file if isinstance(file, bytes) else read_bytes(file))
-    with decoding_errors(max_pixels):
-        with pillow_settings(max_pixels, False):
-            try:
-                image, orientation = decode(stream, max_pixels)
-            except Exception:
-                if not truncated:
-                    raise
-                with pillow_settings(max_pixels, True):
-                    image, orientation = decode(stream, max_pixels, truncated)
+    limit = max_pixels if max_pixels > MOST_PIXELS else None
+    alone = SETTINGS_LOCK if limit or truncated else contextlib.nullcontext()
+    with decoding_errors(max_pixels), alone, pillow_settings(limit):
+        try:
+            image, orientation = decode(stream, max_pixels, room=room)
+        except Exception:
+            if not truncated:
+                raise
+            with pillow_settings(limit, True):
+                image, orientation = decode(stream, max_pixels, truncated)
         return turned(image, orientation)
 
 
@@ -124,9 +127,7 @@ def read_opened(image):
 @contextlib.contextmanager
 def decoding_errors(max_pixels):
     """Around the decoding of an image: OSError with the reason for whatever a library raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of invalid metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with PILLOW_WARNINGS:
         try:
             yield
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -148,26 +149,13 @@ def turned(image, orientation):
     return image if turn is None else image.transpose(turn)
 
 
-@contextlib.contextmanager
-def pillow_settings(max_pixels, truncated):
-    """Pillow's limit of pixels and its patience with truncated files, while one image is read."""
-    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    try:
-        if max_pixels > MOST_PIXELS:
-            Image.MAX_IMAGE_PIXELS = max_pixels
-        if truncated:
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
-        yield
-    finally:
-        if max_pixels > MOST_PIXELS or truncated:
-            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def decode(stream, max_pixels, truncated=False):
+def decode(stream, max_pixels, truncated=False, room=None):
     """(an open file's picture in RGB as it is stored, its orientation as in EXIF). Raises what the
     libraries raise, and OSError or DecompressionBombError where the image is too large."""
     file = open_image(stream, truncated)
     check_size(file, max_pixels)
+    if room is not None:
+        room(file.width * file.height)
     shade = png_shade(file) if file.format == "PNG" else None
     if truncated:
         file.im = Image.new(file.mode, file.size, grey_of(file)).im

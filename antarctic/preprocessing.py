@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import BatchFeature
 
@@ -33,20 +32,30 @@ class OpenAIPreprocessor(NamedTuple):
 
     def __call__(self, images, return_tensors="pt"):
         """images: PIL images. Returns {pixel_values}, float32 (B, 3, height, width)."""
-        pixels = torch.empty(len(images), 3, *self.crop_size)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (np.float32(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = np.empty((len(images), 3, *self.crop_size), np.float32)
         for image, row in zip(images, pixels):  # one by one, since an image fits the CPU's cache
-            row.copy_(torch.from_numpy(self.crop(image)).permute(2, 0, 1))
-            row.div_(255).sub_(mean).div_(std)  # as ToTensor and Normalize, in their order
-        return BatchFeature({"pixel_values": pixels})
+            np.divide(self.crop(image).transpose(2, 0, 1), np.float32(255), out=row)
+            row -= mean  # as ToTensor and Normalize, in their order
+            row /= std
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def crop(self, image):
         """A PIL image, resized, cropped, and only then converted to RGB: uint8 (height, width, 3).
 
         It is a pure function, so threads can share it. Pillow releases the GIL while it resizes.
         """
-        image = image.resize(resized_size(image.size, self.size), Image.Resampling.BICUBIC)
-        return np.array(image.crop(center_box(image.size, self.crop_size)).convert("RGB"))
+        size, resample = resized_size(image.size, self.size), Image.Resampling.BICUBIC
+        left, top, right, bottom = center_box(size, self.crop_size)
+        if image.mode == "RGB":
+            # Pillow resizes all rows and then all columns. Between the two, the columns that the
+            # crop has not are cut off. (Images of other modes Pillow converts around a resizing.)
+            image = image.resize((size[0], image.height), resample)
+            image = image.crop((left, 0, right, image.height))
+            image = image.resize((image.width, size[1]), resample)
+            return np.asarray(image.crop((0, top, image.width, bottom)))
+        image = image.resize(size, resample)
+        return np.array(image.crop((left, top, right, bottom)).convert("RGB"))
 
 
 def openai_preprocessor(processor):

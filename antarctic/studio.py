@@ -6,13 +6,16 @@ import threading
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
+from copy import copy
 from typing import NamedTuple
 
+from antarctic.cache import search
 from antarctic.cache_files import cache_lock, finish_cache
 from antarctic.errors import InputError
 from antarctic.files import file_sha256, output_folder, write_lines
 from antarctic.images import MOST_PIXELS, read_image
 from antarctic.locks import locked
+from antarctic.scan import kept_in_memory
 from antarctic.texts import one_line
 
 MOST_WORDS, LONGEST_WORD = 1000, 200  # lines of a box; characters of a line
@@ -96,6 +99,9 @@ class Studio:
     """
 
     def __init__(self, model, max_pixels=MOST_PIXELS):
+        if model.search is search:
+            model = copy(model)
+            model.search = kept_in_memory(model.embeddings)
         self.model, self.max_pixels = model, max_pixels
         self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
         self.device, self.running, self.stopped = threading.Lock(), None, False

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import tarfile
+import threading
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ MOST_MEMBERS = 1_000_000  # of a tar file; about 200 bytes of memory each
 MOST_HEADERS = 4 * MOST_MEMBERS  # some are folders, long names ...
 LONGEST_HEADER = 1 << 16  # bytes of a long name or of pax attributes
 LONGEST_NAME = 1024  # characters
+INDEX_LOCK = threading.Lock()
 KEPT_INDEXES = 4  # of the tar files that were read last
 EXTRA_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE,
                  tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -107,7 +109,8 @@ def read_index(path):
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is no regular file")
-    return make_index(path, status.st_size, status.st_mtime_ns)
+    with INDEX_LOCK:  # threads that read one tar file make its index once
+        return make_index(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=KEPT_INDEXES)

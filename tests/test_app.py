@@ -16,7 +16,8 @@ from conftest import BART, CLIP, ROOT, flags
 from PIL import Image
 
 import app
-from antarctic import cache_files, page
+from antarctic import cache_files, page, scan
+from antarctic.cache import search
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.locks import locked
@@ -79,6 +80,18 @@ def test_words_are_those_of_caches_and_flags(script, cache, method, studio, peng
     assert (result.caption, seconds > 0) == (expected.caption, True)
     assert [entry for entry, _ in result.table] == [entry for entry, _ in expected.table]
     assert method.entries == before and method.banned is None
+
+
+@pytest.mark.parametrize("words", [
+    Words(), Words(words=("penguin",)), Words(ban=("beach", "sea")), Words(only=("sea", "dog"))],
+    ids=str)
+def test_a_cache_in_memory_changes_nothing(method, studio, penguin, monkeypatch, words):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(scan, "LEAST", 1)
+    fast = Studio(method)
+    assert isinstance(fast.model.search, scan.Scan) and method.search is search
+    assert fast.caption(penguin, words)[0] == studio.caption(penguin, words)[0]
+    assert fast.search(penguin, "sea", words) == studio.search(penguin, "sea", words)
 
 
 def test_a_new_line_is_encoded_alone(studio, monkeypatch):

@@ -27,7 +27,7 @@ def test_each_part_gives_what_the_plain_way_gives(reported):
     assert [line["part"] for line in lines] == list(benchmarks.PARTS)
     for line in lines:
         assert list(line) == ["part", "ratio", "low", "high", "of_limit", "peak_mb", "equal"]
-        if line["part"] == "search_1_to_faiss" and line["equal"] is None:  # faiss is not installed
+        if "to_faiss" in line["part"] and line["equal"] is None:  # faiss is not installed
             continue
         assert line["equal"] is True, line
         assert 0 < line["low"] <= line["ratio"] <= line["high"]

@@ -175,7 +175,7 @@ def test_clip_scores_are_those_of_the_formula(monkeypatch, tmp_path):
             assert all(text.startswith("A photo depicts ") for text in texts)
             return torch.tensor([vectors[text.split()[-1]] for text in texts])
 
-    def image_features(clip, pictures, *_):
+    def image_features(clip, pictures, *_, **__):
         return torch.tensor([(1.0, 0.0)] * 4), pictures, []
 
     monkeypatch.setattr("antarctic.features.image_features", image_features)

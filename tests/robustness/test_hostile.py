@@ -226,7 +226,7 @@ def test_the_largest_image_is_read_in_a_gigabyte(tmp_path):
 def test_a_batch_of_large_images_is_encoded_in_a_gigabyte(tmp_path):
     """A batch ends at a number of pixels, even where it should have more images."""
     class CountingClip:
-        dim, batches = 2, []
+        dim, batches, prepare = 2, [], staticmethod(lambda image: image.size)
 
         def encode_images(self, images):
             self.batches.append(len(images))
