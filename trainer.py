@@ -269,8 +269,7 @@ def main():
                        topk=args.topk, maxlen_enc=args.maxlen_enc, maxlen_dec=args.maxlen_dec,
                        device=device, dtype=dtype, table=args.table)
     captioner = model.captioner
-    chosen = is_layernorm if args.trained == "layernorms" else lambda name: True
-    trained = captioner.train_only(chosen)
+    trained = captioner.train_only(is_layernorm if args.trained == "layernorms" else bool)
     if rank == 0:
         count = sum(parameter.numel() for parameter in trained.values())
         total = sum(parameter.numel() for parameter in captioner.model.parameters())
@@ -283,8 +282,7 @@ def main():
         require_few_bad(bad, good, args.max_bad, split)
         data.append((tokenize(model, features), [picture.captions for picture in good]))
     settings = {"lm": captioner.identity, "clip_model": model.clip.identity, "topk": args.topk,
-                "table": args.table,
-                "maxlen_enc": args.maxlen_enc, "maxlen_dec": args.maxlen_dec,
+                "table": args.table, "maxlen_enc": args.maxlen_enc, "maxlen_dec": args.maxlen_dec,
                 "trained": args.trained, "seed": args.seed}
     # Training needs neither CLIP nor the cache, nor the images' paths.
     del model, features, listed, good, pictures, val_pictures

@@ -215,7 +215,9 @@ class Studio:
             places, known = model.places(feature[0], [text, *holding]), text in model.entries
             entries = len(model.entries)
             topk = min(topk or model.topk, len(model.entries))
-            model = model.with_words(text, topk=topk)  # as a line of the visitor's words
+            banned = model.banned and model.banned.search(text)
+            # As a line of the visitor's words.
+            model = model.with_words(() if banned else text, topk=topk)
             [table] = model.tables(feature)
         others = [(entry, *place) for entry, place in zip(holding, places[1:])]
         others.sort(key=lambda other: other[2])
