@@ -34,7 +34,7 @@ from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, PROCESSOR
-from antarctic.selection import IMAGES, select, shortlist_size
+from antarctic.selection import choose_entries, shortlist_size
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
@@ -487,39 +487,24 @@ class Model:
         return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
 
     def tables(self, features):
-        """The topk entries nearest to each image, best first: n lists of (entry, cosine).
+        """The entries of each image's table, best first: n lists of (entry, cosine).
 
         features: unit vectors, a float32 tensor (n, dim).
         """
         find = self.search
         if len(features) >= MANY and find is search and self.captioner.computes_bfloat16_on_cpu():
             find = partial(search, half=to_bfloat16(self.embeddings))  # the same tables, sooner
-        size, tables = self.shortlist_size(), []
+        tables = []
         for rows in features.split(256) if len(features) else ():
-            cosines, indices = find(rows, self.embeddings, size)  # (256, s), (256, s)
-            chosen = self.choose_entries(rows, cosines, indices)
-            for places, image_indices, image_cosines in zip(
-                    chosen, indices.tolist(), cosines.tolist()):
-                tables.append([(self.entries[image_indices[i]], image_cosines[i]) for i in places])
+            # (256, s), (256, s) indices into the cache
+            cosines, indices = find(rows, self.embeddings, self.shortlist_size())
+            for table in choose_entries(self.table, self.embeddings, cosines, indices, self.topk):
+                tables.append([(self.entries[row], cosine) for row, cosine in table])
         return tables
 
     def shortlist_size(self):
         """How many of the nearest entries a table is chosen from."""
-        if self.table == "topk":
-            return self.topk
-        return shortlist_size(len(self.entries), self.topk)
-
-    def choose_entries(self, features, cosines, indices):
-        """The places of each table's entries in its shortlist: n lists. features: (n, dim).
-        cosines, indices: of the shortlists, (n, s)."""
-        if self.table == "topk":
-            return [range(indices.shape[1])] * len(indices)
-        chosen = []
-        for rows, near, some in zip(*(each.split(IMAGES) for each in (features, cosines, indices))):
-            numbers, places = some.unique(return_inverse=True)  # (u,), (32, s)
-            vectors = self.embeddings.only(numbers.tolist())[:][places]  # (32, s, dim)
-            chosen += select(self.table, rows, near, vectors, self.topk)
-        return chosen
+        return shortlist_size(self.table, len(self.entries), self.topk)
 
     def tokenize(self, tables):
         """Token ids of each linearized table, cut at maxlen_enc: n lists."""

@@ -134,11 +134,9 @@ def add_captioner_flags(parser):
 
 def add_table_flag(group, default=None):
     """--table. default: None takes the checkpoint's."""
-    group.add_argument("--table", default=default, choices=("topk", "mmr", "omp"), help="entries "
-                       "of a table: the nearest, or of these some that say different things, by "
-                       "maximal marginal relevance (--topk of them) or orthogonal matching pursuit "
-                       "(--topk at most, as many as the image needs; default: "
-                       f"{default or 'as in training'})")
+    group.add_argument("--table", default=default, choices=("topk", "mmr"), help="entries of a "
+                       "table: the nearest, or of these --topk that say different things, by "
+                       f"maximal marginal relevance (default: {default or 'as in training'})")
 
 
 def add_decoding_flags(group):
