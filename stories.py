@@ -152,6 +152,19 @@ def write(model, tokenizer, batch, tokens, prompts, args):
             for opening, prefix, (new, ended) in zip(openings, prefixes, samples)]
 
 
+def finished(part, keys):
+    """The stories of the batches that a stopped run has finished: of each a list of texts, as many
+    as it has keys. Raises InputError where the part holds something else, sealed as it may be."""
+    done = list(read_sealed(part)) if resume(part) else []
+    fits = len(done) <= len(keys) and all(
+        type(texts) is list and len(texts) == len(batch) and all(type(t) is str for t in texts)
+        for texts, batch in zip(done, keys))
+    if not fits:
+        raise InputError(f"{part} does not hold stories of this run; remove it and rerun the same "
+                         "command")
+    return done
+
+
 def print_line(text, must=False):
     """Prints a text as one line at once, and escapes what the terminal cannot show.
 
@@ -207,7 +220,7 @@ def main():
         settings = [model.identity, tokenizer.digests, tokens, batches, ends, args.chat,
                     str(dtype), args.temperature, args.top_p]
         part = savedir / f"stories-{fingerprint(settings)}.jsonl.part"
-        done = on_rank0(lambda: list(read_sealed(part)) if resume(part) else [])
+        done = on_rank0(lambda: finished(part, keys))
     stories = {key: story for pair in zip(keys, done) for key, story in zip(*pair)}
 
     rank, world = rank_and_world()

@@ -13,7 +13,7 @@ from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import fingerprint
 from antarctic.peers import peer_sockets
 from antarctic.rows import DIGEST_ROWS, Embeddings, Rows
-from antarctic.texts import LONGEST_TEXT
+from antarctic.texts import LONGEST_TEXT, split_lines
 from antarctic.words import warn_of_entries
 
 BLOCK = 16384  # rows read or written at a time
@@ -97,7 +97,8 @@ def open_checked(textfile, embfile):
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"the cache text {textfile} is not UTF-8 text") from error
-    lines = text.removesuffix("\n").split("\n") if text else []  # no other character ends an entry
+    # No other character ends an entry.
+    lines = split_lines(text.removesuffix("\n"), textfile) if text else []
     if not lines:
         raise InputError(f"the cache {textfile} is empty")
     longest = max(map(len, lines))

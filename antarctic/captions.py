@@ -5,9 +5,7 @@ from pathlib import Path
 from antarctic.bounded import parse_json
 from antarctic.errors import InputError
 from antarctic.layouts import image_id
-from antarctic.texts import one_line, read_text
-
-RECORD = {"image_id", "caption", "file"}  # what is read of a record of captions
+from antarctic.texts import one_line, read_text, split_lines
 
 
 def read_captions(path, other=".txt"):
@@ -28,20 +26,20 @@ def read_records(path, other):
     text = read_text(path, "captions file")
     suffix = path.suffix if path.suffix in (".json", ".jsonl") else other
     if suffix == ".txt":
-        return [(None, one_line(line, path), None) for line in text.split("\n")]
+        return [(None, one_line(line, path), None) for line in split_lines(text, path)]
     try:
-        parts = [text] if suffix == ".json" else (f"[{line}]" for line in text.split("\n"))
-        # Only what is used: details.jsonl can hold 1,000 candidates an image.
-        records = [{name: record[name] for name in record.keys() & RECORD}
-                   for part in parts for record in parse_json(part, path, "captions file")]
-        images = [id_of(record, path, i) for i, record in enumerate(records, 1)]
-        if records and not any("caption" in record.keys() for record in records):
+        parts = [text] if suffix == ".json" else (f"[{line}]" for line in split_lines(text, path))
+        records = (record for part in parts for record in parse_json(part, path, "captions file"))
+        rows, captioned = [], False
+        # Only what is used is kept: details.jsonl can hold 1,000 candidates an image.
+        for i, record in enumerate(records, 1):
+            caption, file = record.get("caption"), record.get("file")
+            captioned |= "caption" in record
+            rows.append((id_of(record, path, i), one_line("" if caption is None else caption, path),
+                         file if isinstance(file, str) else None))
+        if rows and not captioned:
             raise KeyError("caption")
-        captions = [record.get("caption") for record in records]
-        captions = [one_line("" if text is None else text, path) for text in captions]
-        files = [record.get("file") for record in records]
-        return [(image, caption, file if isinstance(file, str) else None)
-                for image, caption, file in zip(images, captions, files)]
+        return rows
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} does not hold captions as sampler.py writes them in {suffix} "
                          f"files") from error
@@ -81,7 +79,7 @@ def read_texts(path, kind):
     """A list of texts, one a line; a blank line is an empty text. kind: what the file is, for
     messages. Raises InputError where it is missing, empty or not UTF-8."""
     text = read_text(path, kind).removesuffix("\n")
-    lines = [one_line(line, path) for line in text.split("\n")]
+    lines = [one_line(line, path) for line in split_lines(text, path)]
     if not any(lines):
         raise InputError(f"there is no text in the {kind} {path}")
     return lines

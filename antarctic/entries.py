@@ -1,7 +1,6 @@
 """CLIP's vectors of a new cache's entries: encoded once, kept in a file of sealed chunks so that a
 stopped run resumes."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from antarctic.cache_changes import require_finite
 from antarctic.cache_files import hold
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError
-from antarctic.files import append, writing
+from antarctic.files import append, own_file, writing
 from antarctic.sealed import DIGITS, checksum
 
 CHUNK = 2048  # texts that a process encodes between two writes
@@ -71,8 +70,8 @@ class Part:
             if file.size >= end:  # a kill leaves a part of a chunk at most
                 warn(f"{self.path}, which a stopped run left, is damaged from entry {done + 1:,} "
                      "on; these are encoded again")
-            with writing(self.path):
-                os.truncate(self.path, begin)
+            with writing(self.path), open(self.path, "rb+", opener=own_file) as part:
+                part.truncate(begin)
         return done
 
     def append(self, first, blocks):

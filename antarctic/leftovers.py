@@ -110,14 +110,14 @@ def remove_leftovers(folder):
     or before this one was started, they go once they are an hour old."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in [entry for entry in entries if entry.name.endswith(".tmp")]:
-            writer = writer_of(entry.name)
-            if not writer or not is_mine(entry):
-                continue
-            dead = writer.has_died()
-            if dead is None:
-                dead = abs(age_of(entry.path)) > HOUR
-            if dead:
-                with suppress(OSError):  # another run removes it
+            with suppress(OSError):  # another run removes it; the others go all the same
+                writer = writer_of(entry.name)
+                if not writer or not is_mine(entry):
+                    continue
+                dead = writer.has_died()
+                if dead is None:
+                    dead = abs(age_of(entry.path)) > HOUR
+                if dead:
                     os.unlink(entry.path)
 
 
@@ -130,8 +130,9 @@ def scratch_folder(prefix):
     with suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
         for entry in entries:
             match = name.fullmatch(entry.name)
-            if match and Process(*match.groups()).has_died() and is_own_folder(entry):
-                shutil.rmtree(entry.path, ignore_errors=True)
+            with suppress(OSError):
+                if match and Process(*match.groups()).has_died() and is_own_folder(entry):
+                    shutil.rmtree(entry.path, ignore_errors=True)
     return tempfile.TemporaryDirectory(prefix=f"{prefix}-{this_process().name}-")
 
 

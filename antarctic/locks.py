@@ -54,7 +54,7 @@ class Lock:
 
     def __init__(self, path):
         self.path, self.ended, self.closing = path, threading.Event(), threading.Lock()
-        host = re.sub(r"\s", "_", socket.gethostname())[:64]
+        host = re.sub("[^!-~]", "_", socket.gethostname())[:64] or "_"
         self.text = f"process {os.getpid()} on {host} ({this_process().name})\n"
         with writing(path):
             patient_until = time.monotonic() + PATIENCE
@@ -194,7 +194,8 @@ def refuse_if_touched(path, text):
     """Watches a lock. Raises InputError where it changes. Hosts' clocks are not compared: they
     differ and jump."""
     def seen():
-        with suppress(FileNotFoundError), open(path, "rb") as file:  # NFS asks anew where it opens
+        # NFS asks anew where a file is opened.
+        with suppress(FileNotFoundError), open(path, "rb", opener=own_file) as file:
             return os.fstat(file.fileno()).st_mtime_ns, file.read(LONGEST)
 
     before = seen()
@@ -212,8 +213,8 @@ def remove_dead_locks(folder, own=None):
     these ran on another host, or before this one was started, they go once they are an hour old."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in [entry for entry in entries if entry.name.endswith(".lock")]:
-            if entry.name != own and is_mine(entry):
-                with suppress(OSError, InputError):
+            with suppress(OSError, InputError):  # of one; the others go all the same
+                if entry.name != own and is_mine(entry):
                     remove_if_dead(Path(entry.path))
 
 

@@ -4,10 +4,11 @@ import json
 import os
 from contextlib import ExitStack
 
+from antarctic.bounded import parse_json
 from antarctic.errors import InputError
 from antarctic.files import append, own_file, reading, writing
 from antarctic.folders import Picture
-from antarctic.sealed import checksum, seal, unseal
+from antarctic.sealed import LONGEST_LINE, checksum, lines_of, seal, unseal
 
 EVIDENCE = "caption", "score", "table", "candidates"
 
@@ -37,7 +38,7 @@ class Records:
         """Finds the records of an open file, in the part those of whole batches. Returns where
         these end."""
         batch, start, end = {}, 0, 0
-        for line in file:
+        for line in lines_of(file):
             record, left = self.parse(line, path)
             if record:
                 batch[key_of(record)] = path, start
@@ -54,10 +55,11 @@ class Records:
         """(the record of a line, or None where it is not whole or of other settings; how many lines
         of its batch follow)."""
         try:
-            record, left = unseal(line) if path == self.part else (json.loads(line), 0)
-            if record["seal"] == self.seal_of(record):
+            record, left = unseal(line) if path == self.part else (
+                parse_json(line, path, "record"), 0)
+            if record["seal"] == self.seal_of(record) and is_record(record):
                 return record, left
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (InputError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass  # another program wrote it
         return None, 0
 
@@ -108,7 +110,7 @@ class Records:
                 path, start = self.places[picture.key]
                 with reading(path):
                     files[path].seek(start)
-                    line = files[path].readline()
+                    line = files[path].readline(LONGEST_LINE)
                 record, _ = self.parse(line, path)
                 if not record or key_of(record) != picture.key:
                     raise InputError(f"{path} was changed by another program: {done} of "
@@ -116,6 +118,18 @@ class Records:
                                      f"to resume")
                 record = {name: record[name] for name in (*EVIDENCE, "sha256", "seal")}
                 yield {"image_id": picture.id, "file": str(picture.path), **record}
+
+
+def is_record(record):
+    """Whether a record holds values as a model.Caption does: anyone can make a seal."""
+    return (type(record["caption"]) is str and is_number(record["score"])
+            and all(type(entry) is str and is_number(cosine) for entry, cosine in record["table"])
+            and all(type(text) is str and is_number(cosine) and type(likelihood) in (float, int)
+                    for text, cosine, likelihood in record["candidates"]))
+
+
+def is_number(value):
+    return type(value) in (float, int) and -9 < value < 9  # a cosine, which NaN is not
 
 
 def key_of(record):

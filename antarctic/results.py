@@ -18,6 +18,7 @@ from antarctic.files import (
 )
 
 COLUMNS = "image_id", "file", "caption", "score"
+BYTE_ORDER_MARK = "\ufeff"  # tells Excel that it is UTF-8
 
 
 def write_results(savedir, records, pictures, gallery=200, as_csv=False, **reading):
@@ -56,11 +57,20 @@ def write_captions(savedir, records, as_csv):
     write_lines(savedir / "preds.txt", [record["caption"] for record in records])
     results = [{name: record[name] for name in ("image_id", "caption")} for record in records]
     write_json(savedir / "captions.json", results)
-    if not as_csv:
-        remove(savedir / "captions.csv")  # an earlier run's
-        return
-    write_csv(savedir / "captions.csv", COLUMNS,
-              ([record[name] for name in COLUMNS] for record in records))
+    path = savedir / "captions.csv"
+    if as_csv:
+        write_csv(path, COLUMNS, ([record[name] for name in COLUMNS] for record in records))
+    elif is_captions_csv(path):  # an earlier run's
+        remove(path)
+
+
+def is_captions_csv(path):
+    """Whether a file begins as write_captions writes it; a person's may have that name, too."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    begin = f"{BYTE_ORDER_MARK}{','.join(COLUMNS)}\n".encode()
+    with reading(path), open(path, "rb") as file:
+        return file.read(len(begin) + 1).replace(b"\r\n", b"\n").startswith(begin)
 
 
 def check_results(savedir, records):
@@ -84,7 +94,7 @@ def check_results(savedir, records):
 def write_csv(path, columns, records):
     """Writes a CSV file as spreadsheets read it. records: a tuple of values each."""
     with atomic(path) as file:
-        file.write("\ufeff")  # tells Excel that it is UTF-8
+        file.write(BYTE_ORDER_MARK)
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(map(cell_of, record) for record in records)

@@ -9,9 +9,12 @@ import hashlib
 import json
 import os
 
+from antarctic.bounded import parse_json
+from antarctic.errors import InputError
 from antarctic.files import TEXT, own_file, writing
 
 DIGITS = 16
+LONGEST_LINE = 1 << 26  # bytes; 1,000 candidates have 0.1 MB
 
 
 def checksum(text):
@@ -31,9 +34,18 @@ def unseal(line):
     if not text.endswith(b"\n") or digits != checksum(text[:-1]):
         return None
     try:
-        return json.loads(text.decode())
-    except (ValueError, RecursionError):  # seal() did not write it
+        return parse_json(text.decode(), "", "record")
+    except (InputError, ValueError, RecursionError):  # seal() did not write it
         return None
+
+
+def lines_of(file):
+    """Yields the lines of a file that is open as bytes, up to one that is longer than any that a
+    run writes: another program's file may be one line of a terabyte."""
+    for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+        yield line
+        if len(line) == LONGEST_LINE:
+            return
 
 
 def resume(path):
@@ -43,7 +55,7 @@ def resume(path):
     if not os.path.lexists(path):
         return 0
     with writing(path), open(path, "rb+", opener=own_file) as file:
-        for line in file:
+        for line in lines_of(file):
             if unseal(line) is None:
                 break
             lines, end = lines + 1, end + len(line)
@@ -54,7 +66,7 @@ def resume(path):
 def read_sealed(path):
     """Yields the records of a file up to the first line that is not whole."""
     with open(path, "rb") as file:
-        for line in file:
+        for line in lines_of(file):
             if (record := unseal(line)) is None:
                 return
             yield record

@@ -3,6 +3,7 @@
 from antarctic.bounded import MOST_TEXT, parse_json, read_bytes
 from antarctic.errors import InputError
 
+MOST_LINES = 1 << 27  # of a text; a list of them takes 8 bytes for each empty one
 LONGEST_TEXT = 10_000  # characters of an entry or a caption; the models read at most 128 tokens
 
 
@@ -22,6 +23,13 @@ def read_json(path, kind, most=MOST_TEXT, **options):
     """The value of a JSON file. options: of json.loads. Raises InputError as read_text and
     parse_json do, and what json.loads raises."""
     return parse_json(read_text(path, kind, most), path, kind, **options)
+
+
+def split_lines(text, path):
+    """The lines of a text of the file path, a list. Raises InputError where they are too many."""
+    if text.count("\n") > MOST_LINES:
+        raise InputError(f"{path} has more than {MOST_LINES:,} lines")
+    return text.split("\n")
 
 
 def one_line(text, path, most=LONGEST_TEXT):
@@ -44,7 +52,7 @@ def read_lines(path, kind, most=LONGEST_TEXT):
 
     kind: what the file is, for messages. Raises InputError as read_text and one_line do.
     """
-    lines = read_text(path, kind).split("\n")
+    lines = split_lines(read_text(path, kind), path)
     return [one_line(line, path, most) for line in lines if line.strip()]
 
 

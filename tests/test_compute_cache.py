@@ -269,6 +269,11 @@ def test_a_link_in_place_of_a_part_is_not_followed(script, world, tmp_path, monk
     own = tmp_path / "diary.txt"
     own.write_text("mine")
     part.unlink()
+    part.hardlink_to(own)
+    run = compute(script, tmp_path / "cut", "--datadir", world)
+    assert run.code == 2 and f"{part} is a link" in run.err
+    assert own.read_text() == "mine"
+    part.unlink()
     part.symlink_to(own)
     assert compute(script, tmp_path / "cut", "--datadir", world).code == 0
     assert own.read_text() == "mine"

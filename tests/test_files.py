@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from antarctic import exports, files, leftovers, results
+from antarctic import exports, files, leftovers, locks, results
 from antarctic.errors import InputError
 from antarctic.records import Records
 
@@ -144,6 +144,55 @@ def test_only_what_a_dead_run_made_is_removed(tmp_path, monkeypatch):
         assert other.exists()
 
 
+def test_what_cannot_be_removed_keeps_nothing_else(tmp_path, monkeypatch):
+    """Another run may remove the same files, and a full disk has no room for an age to be taken."""
+    with monkeypatch.context() as patch:
+        patch.setattr(leftovers, "this_host", lambda: "01234567")
+        elsewhere = leftovers.temporary_path(tmp_path / "a")
+        patch.undo()
+        patch.setattr(os, "getpid", lambda: 999_999_999)
+        dead = [leftovers.temporary_path(tmp_path / "a") for _ in range(8)]
+        lock = f"process 999999999 on here ({leftovers.this_process().name})\n"
+    for path in (elsewhere, *dead):
+        path.touch()
+    held = [tmp_path / ".a.lock", tmp_path / ".b.lock"]
+    for path in held:
+        path.write_text(lock)
+
+    def refused(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    is_mine, calls = leftovers.is_mine, count()
+
+    def vanishes(entry):
+        if not next(calls):
+            raise FileNotFoundError(entry.path)
+        return is_mine(entry)
+    monkeypatch.setattr(leftovers, "age_of", refused)
+    leftovers.remove_leftovers(tmp_path)
+    assert {*tmp_path.iterdir()} == {elsewhere, *held}
+    monkeypatch.setattr(locks, "is_mine", vanishes)
+    locks.remove_dead_locks(tmp_path)
+    assert len({*tmp_path.iterdir()}) == 2
+
+
+def test_a_persons_captions_csv_stays(tmp_path):
+    rows = [dict(zip(results.COLUMNS, (1, "1.jpg", "a dog", 0.3)))]
+    path = tmp_path / "captions.csv"
+    results.write_captions(tmp_path, rows, True)
+    ours = path.read_bytes()
+    results.write_captions(tmp_path, rows, False)
+    assert not path.exists()
+    for text in (b"", b"mine", b"image_id,file,caption,score\r\n", ours[:20]):
+        path.write_bytes(text)
+        results.write_captions(tmp_path, rows, False)
+        assert path.read_bytes() == text
+    path.unlink()
+    (tmp_path / "ours").write_bytes(ours)
+    path.symlink_to("ours")
+    results.write_captions(tmp_path, rows, False)
+    assert path.is_symlink()
+
+
 def test_a_killed_pages_folder_goes_with_its_uploads(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with monkeypatch.context() as patch:
@@ -271,6 +320,7 @@ def write_all(folder):
     folder = files.output_folder(folder / "results")
     for stale in ("captions.csv", "ref0.txt", f"details-{'1' * 16}.jsonl.part"):
         shutil.copy(os.devnull, folder / stale)
+    (folder / "captions.csv").write_bytes(b"\xef\xbb\xbfimage_id,file,caption,score\r\n")
     records = Records(folder, "0" * 16)
     records.append(pictures, [RECORD] * 2)
     return results.write_results(folder, records, pictures)

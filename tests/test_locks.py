@@ -185,6 +185,23 @@ def test_what_a_lock_holds_is_parsed_and_no_pattern(tmp_path, text):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_pipe_that_takes_a_watched_locks_place_is_not_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    path.write_text(text_by(host="01234567"))
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / ".lock")
+    monkeypatch.setattr(locks.time, "sleep",
+                        lambda _: os.replace(tmp_path / "pipe" / ".lock", path))
+    with pytest.raises(InputError, match="is a link, a folder or a pipe; remove it"):
+        locks.refuse_if_touched(path, path.read_text())
+
+
+@pytest.mark.parametrize("name", ["b\xfccher", "\udcff", "", "a b", "x" * 300])
+def test_a_hosts_name_may_be_anything(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(locks.socket, "gethostname", lambda: name)
+    assert taken(tmp_path / ".lock") and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["link", "nowhere", "hard link", "pipe", "folder"])
 def test_a_lock_is_no_link(tmp_path, kind):
     mine, path = tmp_path / "mine", tmp_path / ".lock"

@@ -1,6 +1,7 @@
 """A folder that grows: what is captioned stays, whatever the order, the batches or the place."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -248,6 +249,39 @@ def test_what_is_no_record_is_cut_off(tmp_path, line):
     part.write_bytes(whole + line)
     assert Records(tmp_path, "0" * 16).missing(PICTURES) == [2, 3, 4, 5]
     assert part.read_bytes() == whole
+
+
+@pytest.mark.parametrize("change", [
+    {"caption": 5}, {"caption": None}, {"score": "0.3"}, {"score": math.nan}, {"score": True},
+    {"table": 7}, {"table": [["dog"]]}, {"table": [["dog", math.inf]]}, {"table": [[1, 0.3]]},
+    {"candidates": [["a dog", 0.3]]}, {"candidates": [["a dog", 0.3, None]]},
+    {"candidates": {"a": 1}}], ids=str)
+def test_a_seal_makes_no_record_of_other_values(tmp_path, change):
+    """Who knows the settings can seal whatever they like."""
+    records = filled(tmp_path, slice(0, 2))
+    record = records.record_of(PICTURES[2], CAPTION) | change
+    record["seal"] = records.seal_of(record)
+    whole = records.part.read_bytes()
+    records.part.write_bytes(whole + seal([record, 0]))
+    records.details.write_text(json.dumps(record) + "\n")
+    assert Records(tmp_path, "0" * 16).missing(PICTURES) == [2, 3, 4, 5]
+    assert records.part.read_bytes() == whole
+
+
+def test_lines_without_an_end_are_no_records(tmp_path, monkeypatch):
+    records = filled(tmp_path, slice(0, 2))
+    whole = records.part.read_bytes()
+    shutil.copy(records.part, tmp_path / "details.jsonl")
+    for path in (records.part, records.details):
+        os.truncate(path, 1 << 40)  # sparse
+    for _ in range(2):
+        assert Records(tmp_path, "0" * 16).missing(PICTURES) == [2, 3, 4, 5]
+        assert records.part.read_bytes() == whole
+    monkeypatch.setattr("antarctic.bounded.MOST_CONTAINERS", 1000)
+    record = records.record_of(PICTURES[2], CAPTION) | {"more": [[]] * 1000}
+    records.part.write_bytes(whole + seal([record, 0]))
+    records.details.write_text(json.dumps(record) + "\n")
+    assert Records(tmp_path, "0" * 16).missing(PICTURES) == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("mine"), os.mkfifo, Path.mkdir,

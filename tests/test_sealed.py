@@ -95,6 +95,14 @@ def test_records_are_kept_up_to_the_first_line_that_is_not_whole(tmp_path, behin
     assert resume(part) == 8 and list(read_sealed(part)) == [*RECORDS, "d"]
 
 
+def test_a_line_without_an_end_is_cut_off(tmp_path):
+    part = tmp_path / "part"
+    part.write_bytes(b"".join(LINES))
+    os.truncate(part, 1 << 40)  # sparse
+    assert list(read_sealed(part)) == RECORDS
+    assert resume(part) == 7 and part.read_bytes() == b"".join(LINES)
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def read_only(path, *_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

@@ -482,6 +482,24 @@ def test_what_a_crash_left_of_a_batch_is_cut_off_and_written_again(
     assert files(tmp_path / "stopped") == files(tmp_path / "out")
 
 
+def test_what_is_sealed_and_no_stories_of_this_run_is_named(script, stopped, tmp_path):
+    """Anyone can make a seal."""
+    part = stopped(1)
+    whole = part.read_bytes()
+    for record in ("abcd", ["a"], ["a", "b", "c", 4], ["a"] * 5, {}, 7):
+        part.write_bytes(whole + seal(record))
+        refuse_part(script, part, tmp_path)
+    part.write_bytes(whole * 6)  # more batches than there are
+    refuse_part(script, part, tmp_path)
+
+
+def refuse_part(script, part, folder):
+    result = script("stories", "--caption", *CAPTIONS, "--savedir", folder / "stopped",
+                    "--lm", GPT, "--device", "cpu", *MANY)
+    assert result.code == 2 and f"{part} does not hold stories of this run" in result.err
+    assert [*part.parent.iterdir()] == [part]
+
+
 @pytest.mark.parametrize("other", [
     ("--seed", 1), ("--temperature", 0.9), ("--top_p", 0.8), ("--prompt", "I saw {caption}"),
     ("--batch_size", 3), ("--max_tokens", 21), ("--num_return_sequences", 4)])

@@ -6,13 +6,14 @@ import io
 import json
 import os
 import re
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import utils
-from antarctic import annotations, captions, chair, datasets, files, folders
+from antarctic import annotations, captions, chair, datasets, files, folders, texts
 from antarctic.errors import InputError
 from antarctic.gallery import write_gallery
 
@@ -261,10 +262,28 @@ def test_a_file_is_created_whole_where_there_are_no_links(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_of_a_record_only_what_is_used_is_kept(tmp_path, monkeypatch):
-    record = {"image_id": 1, "caption": "a dog", "file": "1.png", "candidates": [["a dog", 0.3]]}
-    (tmp_path / "details.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
-    kept = []
-    monkeypatch.setattr(captions, "one_line", lambda text, _: kept.append(text) or text)
-    assert captions.read_captions(tmp_path / "details.jsonl") == [(1, "a dog")] * 2
-    assert captions.RECORD == {"image_id", "caption", "file"} and kept == ["a dog"] * 2
+def test_of_a_record_only_what_is_used_is_kept(tmp_path):
+    path, many = tmp_path / "details.jsonl", [[]] * 10_000
+    record = {"image_id": 1, "caption": "a dog", "file": "1.png", "candidates": many}
+    tracemalloc.start()
+    path.write_text(f"{json.dumps(record)}\n" * 50)
+    assert captions.read_captions(path) == [(1, "a dog")] * 50
+    for name in ("caption", "image_id"):  # is refused at the first record
+        path.write_text(f"{json.dumps(record | {name: many})}\n" * 50)
+        with pytest.raises(InputError):
+            captions.read_captions(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 << 20  # all lists take 32 MB more
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: captions.read_captions(path), lambda path: captions.read_texts(path, "file"),
+    lambda path: texts.read_lines(path, "file")], ids=range(3))
+def test_a_text_of_too_many_lines_is_refused_before_it_is_split(tmp_path, monkeypatch, read):
+    monkeypatch.setattr(texts, "MOST_LINES", 10)
+    (tmp_path / "a.txt").write_text("a\n" * 10)
+    assert len(read(tmp_path / "a.txt")) in (10, 11)
+    (tmp_path / "a.txt").write_text("a\n" * 12)
+    with pytest.raises(InputError, match="a.txt has more than 10 lines"):
+        read(tmp_path / "a.txt")
