@@ -252,19 +252,9 @@ def existing_file(path, kind):
 
 
 def file_sha256(path):
-    """The SHA-256 of a file, in hexadecimal digits. Raises OSError."""
-    with open(path, "rb") as file:
+    """The SHA-256 of a file, in hexadecimal digits. Raises InputError."""
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_key(path, most=1 << 30):
-    """What changes with a file's content: its SHA-256, or, of files of more bytes than `most`, its
-    size and time of change, since reading them would take minutes. Raises InputError."""
-    with reading(path):
-        status = os.stat(path)
-        if status.st_size <= most:
-            return file_sha256(path)
-    return [status.st_size, status.st_mtime_ns]
 
 
 def check_lines(path, number):

@@ -138,8 +138,8 @@ class HeldFile:
             yield self.read(BLOCK_BYTES, offset)
 
     def content_key(self, most=1 << 30):
-        """What changes with the content, as files.content_key has it, of the bytes that are held.
-        """
+        """What changes with the content: its SHA-256, or, of more bytes than `most`, its state:
+        reading them would take minutes. Raises InputError."""
         return sha256(self) if self.size <= most else self.state
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from antarctic.bounded import cannot_be_read
 from antarctic.errors import InputError
 from antarctic.files import reading, writing
 from antarctic.held import HeldFile, sha256
+from antarctic.leftovers import scratch_folder
 from antarctic.model_checks import (
     check_config,
     check_index,
@@ -194,7 +194,7 @@ def opened_model(name, kind, parts):
     """
     with ExitStack() as stack:
         try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="antarctic-"))
+            folder = stack.enter_context(scratch_folder("antarctic-model"))
         except OSError as error:
             raise InputError(f"there is no room for temporary files ({error.strerror}); set TMPDIR "
                              f"to a folder that can be written") from error

@@ -150,7 +150,7 @@ class Studio:
         """(the file's sha256, CLIP's unit vector of its image, float32 (1, dim))."""
         try:
             key = file_sha256(path)
-        except OSError as error:
+        except InputError as error:
             raise InputError("the image is not here any more; upload it again") from error
         return key, self.features.find(key, lambda: self.model.features(self.picture(path)))
 

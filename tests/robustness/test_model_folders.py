@@ -2,6 +2,7 @@
 loaded right, or refused with one sentence, in 10 seconds and a GB of memory."""
 
 import builtins
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_hostile import bounded, refusal
 
 from antarctic import bounded as bounds
-from antarctic import causal_lm, checkpoints, model_checks, model_files, pickles
+from antarctic import causal_lm, checkpoints, files, model_checks, model_files, pickles, reads
 from antarctic.cache_files import cache_description
 from antarctic.errors import InputError
 from antarctic.index import index_description
@@ -346,6 +347,73 @@ def test_a_model_that_changes_while_it_is_read_is_refused(copy, monkeypatch, nam
 
     monkeypatch.setattr(model_files, "own_weights", change_then_own)
     assert "was changed while this run read it" in told(Captioner, folder)
+
+
+STALE = os.strerror(errno.ESTALE)
+
+
+class Loader:
+    """A library that a disk leaves in the lurch so many times."""
+
+    def __init__(self, error, times):
+        self.error, self.times = error, times
+
+    def from_pretrained(self, *_, **__):
+        self.times -= 1
+        if self.times >= 0:
+            raise self.error
+        return "loaded"
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ESTALE, STALE), OSError(f"{STALE} (os error {errno.ESTALE})"),
+    RuntimeError(f"unable to mmap 9 bytes from file </proc/self/fd/3>: {STALE} ({errno.ESTALE})")],
+    ids=["Python", "Rust", "torch"])
+def test_an_error_of_the_disk_inside_a_library_is_tried_again(monkeypatch, error):
+    monkeypatch.setattr(reads, "PAUSES", (0, 0, 0))
+    with model_files.opened_model(BART, "language model", ("tokenizer",)) as held:
+        assert held.load(Loader(error, 3)) == "loaded"
+        with pytest.raises(InputError, match=rf"{BART} cannot be read \({STALE}\); rerun"):
+            held.load(Loader(error, 4))
+        with pytest.raises(InputError, match="could not be loaded"):
+            held.load(Loader(ValueError("no such thing (5)"), 1))
+
+        def opened(path, *how, open=open):
+            if os.path.realpath(path) == os.path.join(BART, "tokenizer.json"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return open(path, *how)
+
+        monkeypatch.setattr(builtins, "open", opened)
+        with pytest.raises(InputError, match=r"tokenizer.json cannot be read \(Input/output error"):
+            held.load(Loader(error, 4))
+
+
+def test_a_state_on_a_disk_that_fails_is_not_to_be_deleted(tmp_path, monkeypatch):
+    state, failing = tmp_path / "state-0.pt", OSError(errno.EIO, os.strerror(errno.EIO))
+    torch.save({}, state)
+    monkeypatch.setattr(torch, "load", Loader(failing, 1).from_pretrained)
+    with pytest.raises(InputError, match=r"state-0.pt cannot be read \(Input/output error\)"):
+        checkpoints.load_state(state, {}, None)
+    monkeypatch.setattr(torch, "load", Loader(ValueError("bad magic"), 1).from_pretrained)
+    with pytest.raises(InputError, match="delete it"):
+        checkpoints.load_state(state, {}, None)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_file_of_which_nobody_can_tell_is_not_called_missing(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(reads, "PAUSES", (0, 0, 0))
+
+    def stat(path, *_, **__):
+        raise OSError(code, os.strerror(code), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", stat)
+        with pytest.raises(InputError, match=rf"a.ckpt cannot be read \({os.strerror(code)}\)"):
+            files.existing_file(tmp_path / "a.ckpt", "checkpoint")
+        with pytest.raises(OSError, match="clip"):
+            reads.is_there(tmp_path / "clip")
+    with pytest.raises(InputError, match="there is no checkpoint at"):
+        files.existing_file(tmp_path / "a.ckpt", "checkpoint")
 
 
 @pytest.mark.parametrize("kind", KINDS)
