@@ -103,8 +103,9 @@ class Clip:
     @torch.inference_mode()
     def try_out(self):
         """Encodes an image and a text, since what the model's files say may not go together."""
-        self.encode_images([new_image("RGB", (64, 48))])
+        image = self.batch([self.prepare(new_image("RGB", (64, 48)))])
         text = self.tokenizer(["a"], return_tensors="pt", **self.padding)
+        unit(self.model.get_image_features(**image))
         unit(self.model.get_text_features(**text.to(self.device)))
 
     def prepare(self, image):
@@ -117,9 +118,13 @@ class Clip:
         """Unit vectors of B images, float32 (B, dim), on the CPU. images: PIL images (RGB), or what
         prepare() makes of them."""
         images = [self.prepare(image) if isinstance(image, Image) else image for image in images]
-        batch = BatchFeature({name: np.concatenate([image[name] for image in images])
-                              for name in images[0]}, tensor_type="pt")
-        return unit(self.model.get_image_features(**batch.to(self.device, self.dtype)))
+        return unit(self.model.get_image_features(**self.batch(images)))
+
+    def batch(self, prepared):
+        """What prepare() made of B images as tensors on the device."""
+        arrays = {name: np.concatenate([image[name] for image in prepared])
+                  for name in prepared[0]}
+        return BatchFeature(arrays, tensor_type="pt").to(self.device, self.dtype)
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=128, progress=None):

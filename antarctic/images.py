@@ -294,7 +294,8 @@ def to_rgb(image):
     if image.mode in ("I", "F"):  # Pillow's conversion would cut them off at 0 and 255
         raise OSError(f"pixels of Pillow's mode {image.mode} do not say which are black and white")
     if not (image.mode.startswith("I;16") or image.has_transparency_data):
-        return image.convert("RGB")
+        # A copy would make the allocator give memory back at each image, which doubles the time.
+        return image if image.mode == "RGB" else image.convert("RGB")
     picture = Image.new("RGB", image.size)
     for top, strip in strips(image):
         picture.paste(on_white(strip), (0, top))

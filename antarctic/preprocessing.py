@@ -45,17 +45,8 @@ class OpenAIPreprocessor(NamedTuple):
 
         It is a pure function, so threads can share it. Pillow releases the GIL while it resizes.
         """
-        size, resample = resized_size(image.size, self.size), Image.Resampling.BICUBIC
-        left, top, right, bottom = center_box(size, self.crop_size)
-        if image.mode == "RGB":
-            # Pillow resizes all rows and then all columns. Between the two, the columns that the
-            # crop has not are cut off. (Images of other modes Pillow converts around a resizing.)
-            image = image.resize((size[0], image.height), resample)
-            image = image.crop((left, 0, right, image.height))
-            image = image.resize((image.width, size[1]), resample)
-            return np.asarray(image.crop((0, top, image.width, bottom)))
-        image = image.resize(size, resample)
-        return np.array(image.crop((left, top, right, bottom)).convert("RGB"))
+        image = image.resize(resized_size(image.size, self.size), Image.Resampling.BICUBIC)
+        return np.array(image.crop(center_box(image.size, self.crop_size)).convert("RGB"))
 
 
 def openai_preprocessor(processor):

@@ -24,11 +24,11 @@ import transformers
 from antarctic.errors import InputError
 from antarctic.files import write_lines
 from antarctic.runtime import run
-from benchmarks import captions, entries, training
+from benchmarks import captions, entries, pictures, training
 from benchmarks.measure import compare
 from utils import choose_device
 
-PARTS = entries.PARTS | training.PARTS | captions.PARTS
+PARTS = entries.PARTS | pictures.PARTS | training.PARTS | captions.PARTS
 RESULTS = Path(__file__).parent / "RESULTS.md"
 LINE = "{:22}{:>13}{:>18}{:>14}{:>9}{:>8}{:>10}{:>9}{:>7}"
 KEYS = ("ratio", "low", "high", "of_limit", "peak_mb", "equal")
