@@ -31,6 +31,7 @@ from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
 from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
+from antarctic.packed import can_pack, pack
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES
 from antarctic.texts import one_line, read_words
@@ -146,9 +147,10 @@ def unit(output):
 class Captioner:
     """A BART that writes captions from tables.
 
-    name: a hub id or folder. dtype: the arithmetic, torch.float32, or torch.bfloat16 by autocast;
-    the weights are float32. maxlen_enc, maxlen_dec: tokens of a table and of a caption at most.
-    Raises InputError where the model cannot be loaded, or has fewer positions.
+    name: a hub id or folder. dtype: the arithmetic, torch.float32, torch.bfloat16 by autocast, or
+    torch.int8 after pack(); the weights are float32. maxlen_enc, maxlen_dec: tokens of a table and
+    of a caption at most. Raises InputError where the model cannot be loaded, or has fewer
+    positions.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=MAXLEN_ENC,
@@ -180,6 +182,12 @@ class Captioner:
         self.loss(table, table)
         beam_search(self.model, self.pad(table), num_beams=1, maxlen=5)
 
+    def pack(self):
+        """Lays the weights out for captioning on a CPU, and rounds them for int8. The model cannot
+        be trained or saved after it."""
+        if self.device.type == "cpu" and self.dtype != torch.bfloat16 and can_pack(self.dtype):
+            pack(self.model, self.dtype)
+
     def train_only(self, wanted):
         """Freezes all parameters except those with wanted(name): {name: parameter} of these."""
         trained = {}
@@ -190,7 +198,7 @@ class Captioner:
         return trained
 
     def autocast(self):
-        if self.dtype == torch.float32:
+        if self.dtype != torch.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
@@ -374,6 +382,7 @@ class Model:
         captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
         if ckpt:
             load_checkpoint(ckpt, captioner, settings)
+        captioner.pack()
         description = embeddings.parts[0].description
         prefix = description.prefix if description else ""
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,
