@@ -97,8 +97,9 @@ class Studio:
         self.model, self.max_pixels = model, max_pixels
         self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
         self.device, self.running, self.stopped = threading.Lock(), None, False
-        # The decoder runs once a token: between two of them a caption can be stopped.
-        model.captioner.model.get_decoder().register_forward_pre_hook(self.stop_here)
+        # This layer runs once a token: between two of them a caption can be stopped.
+        embedded = model.captioner.model.get_decoder().layernorm_embedding
+        embedded.register_forward_pre_hook(self.stop_here)
         decoding = model.decoding
         self.dials = {"topk": model.topk, "do_sample": decoding.do_sample,
                       **{name: getattr(decoding, name) for name in BOUNDS if name != "topk"}}

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModelForSeq2SeqLM
 
+from antarctic.checkpoints import load_checkpoint
 from antarctic.datasets import read_coco
 from antarctic.features import image_features
 from benchmarks import synthetic
@@ -27,6 +28,13 @@ from snowglobe import scenes
 SNOWGLOBE = Path(__file__).resolve().parents[1] / "snowglobe" / "weights"
 
 
+def packed_captioner(folder, device, dtype=torch.float32):
+    """A Captioner as Model.load() makes it."""
+    captioner = Captioner(folder, device, dtype)
+    captioner.pack()
+    return captioner
+
+
 def generate(model, captioner, table, **options):
     """The baseline for writing: transformers' generate() with our settings. table: token ids."""
     config = model.config
@@ -36,14 +44,15 @@ def generate(model, captioner, table, **options):
         forced_eos_token_id=config.eos_token_id, return_dict_in_generate=True, **options)
 
 
-def decoding_floor(captioner, tables, captions):
+def decoding_floor(model, captioner, tables, captions):
     """The fewest seconds to write captions: the encoder once, then for each length a step over all
-    distinct prefixes. tables: lists of token ids. captions: a list of texts for each table."""
+    distinct prefixes. model: as it was before packing. tables: lists of token ids. captions: a list
+    of texts for each table."""
     rows = [(table, *ids) for table, texts in enumerate(captions)
             for ids in captioner.tokenize(texts, captioner.maxlen_dec - 1)]
     prefixes = {row[:length] for row in rows for length in range(2, len(row))}
     per_length = Counter(map(len, prefixes))
-    reading, writing = bart_weights(captioner.model)
+    reading, writing = bart_weights(model)
     work = [(2 * reading * sum(map(len, tables)), reading)]
     work += [(2 * writing * n, writing) for n in per_length.values()]
     return least(captioner.device, captioner.dtype, work)
@@ -53,7 +62,7 @@ def beam(small, device, size):
     """Beam search with 3 beams for 16 images, bart-base or -large. Plain: one image at a time.
     Ours: one batch. Equal: likelihoods to 1e-4, and the texts, except ties to 1e-4."""
     folder = synthetic.bart_folder("small" if small else size)
-    captioner = Captioner(folder, device)
+    captioner = packed_captioner(folder, device)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(device).eval()
     tables = captioner.tokenize(synthetic.tables(3 if small else 16), captioner.maxlen_enc)
 
@@ -72,7 +81,7 @@ def beam(small, device, size):
 
     def floor(result):
         texts = [[text for text, _ in beams] for beams in result]
-        return decoding_floor(captioner, tables, texts)
+        return decoding_floor(model, captioner, tables, texts)
 
     return Part(plain, lambda: captioner.beam(tables),
                 lambda a, b: all(same(*pair) for pair in zip(a, b, strict=True)), floor)
@@ -103,7 +112,7 @@ def sample(captioner, folder, tables, n, clip=None, **dials):
 
     def floor(result):
         texts = [[text for text, *_ in samples] for samples in result]
-        seconds = decoding_floor(captioner, tables, texts)
+        seconds = decoding_floor(model, captioner, tables, texts)
         if clip:
             seconds += least(captioner.device, torch.float32, encoding_work(clip, texts[0]))
         return seconds
@@ -147,7 +156,7 @@ def sample_random(small, device, size, n, rescored=False):
     """n samples of one image from random weights, with the sampler's defaults: temperature 1 and
     top-p 1."""
     folder = synthetic.bart_folder("small" if small else size)
-    captioner = Captioner(folder, device)
+    captioner = packed_captioner(folder, device)
     clip = Clip(synthetic.clip_folder(small), device) if rescored else None
     tables = captioner.tokenize(synthetic.tables(1), captioner.maxlen_enc)
     return sample(captioner, folder, tables, 100 if small else n, clip)
@@ -160,7 +169,9 @@ def sample_tree(small, device, temperature):
     method = Model.load(SNOWGLOBE / "clip", SNOWGLOBE / "bart", files / "best.safetensors",
                         [files / "cache.txt"], [files / "cache.npy"], device=device,
                         dtype="float32")
-    method.captioner.model.save_pretrained(files / "bart")
+    captioner = Captioner(SNOWGLOBE / "bart")
+    load_checkpoint(files / "best.safetensors", captioner)
+    captioner.model.save_pretrained(files / "bart")
     features, _, _ = image_features(method.clip, read_coco(files, "val2017"), files)
     tables = method.tokenize(method.tables(features))
     return sample(method.captioner, files / "bart", tables, 100 if small else 1000,
