@@ -59,6 +59,10 @@ def can_pack(dtype):
     return torch.backends.mkldnn.is_available() and all(hasattr(functions, n) for n in names)
 
 
+def is_packed(model):
+    return any(isinstance(part, PackedLinear | Int8Linear) for part in model.modules())
+
+
 @torch.no_grad()
 def pack(model, dtype):
     """Replaces the linear layers of a model on a CPU, with float32 weights, by packed ones; their

@@ -29,17 +29,18 @@ SNOWGLOBE = Path(__file__).resolve().parents[1] / "snowglobe" / "weights"
 
 
 def packed_captioner(folder, device, dtype=torch.float32):
-    """A Captioner as Model.load() makes it."""
+    """A Captioner as Model.candidates() uses it."""
     captioner = Captioner(folder, device, dtype)
     captioner.pack()
     return captioner
 
 
-def generate(model, captioner, table, **options):
-    """The baseline for writing: transformers' generate() with our settings. table: token ids."""
+def generate(model, captioner, tables, **options):
+    """The baseline for writing: transformers' generate() with our settings. tables: lists of token
+    ids."""
     config = model.config
     return model.generate(
-        torch.tensor([table], device=model.device), max_length=captioner.maxlen_dec, min_length=0,
+        **captioner.pad(tables), max_length=captioner.maxlen_dec, min_length=0,
         no_repeat_ngram_size=0, forced_bos_token_id=config.bos_token_id,
         forced_eos_token_id=config.eos_token_id, return_dict_in_generate=True, **options)
 
@@ -67,7 +68,7 @@ def beam(small, device, size):
     tables = captioner.tokenize(synthetic.tables(3 if small else 16), captioner.maxlen_enc)
 
     def plain():
-        outputs = [generate(model, captioner, table, do_sample=False, num_beams=3,
+        outputs = [generate(model, captioner, [table], do_sample=False, num_beams=3,
                             num_return_sequences=3, length_penalty=1.0, early_stopping=False,
                             output_scores=True) for table in tables]
         return [list(zip(captioner.decode(output.sequences), output.sequences_scores.tolist()))
@@ -87,19 +88,21 @@ def beam(small, device, size):
                 lambda a, b: all(same(*pair) for pair in zip(a, b, strict=True)), floor)
 
 
-def sample(captioner, folder, tables, n, clip=None, **dials):
-    """n samples of each table. Plain: generate(), all samples of a table in one batch. Ours:
-    Captioner.sample. With a CLIP, both also rescore them. Equal: see same_distribution, since the
-    random draws differ; the part "rescore" compares rescoring."""
+def sample(captioner, folder, tables, n, clip=None, together=False, **dials):
+    """n samples of each table. Plain: generate(), all samples of a table in one batch; together:
+    those of all tables. Ours: Captioner.sample. With a CLIP, both also rescore them. Equal: see
+    same_distribution, since the random draws differ; the part "rescore" compares rescoring."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
     model = model.to(captioner.device).eval()
+    batches = [tables] if together else [[table] for table in tables]
     image, seeds = normalize(torch.ones(1, clip.dim if clip else 1), dim=-1), itertools.count()
     torch.manual_seed(0)
 
     def plain():
-        outputs = [generate(model, captioner, table, do_sample=True, num_beams=1, top_k=0,
-                            num_return_sequences=n, **dials) for table in tables]
-        texts = [captioner.decode(output.sequences) for output in outputs]
+        outputs = [generate(model, captioner, batch, do_sample=True, num_beams=1, top_k=0,
+                            num_return_sequences=n, **dials) for batch in batches]
+        texts = [text for output in outputs for text in captioner.decode(output.sequences)]
+        texts = [texts[i:i + n] for i in range(0, len(texts), n)]  # of each table
         if clip:
             encode_padded(clip, texts[0]) @ image[0]
         return texts
@@ -118,22 +121,28 @@ def sample(captioner, folder, tables, n, clip=None, **dials):
         return seconds
 
     return Part(plain, ours,
-                lambda a, b: same_distribution(model, captioner, tables[0], a[0], b[0]), floor)
+                lambda a, b: same_distribution(model, captioner, tables, a, b), floor)
 
 
-def same_distribution(model, captioner, table, plain, ours):
-    """Whether plain and ours have samples of one distribution, from 200 of each.
+def same_distribution(model, captioner, tables, plain, ours):
+    """Whether plain and ours have samples of one distribution, from 200 of each, of as few tables
+    as have so many.
 
     The likelihoods of nine in ten captions must be the model's own to 1e-3; the text of the others
     may have other tokens. The mean log-probability and the mean length must be equal to four
-    standard errors. plain: texts. ours: as Captioner.sample returns them.
+    standard errors. plain: lists of texts. ours: as Captioner.sample returns them.
     """
-    each = [(text, likelihood) for text, likelihood, count in ours for _ in range(count)]
-    each = random.Random(0).sample(each, min(200, len(each)))
-    drawn = log_probabilities(model, captioner, table, [text for text, _ in each])  # (2, texts)
-    others = log_probabilities(model, captioner, table, plain[:200])
-    returned = torch.tensor([likelihood for _, likelihood in each])
-    own = ((drawn[0] / drawn[1] - returned).abs() < 1e-3).float().mean() >= 0.9
+    drawn, others, returned = [], [], []
+    for table, texts, samples in zip(tables, plain, ours, strict=True):
+        each = [(text, likelihood) for text, likelihood, count in samples for _ in range(count)]
+        each = random.Random(0).sample(each, min(200, len(each)))
+        drawn.append(log_probabilities(model, captioner, table, [text for text, _ in each]))
+        others.append(log_probabilities(model, captioner, table, texts[:200]))
+        returned += [likelihood for _, likelihood in each]
+        if len(returned) >= 200:
+            break
+    drawn, others = torch.cat(drawn, 1), torch.cat(others, 1)  # (2, texts) each
+    own = ((drawn[0] / drawn[1] - torch.tensor(returned)).abs() < 1e-3).float().mean() >= 0.9
     error = (drawn.var(1) / drawn.shape[1] + others.var(1) / others.shape[1]).sqrt()
     return bool(own and ((drawn.mean(1) - others.mean(1)).abs() <= 4 * error).all())
 
@@ -162,20 +171,33 @@ def sample_random(small, device, size, n, rescored=False):
     return sample(captioner, folder, tables, 100 if small else n, clip)
 
 
-def sample_tree(small, device, temperature):
-    """1,000 samples of each of 4 images from the snowglobe's BART with tuned layernorms, at top-p
-    0.9."""
+def tuned_captioner(small, device, split, n):
+    """A captioner, packed, of the snowglobe's BART with tuned layernorms, the folder of the same
+    weights, and the tables of n images of a split, as token ids."""
     files = tuned(*(16, 1, 1) if small else (1000, 4, 4))
     method = Model.load(SNOWGLOBE / "clip", SNOWGLOBE / "bart", files / "best.safetensors",
                         [files / "cache.txt"], [files / "cache.npy"], device=device,
                         dtype="float32")
-    captioner = Captioner(SNOWGLOBE / "bart")
+    captioner = Captioner(SNOWGLOBE / "bart", device)
     load_checkpoint(files / "best.safetensors", captioner)
     captioner.model.save_pretrained(files / "bart")
-    features, _, _ = image_features(method.clip, read_coco(files, "val2017"), files)
-    tables = method.tokenize(method.tables(features))
-    return sample(method.captioner, files / "bart", tables, 100 if small else 1000,
-                  temperature=temperature, top_p=0.9)
+    captioner.pack()
+    features, _, _ = image_features(method.clip, read_coco(files, split)[:n], files)
+    return captioner, files / "bart", method.tokenize(method.tables(features))
+
+
+def sample_tree(small, device, temperature):
+    """1,000 samples of each of 4 images from the snowglobe's BART, at top-p 0.9."""
+    captioner, folder, tables = tuned_captioner(small, device, "val2017", 4)
+    return sample(captioner, folder, tables, 100 if small else 1000, temperature=temperature,
+                  top_p=0.9)
+
+
+def sample_peer(small, device, n):
+    """n samples of each of 32 images from the snowglobe's BART, at top-p 0.9. Plain is no baseline
+    but a peer: transformers' generate() over all images in one batch."""
+    captioner, folder, tables = tuned_captioner(small, device, "train2017", 32)
+    return sample(captioner, folder, tables, n, together=True, temperature=1.0, top_p=0.9)
 
 
 @functools.cache
@@ -217,6 +239,9 @@ PARTS = {
     "sample_large_rescored": partial(sample_random, size="large", n=1000, rescored=True),
     "rescore": partial(rescoring, share=1),
     "rescore_distinct": partial(rescoring, share=0.4),
+    "sample_1_to_generate": partial(sample_peer, n=1),
+    "sample_10_to_generate": partial(sample_peer, n=10),
+    "sample_100_to_generate": partial(sample_peer, n=100),
     "sample_tree_t10_p09": partial(sample_tree, temperature=1.0),
     "sample_tree_t07_p09": partial(sample_tree, temperature=0.7),
 }

@@ -69,6 +69,8 @@ def plain():
 
 def test_a_packed_model_writes_the_captions_of_a_plain_one(plain):
     captioner, *found = captions()
+    with pytest.raises(InputError, match="cannot be trained any more"):
+        captioner.train_only(lambda name: True)
     layers = [part for part in captioner.model.modules() if isinstance(part, PackedLinear)]
     assert len(layers) == 1 + 6 * captioner.model.config.encoder_layers + 10 * (
         captioner.model.config.decoder_layers)
