@@ -24,6 +24,7 @@ from antarctic.leftovers import scratch_folder
 from antarctic.runtime import cleanup, run
 from antarctic.texts import read_words
 from utils import (
+    CAPTIONING,
     CHECKPOINTS,
     ORIGINAL_CACHE,
     OWN_CACHE,
@@ -72,7 +73,7 @@ def parse():
                        "language model for the button Tell a story, as stories.py --lm (default: "
                        "none, so no button)")
     add_decoding_flags(parser.add_argument_group("candidates, as the page begins"))
-    add_device_flags(parser.add_argument_group("computation"))
+    add_device_flags(parser.add_argument_group("computation"), **CAPTIONING)
     args = parser.parse_args()
     args.defaults = {name: parser.get_default(name) for name in ("clip_model", "lm")}
     return args

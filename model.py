@@ -32,6 +32,7 @@ from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
 from antarctic.model_files import file_identity, opened_model, telling
 from antarctic.openai_clip import load_openai_clip
+from antarctic.packed import can_pack, is_packed, pack
 from antarctic.preprocessing import openai_preprocessor
 from antarctic.pretrained import CLIP_NAMES, PROCESSOR
 from antarctic.selection import choose_entries, shortlist_size
@@ -164,9 +165,10 @@ def unit(output):
 class Captioner:
     """A BART that writes captions from tables.
 
-    name: a hub id or folder. dtype: the arithmetic, torch.float32, or torch.bfloat16 by autocast;
-    the weights are float32. maxlen_enc, maxlen_dec: tokens of a table and of a caption at most.
-    Raises InputError where the model cannot be loaded, or has fewer positions.
+    name: a hub id or folder. dtype: the arithmetic, torch.float32, torch.bfloat16 by autocast, or
+    torch.int8 after pack(); the weights are float32. maxlen_enc, maxlen_dec: tokens of a table and
+    of a caption at most. Raises InputError where the model cannot be loaded, or has fewer
+    positions.
     """
 
     def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=MAXLEN_ENC,
@@ -198,8 +200,18 @@ class Captioner:
         self.loss(table, table)
         beam_search(self.model, self.pad(table), num_beams=1, maxlen=5)
 
+    def pack(self):
+        """Lays the weights out for captioning on a CPU, and rounds them for int8, once. The model
+        cannot be trained or saved after it."""
+        if self.device.type == "cpu" and self.dtype != torch.bfloat16 and can_pack(self.dtype):
+            pack(self.model, self.dtype)
+
     def train_only(self, wanted):
-        """Freezes all parameters except those with wanted(name): {name: parameter} of these."""
+        """Freezes all parameters except those with wanted(name): {name: parameter} of these. Raises
+        InputError where the weights are packed."""
+        if is_packed(self.model):
+            raise InputError("the language model has captioned, and so cannot be trained any more; "
+                             "load it anew")
         trained = {}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(wanted(name))
@@ -208,7 +220,7 @@ class Captioner:
         return trained
 
     def autocast(self):
-        if self.dtype == torch.float32:
+        if self.dtype != torch.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
@@ -524,7 +536,8 @@ class Model:
 
         tables: n lists of (entry, cosine). ids: with decoding.seed they seed each image's samples,
         which so do not depend on its neighbours (default: 0, 1, ...). changes: fields of
-        self.decoding. likelihood: the mean log-probability per token.
+        self.decoding. likelihood: the mean log-probability per token. The captioner is packed, and
+        cannot be trained after it.
         """
         decoding = replace(self.decoding, **changes)
         ids = range(len(tables)) if ids is None else ids
@@ -532,6 +545,7 @@ class Model:
             raise InputError(f"got {len(ids)} ids but {len(tables)} images")
         seeds = [seed_of(decoding.seed, image_id) for image_id in ids]
         tokens, n = self.tokenize(tables), decoding.num_return_sequences
+        self.captioner.pack()
         if decoding.do_sample:
             drafts = self.captioner.sample(tokens, n, decoding.temperature, decoding.top_p, seeds)
         else:

@@ -28,6 +28,7 @@ from antarctic.results import write_results
 from antarctic.runtime import run
 from antarctic.texts import read_words
 from utils import (
+    CAPTIONING,
     Decoding,
     add_captioner_flags,
     add_decoding_flags,
@@ -86,7 +87,7 @@ def parse():
     group = parser.add_argument_group("computation")
     group.add_argument("--batch_size", type=int, default=16, help="images per batch, per process "
                        "(default %(default)s)")
-    add_device_flags(group, images=True)
+    add_device_flags(group, images=True, **CAPTIONING)
     return parser.parse_args()
 
 

@@ -23,6 +23,9 @@ ORIGINAL_CACHE = "original/cache.txt", "original/cache.npy"
 CHECKPOINTS = "checkpoints/best.safetensors", "original/checkpoint.ckpt"
 MOST_WORKERS = 64  # threads that read images
 DTYPES = "auto", "float32", "bfloat16"
+CAPTIONING = {  # of add_device_flags, where the language model is not trained
+    "dtypes": (*DTYPES, "int8"),
+    "what": "arithmetic of the language model; int8: on a CPU, faster, with a few other captions"}
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -92,12 +95,12 @@ def own_cores():
 
 
 def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=(),
-                     images=False):
+                     dtypes=DTYPES, images=False):
     """--device and --dtype. dtype: its default. what: what it is the type of. old: values that the
-    script accepts but does not list. images: see add_device_flag."""
+    script accepts but does not list, beside dtypes. images: see add_device_flag."""
     add_device_flag(parser, images)
-    names = f"{{{','.join(DTYPES)}}}"
-    parser.add_argument("--dtype", default=dtype, choices=(*DTYPES, *old), metavar=names,
+    names = f"{{{','.join(dtypes)}}}"
+    parser.add_argument("--dtype", default=dtype, choices=(*dtypes, *old), metavar=names,
                         help=f"{what}; auto: bfloat16 on a GPU that supports it, else float32 "
                         "(default %(default)s)")
 
@@ -348,13 +351,19 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """torch.dtype of "auto", "float32" or "bfloat16"; "auto" takes bfloat16 on a GPU that supports
-    it, else float32. A torch.dtype is returned as it is."""
+    """torch.dtype of "auto", "float32", "bfloat16" or "int8"; "auto" takes bfloat16 on a GPU that
+    supports it, else float32. A torch.dtype is returned as it is. Raises InputError where int8 is
+    asked of another device than a CPU, or of a torch without it."""
     import torch
+
+    from antarctic.packed import can_pack
     if isinstance(name, torch.dtype):
         return name
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if name == "int8" and not (device.type == "cpu" and can_pack(torch.int8)):
+        raise InputError(f"--dtype int8 cannot be used here on {device}; it needs --device cpu and "
+                         f"a torch with quantized products")
     return getattr(torch, name)
 
 

@@ -11,34 +11,15 @@ vocabulary.
 from functools import partial
 
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from antarctic.errors import InputError
-
-PACKED = "_reorder_linear_weight", "_linear_pointwise"
 
 
 def start_tokens(bart, rows):
     """What every caption begins with, int64 (rows, 2): the decoder's start token and <s>."""
     start = [bart.config.decoder_start_token_id, bart.config.bos_token_id]
     return torch.tensor([start] * rows, device=bart.device)
-
-
-def output_layer(bart):
-    """A function of the decoder's states (R, dim) that gives logits, float32 (R, V).
-
-    On a CPU, in float32, the weights are laid out once as oneDNN's matrix products read them
-    (torch's own would do it in each step), which takes as long as two or three steps, and the
-    memory of the embeddings. Builds of torch without oneDNN, or without these functions, which are
-    not public, take the plain product.
-    """
-    weight, bias, onednn = bart.lm_head.weight, bart.final_logits_bias[0], torch.ops.mkldnn
-    if (weight.device.type == "cpu" and weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-            and all(hasattr(onednn, name) for name in PACKED)):
-        packed = onednn._reorder_linear_weight(weight.detach(), None)
-        return lambda states: onednn._linear_pointwise(states, packed, bias, "none", [], "")
-    return lambda states: linear(states, weight, bias).float()
 
 
 def feed_forward(layer, states):
@@ -49,15 +30,15 @@ class Decoder:
     """BART's decoder over some tables, whose encoder states are computed here.
 
     bart: a BartForConditionalGeneration, or mBART's, PLBart's or MVP's. inputs: input_ids and
-    attention_mask, int64 (B, T). to_logits: of output_layer(). Raises InputError where an MVP has
-    prompts: vectors beside the tokens, which are not read here.
+    attention_mask, int64 (B, T). Raises InputError where an MVP has prompts: vectors beside the
+    tokens, which are not read here.
     """
 
-    def __init__(self, bart, inputs, to_logits):
+    def __init__(self, bart, inputs):
         if getattr(bart.config, "use_prompt", False):
             raise InputError("the language model is an MVP with prompts (use_prompt), which cannot "
                              "caption; take one without them")
-        self.bart, self.decoder, self.to_logits = bart, bart.get_decoder(), to_logits
+        self.bart, self.decoder = bart, bart.get_decoder()
         self.scale = getattr(self.decoder, "embed_scale", 1)  # others than MVP scale by themselves
         self.norms_first = hasattr(self.decoder, "layer_norm")  # as in mBART
         self.heads = bart.config.decoder_attention_heads
@@ -99,7 +80,9 @@ class Decoder:
                 self.read_tables, i, places=places))
             states = self.add(states, layer.final_layer_norm, partial(feed_forward, layer))
         states = states[:, -1]  # (R, dim)
-        logits = self.to_logits(self.decoder.layer_norm(states) if self.norms_first else states)
+        if self.norms_first:
+            states = self.decoder.layer_norm(states)
+        logits = (self.bart.lm_head(states) + self.bart.final_logits_bias).float()  # (R, V)
         if not logits.amax(-1).isfinite().all():  # of NaN the maximum is NaN
             raise InputError("the language model computes values that are not finite; its weights "
                              "are damaged, or too large for this --dtype")

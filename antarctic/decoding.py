@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from antarctic.bart_decoder import Decoder, output_layer, start_tokens
+from antarctic.bart_decoder import Decoder, start_tokens
 
 # ------------------------------------------------------------------------------------ beam search
 
@@ -27,7 +27,7 @@ def beam_search(bart, inputs, num_beams, maxlen):
     https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py.
     A table that is done leaves the batch, where generate() computes on until all of them are.
     """
-    decoder = Decoder(bart, inputs, output_layer(bart))
+    decoder = Decoder(bart, inputs)
     tables = list(range(len(inputs["input_ids"])))  # those that are open
     finished = [[] for _ in tables]
     tokens, past = start_tokens(bart, len(tables)), decoder.empty_past()  # (rows, length)
@@ -155,11 +155,11 @@ def sample_trees(bart, inputs, n, temperature, top_p, maxlen, seeds, chunk):
     time, which bounds the memory: of so many tables that they cannot have more, or of one table,
     whose other rows wait.
     """
-    together, to_logits, finished = max(1, chunk // n), output_layer(bart), []
+    together, finished = max(1, chunk // n), []
     for start in range(0, len(seeds), together):
         group = slice(start, start + together)
         part = {name: tensor[group] for name, tensor in inputs.items()}
-        decoder = Decoder(bart, part, to_logits)
+        decoder = Decoder(bart, part)
         finished += sample_group(decoder, n, temperature, top_p, maxlen, seeds[group], chunk)
     return finished
 

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from conftest import BART
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from antarctic import bart_decoder
-from antarctic.bart_decoder import Decoder, output_layer, start_tokens
+from antarctic.bart_decoder import Decoder, start_tokens
 from antarctic.decoding import beam_search
 from antarctic.errors import InputError
 
@@ -41,7 +39,7 @@ STEPS = [  # of each row its table, the row before that it continues, and its ne
 @torch.inference_mode()
 def test_a_step_computes_the_logits_of_the_models_own_forward(kind):
     model = random_model(kind)
-    decoder = Decoder(model, TABLES, output_layer(model))
+    decoder = Decoder(model, TABLES)
     past, tokens, tables = decoder.empty_past(), start_tokens(model, 3), [0, 1, 2]
     new, rows = tokens, None
     for step in [*STEPS, None]:
@@ -74,19 +72,3 @@ def test_an_mvp_with_prompts_is_refused():
     model = random_model("mvp", use_prompt=True, prompt_length=4, prompt_mid_dim=8)
     with pytest.raises(InputError, match="an MVP with prompts"):
         beam_search(model, TABLES, 2, 5)
-
-
-@pytest.mark.parametrize("lacks", ["oneDNN", "its functions"])
-def test_builds_without_onednns_functions_take_the_plain_product(monkeypatch, lacks):
-    model = BartForConditionalGeneration.from_pretrained(BART, dtype=torch.float32).eval()
-    states = torch.randn(5, model.config.d_model)
-    with torch.inference_mode():
-        packed = output_layer(model)(states)
-        if lacks == "oneDNN":
-            monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        else:
-            monkeypatch.setattr(bart_decoder, "PACKED", ("_reorder_linear_weight", "_is_missing"))
-        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
-        torch.testing.assert_close(output_layer(model)(states), packed)
-        assert torch.equal(output_layer(model)(states),
-                           model.lm_head(states) + model.final_logits_bias)

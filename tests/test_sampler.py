@@ -123,7 +123,7 @@ def test_where_every_caption_is_banned_it_is_empty_and_counted(script, world, ca
                                                                monkeypatch):
     candidates = [[("a dog", -1.0)], [("a dog", -1.0), ("a cat", -2.0)]]
     monkeypatch.setattr(Captioner, "beam", lambda *_: candidates)
-    monkeypatch.setattr(Captioner, "sample", lambda *_, **__: [("Dog, dog", -1.0, 100)])
+    monkeypatch.setattr(Captioner, "sample", lambda *_, **__: [[("Dog, dog", -1.0, 100)]])
     (tmp_path / "ban.txt").write_text("dog\n")
     images = sorted((world / "out").glob("*.png"))[:2]
     run = run_sampler(script, cache, tmp_path / "r", "--images", *images, "--ckpt", "none",
