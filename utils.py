@@ -91,8 +91,8 @@ def own_cores():
     return min(max(1, share), MOST_WORKERS)
 
 
-def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=(),
-                     images=False):
+def add_device_flags(parser, dtype="auto", what="arithmetic of the language model and, on a CPU, "
+                     "of CLIP's images", old=(), images=False):
     """--device and --dtype. dtype: its default. what: what it is the type of. old: values that the
     script accepts but does not list. images: see add_device_flag."""
     add_device_flag(parser, images)
