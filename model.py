@@ -61,13 +61,13 @@ class Clip:
 
     name: one of CLIP_NAMES, a hub id, a folder, or one of OpenAI's .pt files. dtype: weights and
     arithmetic; in torch.bfloat16 the vectors have cosines above .999 with those of float32.
-    Attributes: identity, the stamp of the caches that it encodes, by its weights; digests, {small
-    file: its SHA-256}, and image_digests, those that images' vectors depend on; dim, the width of
-    its vectors.
-    Raises InputError where the model cannot be loaded.
+    image_dtype: the arithmetic of images alone, by autocast (default: dtype). Attributes: identity,
+    the stamp of the caches that it encodes, by its weights; digests, {small file: its SHA-256}, and
+    image_digests, those that images' vectors depend on; dim, the width of its vectors. Raises
+    InputError where the model cannot be loaded.
     """
 
-    def __init__(self, name, device="cpu", dtype=torch.float32):
+    def __init__(self, name, device="cpu", dtype=torch.float32, image_dtype=None):
         name, kind = CLIP_NAMES.get(name, name), "CLIP model"
         if Path(name).is_file():
             with held(name, kind) as file:
@@ -87,7 +87,7 @@ class Clip:
         self.image_digests = {name: digest for name, digest in self.digests.items()
                               if name in ("config.json", *PROCESSOR)}
         self.model = model.to(device, dtype).eval().requires_grad_(False)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.image_dtype = device, dtype, image_dtype or dtype
         config = self.model.config
         self.max_length = config.text_config.max_position_embeddings
         self.dim, self.padding = getattr(config, "projection_dim", None), {}
@@ -119,7 +119,11 @@ class Clip:
         """Unit vectors of B images, float32 (B, dim), on the CPU. images: PIL images (RGB), or what
         prepare() makes of them."""
         images = [self.prepare(image) if isinstance(image, Image) else image for image in images]
-        return unit(self.model.get_image_features(**self.batch(images)))
+        rounding = contextlib.nullcontext()
+        if self.image_dtype != self.dtype:
+            rounding = torch.autocast(torch.device(self.device).type, self.image_dtype)
+        with rounding:
+            return unit(self.model.get_image_features(**self.batch(images)))
 
     def batch(self, prepared):
         """What prepare() made of B images as tensors on the device."""
@@ -400,14 +404,17 @@ class Model:
         topk, maxlen_enc = topk or settings["topk"], maxlen_enc or settings["maxlen_enc"]
         maxlen_dec = maxlen_dec or settings["maxlen_dec"]
 
-        clip = Clip(clip_model, device)
+        dtype = choose_dtype(dtype, device)
+        # A GPU is not kept waiting by CLIP, and its tables stay those of float32.
+        encodes = device.type == "cpu" and dtype.is_floating_point
+        clip = Clip(clip_model, device, image_dtype=dtype if encodes else None)
         entries, embeddings = read_cache(textfile, embfile, clip.identity, clip.dim)
         banned = WholeWords(ban) if ban else None
         if only or banned:
             entries, embeddings = restrict(entries, embeddings, only, banned)
         warn_of_settings(settings, clip.identity, topk, table, len(entries))
         index_search = open_indexes(as_list(index), embeddings) if index else search
-        captioner = Captioner(lm, device, choose_dtype(dtype, device), maxlen_enc, maxlen_dec)
+        captioner = Captioner(lm, device, dtype, maxlen_enc, maxlen_dec)
         if ckpt:
             load_checkpoint(ckpt, captioner, settings)
         description = embeddings.parts[0].description

@@ -117,8 +117,10 @@ def check(args):
 def settings_of(args, model):
     """The fingerprint of everything but the image that determines a caption."""
     from antarctic.checkpoints import trained_sha256
+    from antarctic.features import rounding
     captioner = model.captioner
-    models = [model.clip.identity, model.clip.digests, captioner.identity, captioner.digests,
+    models = [model.clip.identity, model.clip.digests, *rounding(model.clip),
+              captioner.identity, captioner.digests,
               args.ckpt and trained_sha256(captioner), str(captioner.dtype)]
     words = [model.entries, [rows.file.content_key() for rows in model.embeddings.files()],
              args.index and model.search.sha256, model.banned and model.banned.lines]

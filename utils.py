@@ -25,7 +25,8 @@ MOST_WORKERS = 64  # threads that read images
 DTYPES = "auto", "float32", "bfloat16"
 CAPTIONING = {  # of add_device_flags, where the language model is not trained
     "dtypes": (*DTYPES, "int8"),
-    "what": "arithmetic of the language model; int8: on a CPU, faster, with a few other captions"}
+    "what": "arithmetic of the language model and, on a CPU, of CLIP's images; int8: of the "
+            "language model on a CPU, faster, with other captions"}
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -94,8 +95,8 @@ def own_cores():
     return min(max(1, share), MOST_WORKERS)
 
 
-def add_device_flags(parser, dtype="auto", what="arithmetic of the language model", old=(),
-                     dtypes=DTYPES, images=False):
+def add_device_flags(parser, dtype="auto", what="arithmetic of the language model and, on a CPU, "
+                     "of CLIP's images", old=(), dtypes=DTYPES, images=False):
     """--device and --dtype. dtype: its default. what: what it is the type of. old: values that the
     script accepts but does not list, beside dtypes. images: see add_device_flag."""
     add_device_flag(parser, images)

@@ -47,7 +47,8 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=
     for `later` and no such list.
     """
     reading = {"max_pixels": max_pixels, "truncated": truncated}
-    encoder = fingerprint([clip.identity, clip.image_digests, *changes(reading, pictures)])
+    encoder = fingerprint([clip.identity, clip.image_digests, *rounding(clip),
+                           *changes(reading, pictures)])
     # Rank 0 alone looks at files, since another host's may have other times.
     statuses = on_rank0(lambda: statuses_of(picture.path for picture in pictures))
     store = None
@@ -85,6 +86,12 @@ def require_read(unread):
         raise InputError(f"{counted(len(unread), 'image')}, such as {path}, could not be read now "
                          f"({reason}); the others are done, so rerun the same command once this "
                          "is fixed")
+
+
+def rounding(clip):
+    """What rounds a CLIP's vectors of images: a list that is empty in float32."""
+    name = str(getattr(clip, "image_dtype", "torch.float32"))
+    return [name] if name != "torch.float32" else []
 
 
 def changes(reading, pictures):

@@ -80,6 +80,17 @@ def test_bfloat16_moves_the_vectors_little():
         assert b.dtype == torch.float32 and 0.999 < (a * b).sum(1).min() < 1 - 1e-7
 
 
+def test_images_alone_may_be_encoded_in_bfloat16(world, tmp_path):
+    """Their vectors are kept apart from those of float32."""
+    plain, rounded = Clip(CLIP), Clip(CLIP, image_dtype=torch.bfloat16)
+    pictures = read_coco(world, "val2017")
+    a, b = (image_features(clip, pictures, tmp_path)[0] for clip in (plain, rounded))
+    assert b.dtype == torch.float32 and 0.999 < (a * b).sum(1).min() < 1 - 1e-7
+    assert torch.equal(plain.encode_texts(TEXTS), rounded.encode_texts(TEXTS))
+    assert torch.equal(image_features(plain, pictures, tmp_path)[0], a)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
 def test_images_are_encoded_alike_in_batches_and_found_again(world, tmp_path, monkeypatch):
     clip, pictures = Clip(CLIP), read_coco(world, "val2017")
     features, good, bad = image_features(clip, pictures, tmp_path, batch_size=3)
