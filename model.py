@@ -1,11 +1,8 @@
-"""The method as objects.
+"""The method: Model composes a frozen CLIP, a cache of entries and a BART.
 
-Clip turns images and texts into unit vectors. Captioner is BART: it writes captions from tables,
-and its layernorms are trained. Model composes both with a cache: an image becomes a table, the
-table candidates, and CLIP chooses the caption.
+An image becomes a table, the table candidates, and CLIP chooses the caption.
 """
 
-import contextlib
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -13,28 +10,19 @@ from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL.Image import Image
-from PIL.Image import new as new_image
-from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoModelForSeq2SeqLM, BatchFeature
 
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
 from antarctic.cache_files import is_cache_file
+from antarctic.captioner import Captioner
 from antarctic.checkpoints import checkpoint_settings, load_checkpoint
-from antarctic.decoding import beam_search, sample_trees
+from antarctic.clip import Clip
 from antarctic.distributed import warn
 from antarctic.errors import InputError
 from antarctic.files import existing_file, file_sha256
-from antarctic.held import held
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
-from antarctic.model_files import file_identity, opened_model, telling
-from antarctic.openai_clip import load_openai_clip
-from antarctic.packed import can_pack, is_packed, pack
-from antarctic.preprocessing import openai_preprocessor
-from antarctic.pretrained import CLIP_NAMES, PROCESSOR
 from antarctic.selection import choose_entries, shortlist_size
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
@@ -52,243 +40,6 @@ from utils import (
 )
 
 MANY = 4096  # images whose tables are worth a bfloat16 copy of the embeddings
-
-
-# --------------------------------------------------------------------------------------------- CLIP
-
-class Clip:
-    """A frozen CLIP, SigLIP or SigLIP 2 with its preprocessing.
-
-    name: one of CLIP_NAMES, a hub id, a folder, or one of OpenAI's .pt files. dtype: weights and
-    arithmetic; in torch.bfloat16 the vectors have cosines above .999 with those of float32.
-    image_dtype: the arithmetic of images alone, by autocast (default: dtype). Attributes: identity,
-    the stamp of the caches that it encodes, by its weights; digests, {small file: its SHA-256}, and
-    image_digests, those that images' vectors depend on; dim, the width of its vectors. Raises
-    InputError where the model cannot be loaded.
-    """
-
-    def __init__(self, name, device="cpu", dtype=torch.float32, image_dtype=None):
-        name, kind = CLIP_NAMES.get(name, name), "CLIP model"
-        if Path(name).is_file():
-            with held(name, kind) as file:
-                model, self.tokenizer, self.processor = load_openai_clip(name)
-                self.identity = file_identity(file)
-        else:
-            # All parts at once: the size of the download is printed before it starts.
-            with opened_model(name, kind, ("weights", "tokenizer", "processor")) as files:
-                model = files.load_model(AutoModel, "CLIP", dtype=torch.float32)
-                self.tokenizer = files.load_tokenizer(model.config.text_config.vocab_size)
-                # With torchvision installed, transformers would resize by it, to other pixels.
-                processor = files.load(AutoImageProcessor, backend="pil")
-                with files.telling():
-                    self.processor = openai_preprocessor(processor)
-                self.identity = files.identity()
-        self.digests = self.tokenizer.digests
-        self.image_digests = {name: digest for name, digest in self.digests.items()
-                              if name in ("config.json", *PROCESSOR)}
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
-        self.device, self.dtype, self.image_dtype = device, dtype, image_dtype or dtype
-        config = self.model.config
-        self.max_length = config.text_config.max_position_embeddings
-        self.dim, self.padding = getattr(config, "projection_dim", None), {}
-        # SigLIP was trained on lower-cased texts, padded to full length without a mask, and its
-        # text vector is that of the last place.
-        self.siglip = config.model_type.startswith("siglip")
-        if self.siglip:
-            self.dim = config.text_config.projection_size
-            self.padding = {"padding": "max_length", "max_length": self.max_length,
-                            "return_attention_mask": False}
-        with telling(kind, name):
-            self.try_out()
-
-    @torch.inference_mode()
-    def try_out(self):
-        """Encodes an image and a text, since what the model's files say may not go together."""
-        image = self.batch([self.prepare(new_image("RGB", (64, 48)))])
-        text = self.tokenizer(["a"], return_tensors="pt", **self.padding)
-        unit(self.model.get_image_features(**image))
-        unit(self.model.get_text_features(**text.to(self.device)))
-
-    def prepare(self, image):
-        """What encode_images needs of a PIL image (RGB): a BatchFeature of arrays, pixel_values
-        (1, 3, H, W) and, of SigLIP 2 NaFlex, masks and sizes. Threads may call this at once."""
-        return self.processor(images=[image], return_tensors="np")
-
-    @torch.inference_mode()
-    def encode_images(self, images):
-        """Unit vectors of B images, float32 (B, dim), on the CPU. images: PIL images (RGB), or what
-        prepare() makes of them."""
-        images = [self.prepare(image) if isinstance(image, Image) else image for image in images]
-        rounding = contextlib.nullcontext()
-        if self.image_dtype != self.dtype:
-            rounding = torch.autocast(torch.device(self.device).type, self.image_dtype)
-        with rounding:
-            return unit(self.model.get_image_features(**self.batch(images)))
-
-    def batch(self, prepared):
-        """What prepare() made of B images as tensors on the device."""
-        arrays = {name: np.concatenate([image[name] for image in prepared])
-                  for name in prepared[0]}
-        return BatchFeature(arrays, tensor_type="pt").to(self.device, self.dtype)
-
-    @torch.inference_mode()
-    def encode_texts(self, texts, batch_size=128, progress=None):
-        """Unit vectors of N texts, float32 (N, dim), on the CPU. progress: a bar's name, or None.
-
-        Texts are sorted by length and each batch is trimmed to its longest. This is exact: the text
-        tower is causal and its vector is that of the end token, so padding behind it changes
-        nothing. SigLIP's tower is not causal and reads texts at full length.
-        """
-        texts = [text.lower() if self.siglip else text for text in texts]
-        if not texts:
-            return torch.empty(0, self.dim)
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        vectors = torch.empty(len(tokens), self.dim)
-        for start in tqdm(range(0, len(order), batch_size), progress, disable=progress is None,
-                          unit="batch"):
-            rows = order[start:start + batch_size]
-            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in rows]},
-                                       return_tensors="pt", **self.padding)
-            vectors[rows] = unit(self.model.get_text_features(**batch.to(self.device)))
-        return vectors
-
-
-def unit(output):
-    """Features as float32 unit vectors (B, dim) on the CPU. output: a tensor, or transformers'
-    object that holds it. Raises InputError where they are not finite."""
-    features = output if torch.is_tensor(output) else output.pooler_output
-    if not features.isfinite().all():
-        raise InputError("the CLIP model computes values that are not finite; its weights are "
-                         "damaged, or too large for this --dtype")
-    return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
-
-
-# ---------------------------------------------------------------------------------------- captioner
-
-class Captioner:
-    """A BART that writes captions from tables.
-
-    name: a hub id or folder. dtype: the arithmetic, torch.float32, torch.bfloat16 by autocast, or
-    torch.int8 after pack(); the weights are float32. maxlen_enc, maxlen_dec: tokens of a table and
-    of a caption at most. Raises InputError where the model cannot be loaded, or has fewer
-    positions.
-    """
-
-    def __init__(self, name, device="cpu", dtype=torch.float32, maxlen_enc=MAXLEN_ENC,
-                 maxlen_dec=MAXLEN_DEC):
-        # On a CPU in bfloat16, a training step with fused attention takes twice as long.
-        attention = {"attn_implementation": "eager"} if str(device) == "cpu" else {}
-        with opened_model(name, "language model", ("weights", "tokenizer")) as files:
-            self.model = files.load_model(AutoModelForSeq2SeqLM, "BART", dtype=torch.float32,
-                                          **attention).to(device).eval()
-            self.tokenizer = files.load_tokenizer(self.model.config.vocab_size)
-            self.identity, self.digests = files.identity(), files.digests
-        self.device, self.dtype = torch.device(device), dtype
-        self.maxlen_enc, self.maxlen_dec = maxlen_enc, maxlen_dec
-        longest = getattr(self.model.config, "max_position_embeddings", maxlen_enc)
-        if min(maxlen_enc, maxlen_dec) < 3:
-            raise InputError(f"--maxlen_enc {maxlen_enc} and --maxlen_dec {maxlen_dec} must be at "
-                             f"least 3: two tokens are no text")
-        if max(maxlen_enc, maxlen_dec) > longest:
-            raise InputError(f"the language model {name} reads and writes {longest} tokens at "
-                             f"most; --maxlen_enc {maxlen_enc} --maxlen_dec {maxlen_dec} ask for "
-                             f"more")
-        with telling("language model", name):
-            self.try_out()
-
-    @torch.inference_mode()
-    def try_out(self):
-        """Reads and writes a few tokens, since what the model's files say may not go together."""
-        table = self.tokenizer(["a b"], truncation=True, max_length=8)["input_ids"]
-        self.loss(table, table)
-        beam_search(self.model, self.pad(table), num_beams=1, maxlen=5)
-
-    def pack(self):
-        """Lays the weights out for captioning on a CPU, and rounds them for int8, once. The model
-        cannot be trained or saved after it."""
-        if self.device.type == "cpu" and self.dtype != torch.bfloat16 and can_pack(self.dtype):
-            pack(self.model, self.dtype)
-
-    def train_only(self, wanted):
-        """Freezes all parameters except those with wanted(name): {name: parameter} of these. Raises
-        InputError where the weights are packed."""
-        if is_packed(self.model):
-            raise InputError("the language model has captioned, and so cannot be trained any more; "
-                             "load it anew")
-        trained = {}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(wanted(name))
-            if parameter.requires_grad:
-                trained[name] = parameter
-        return trained
-
-    def autocast(self):
-        if self.dtype != torch.bfloat16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    def computes_bfloat16_on_cpu(self):
-        return self.dtype == torch.bfloat16 and self.device.type == "cpu"
-
-    def tokenize(self, texts, max_length):
-        """Token ids, a list for each text, cut at max_length."""
-        return self.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-
-    def pad(self, rows):
-        """B lists of token ids as {input_ids, attention_mask}, each int64 (B, longest)."""
-        return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
-
-    def loss(self, tables, captions):
-        """Mean cross-entropy per caption token. tables, captions: B lists of token ids.
-
-        The model shifts the labels itself to get the decoder's input, so training and generation
-        start alike.
-        """
-        batch = self.pad(captions)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)  # (B, caption)
-        with self.autocast():
-            return self.model(**self.pad(tables), labels=labels).loss
-
-    @torch.inference_mode()
-    def beam(self, tables, num_beams=3, num_return_sequences=3):
-        """Beam search: for each table a list of (text, likelihood), best first.
-
-        tables: B lists of token ids. likelihood: the mean log-probability per token. The captions
-        are those of transformers' generate() with early_stopping=False, see beam_search. Raises
-        InputError where the vocabulary has fewer than two tokens a beam.
-        """
-        if 2 * num_beams > self.model.config.vocab_size:
-            raise InputError(f"--num_beams {num_beams} is too wide for a language model of "
-                             f"{self.model.config.vocab_size} tokens")
-        with self.autocast():
-            finished = beam_search(self.model, self.pad(tables), num_beams, self.maxlen_dec)
-        return [[(self.decode(ids[None])[0], likelihood)
-                 for likelihood, ids in captions[:num_return_sequences]] for captions in finished]
-
-    @torch.inference_mode()
-    def sample(self, tables, n, temperature=1.0, top_p=1.0, seeds=None, chunk=256):
-        """n independent samples for each table, each distinct sequence of tokens once: B lists of
-        (text, likelihood, count), whose counts sum to n.
-
-        tables: B lists of token ids. likelihood: as of beam(), before temperature and nucleus.
-        seeds: B numbers (default: 0, 1, ...); a table's samples depend on its own alone. chunk:
-        rows of the decoder at a time, which bounds the memory. See sample_trees.
-        """
-        if not tables:
-            return []
-        seeds = range(len(tables)) if seeds is None else seeds
-        with self.autocast():
-            finished = sample_trees(self.model, self.pad(tables), n, temperature, top_p,
-                                    self.maxlen_dec, list(seeds), chunk)
-        return [[sample for tokens, likelihoods, counts in steps
-                 for sample in zip(self.decode(tokens), likelihoods.tolist(), counts.tolist())]
-                for steps in finished]
-
-    def decode(self, sequences):
-        """Texts of token ids (B, length), without special tokens."""
-        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
 
 
 def as_list(values):
