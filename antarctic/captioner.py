@@ -111,23 +111,32 @@ class Captioner:
                  for likelihood, ids in captions[:num_return_sequences]] for captions in finished]
 
     @torch.inference_mode()
-    def sample(self, tables, n, temperature=1.0, top_p=1.0, seeds=None, chunk=256):
+    def sample(self, tables, n, temperature=1.0, top_p=1.0, seeds=None, chunk=None):
         """n independent samples for each table, each distinct sequence of tokens once: B lists of
         (text, likelihood, count), whose counts sum to n.
 
         tables: B lists of token ids. likelihood: as of beam(), before temperature and nucleus.
         seeds: B numbers (default: 0, 1, ...); a table's samples depend on its own alone. chunk:
-        rows of the decoder at a time, which bounds the memory. See sample_trees.
+        rows of the decoder at a time, which bounds the memory (default: see rows_at_a_time). See
+        sample_trees.
         """
         if not tables:
             return []
         seeds = range(len(tables)) if seeds is None else seeds
         with self.autocast():
             finished = sample_trees(self.model, self.pad(tables), n, temperature, top_p,
-                                    self.maxlen_dec, list(seeds), chunk)
+                                    self.maxlen_dec, list(seeds), chunk or self.rows_at_a_time())
         return [[sample for tokens, likelihoods, counts in steps
                  for sample in zip(self.decode(tokens), likelihoods.tolist(), counts.tolist())]
                 for steps in finished]
+
+    def rows_at_a_time(self):
+        """256, or on a CPU as many rows as take half a GB: 135 of bart-large. A row has the keys
+        and values of its tokens, and four times as many numbers as there are logits."""
+        config = self.model.config
+        numbers = 2 * config.decoder_layers * config.d_model * self.maxlen_dec
+        fitting = (1 << 29) // (4 * (numbers + 4 * config.vocab_size))
+        return min(256, max(1, fitting)) if self.device.type == "cpu" else 256
 
     def decode(self, sequences):
         """Texts of token ids (B, length), without special tokens."""

@@ -1,6 +1,7 @@
 """CLIP and the captioner against plain transformers, which computes one text or image at a time."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +234,18 @@ def test_samples_depend_on_the_seed_alone(n, chunk, temperature, top_p):
         assert sum(count for *_, count in samples) == n
     [other] = captioner.sample(tables[:1], *dials, [seeds[0] + 1], chunk)
     assert n < 5 or other != together[0]
+
+
+def test_rows_at_a_time_are_those_that_fit(captioner):
+    assert captioner.rows_at_a_time() == 256
+    large = Captioner.__new__(Captioner)
+    large.device, large.maxlen_dec = torch.device("cpu"), 32
+    large.model = SimpleNamespace(config=BartConfig())  # of bart-large
+    assert large.rows_at_a_time() == 135
+    large.maxlen_dec = 1024
+    assert 1 <= large.rows_at_a_time() < 10
+    large.device = torch.device("cuda")
+    assert large.rows_at_a_time() == 256
 
 
 def random_captioner():
