@@ -45,6 +45,23 @@ def by_name(records):
             for r in records}
 
 
+def assert_alike(some, others):
+    """Compares records, or parts of them. A sum of float32 depends on the batch by 3e-7, so that a
+    number's last digit may be another one, and the seal with it."""
+    if isinstance(some, dict):
+        some, others = ({**each, "seal": None} for each in (some, others))
+        assert some.keys() == others.keys()
+        assert_alike(list(some.values()), list(others.values()))
+    elif isinstance(some, list):
+        assert len(some) == len(others)
+        for pair in zip(some, others):
+            assert_alike(*pair)
+    elif isinstance(some, float):
+        assert some == pytest.approx(others, abs=1.1e-5)
+    else:
+        assert some == others
+
+
 @pytest.mark.parametrize("flags", [(), SAMPLES], ids=["beam", "samples"])
 def test_a_photo_more_is_captioned_alone(script, world, cache, checkpoint, tmp_path, counted,
                                          flags):
@@ -59,7 +76,8 @@ def test_a_photo_more_is_captioned_alone(script, world, cache, checkpoint, tmp_p
     grown = [json.loads(line) for line in (tmp_path / "r" / "details.jsonl").open()]
     assert [Path(r["file"]).name for r in grown] == ["0.png", "1.png", "1b.png", "2.png", "3.png"]
     assert by_name(first).items() <= by_name(grown).items()
-    assert grown == sample(script, cache, tmp_path / "new", "--images", folder, *flags)
+    anew = sample(script, cache, tmp_path / "new", "--images", folder, *flags)
+    assert_alike(grown, anew)
 
 
 @pytest.mark.parametrize("flags", [(), SAMPLES], ids=["beam", "samples"])
@@ -119,7 +137,8 @@ def test_other_settings_or_a_changed_photo_are_captioned_anew(script, world, cac
     shutil.copy(sorted((world / "near").glob("*.png"))[5], folder / "0.png")
     records = sample(script, cache, tmp_path / "r", *images, *flags, "--num_beams", "4")
     assert counted() == (1, 1)
-    assert records == sample(script, cache, tmp_path / "new", *images, *flags, "--num_beams", "4")
+    anew = sample(script, cache, tmp_path / "new", *images, *flags, "--num_beams", "4")
+    assert_alike(records, anew)
 
 
 @pytest.mark.parametrize("model, file, encoded", [
@@ -159,7 +178,7 @@ def test_a_line_that_was_changed_is_captioned_anew(script, world, cache, checkpo
     assert change(line) != line
     path.write_bytes(first + change(line) + last)
     again = sample(script, cache, tmp_path / "r", "--images", folder, *flags)
-    assert again == records
+    assert_alike(again, records)
     captioned, encoded = counted()
     assert encoded == 0 and captioned in (1, 2)  # a line without its end takes the next one along
 
