@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import ImageChops
 
 from model import Captioner, Clip
-from snowglobe import build, measure, scenes
+from snowglobe import build, choices, measure, scenes
 from snowglobe.kinds import KINDS
 
 SPLITS = scenes.SPLITS
@@ -201,3 +201,20 @@ def test_the_world_is_drawn_by_the_command_to_the_end(tmp_path):
                "--val", "5"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
     assert len(list((tmp_path / "train2017").glob("*.png"))) == 40
+
+
+def test_runs_of_one_to_four_words_are_counted_within_a_caption():
+    captions = ["A red dog, a red cat.", "a red dog"]
+    assert set(choices.ngrams(captions, 6)) == {
+        "a", "red", "a red", "dog", "red dog", "a red dog"}
+    everything = choices.ngrams(captions, 1000)
+    assert "dog a red cat" in everything and "cat a" not in everything
+    assert max(len(text.split()) for text in everything) == 4
+
+
+def test_a_line_of_choices_holds_means_and_half_the_spread():
+    results = [{split: dict.fromkeys(
+        ("cider", "object_recall", "object_precision", "table_recall", "table_precision", "entries",
+         "held_out"), value) for split in ("val2017", "near")} for value in (1, 2, 6)]
+    assert choices.cells(results)[:2] == ["3.000 ±2.500", "3.000"]
+    assert choices.cells(results[:1])[:2] == ["1.000", "1.000"]
