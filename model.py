@@ -23,7 +23,7 @@ from antarctic.errors import InputError
 from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
-from antarctic.selection import choose_entries, shortlist_size
+from antarctic.selection import METHODS, choose_entries, shortlist_size
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
@@ -143,6 +143,8 @@ class Model:
         for name, size in (("topk", topk), ("maxlen_enc", maxlen_enc), ("maxlen_dec", maxlen_dec)):
             if size is not None and size < 1:
                 raise InputError(f"{name} must be at least 1, not {size}")
+        if table not in (None, *METHODS):
+            raise InputError(f"table must be one of {', '.join(METHODS)}, not {table!r:.100}")
         only, ban = (read_words(words) if isinstance(words, str | Path) else words
                      for words in (only, ban))
         textfile, embfile = choose_cache(as_list(textfile), as_list(embfile), is_cache_file)

@@ -22,6 +22,7 @@ from antarctic.pickles import (
     require_small_pickle,
 )
 from antarctic.reads import system_error
+from antarctic.selection import METHODS
 
 # ------------------------------------------------------------------------------------ checkpoints
 
@@ -73,6 +74,8 @@ def read_settings(file):
         sizes = [settings[name] for name in ("topk", "maxlen_enc", "maxlen_dec")]
         if not all(type(size) is int and 0 < size < 1 << 16 for size in sizes):
             raise ValueError("the settings are no sizes of tables and texts")
+        if settings.get("table", "topk") not in METHODS:  # earlier versions knew topk alone
+            raise ValueError("the tables are of an unknown kind")
         return settings | {"lm": settings["lm"] + ""}
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file.path} is not a checkpoint that trainer.py wrote") from error

@@ -9,6 +9,9 @@ from torch.nn.functional import normalize
 
 from antarctic import selection
 from antarctic.cache import Embeddings, search
+from antarctic.checkpoints import checkpoint_settings, save_checkpoint
+from antarctic.errors import InputError
+from model import Model
 
 
 def unit(*shape, seed):
@@ -117,3 +120,14 @@ def test_another_choice_is_captioned_anew(script, world, cache, checkpoint, tmp_
         assert script("sampler", *sampler(tmp_path), "--table", method).code == 0
         captions.append((tmp_path / "details.jsonl").read_bytes())
     assert captions[0] == captions[2] != captions[1]
+
+
+@pytest.mark.parametrize("table", ["omp", "", 1, ["mmr"]])
+def test_an_unknown_choice_is_refused_in_a_checkpoint_and_in_python(checkpoint, tmp_path, table):
+    settings = checkpoint_settings(checkpoint)
+    assert settings["table"] == "topk"  # the trainer's default
+    save_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, settings | {"table": table})
+    with pytest.raises(InputError, match="is not a checkpoint that trainer.py wrote"):
+        checkpoint_settings(tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="table must be one of topk, mmr"):
+        Model.load(table=table)
