@@ -67,7 +67,7 @@ def parse():
     sizes = parser.add_argument_group("table and caption")
     sizes.add_argument("--topk", type=int, default=TOPK, help="entries of a table (default "
                        "%(default)s)")
-    add_table_flag(sizes, "topk")
+    add_table_flag(sizes, "mmr")
     sizes.add_argument("--maxlen_enc", type=int, default=MAXLEN_ENC, help="tokens of a table at "
                        "most (default %(default)s)")
     sizes.add_argument("--maxlen_dec", type=int, default=MAXLEN_DEC, help="tokens of a caption at "

@@ -14,6 +14,7 @@ from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import existing_file, output_folder
 from antarctic.locks import locked
 from antarctic.runtime import cleanup
+from antarctic.selection import METHODS
 
 SEPARATOR = " | "
 # The original's defaults: entries of a table, tokens of a table, tokens of a caption.
@@ -138,7 +139,7 @@ def add_captioner_flags(parser):
 
 def add_table_flag(group, default=None):
     """--table. default: None takes the checkpoint's."""
-    group.add_argument("--table", default=default, choices=("topk", "mmr"), help="entries of a "
+    group.add_argument("--table", default=default, choices=METHODS, help="entries of a "
                        "table: the nearest, or of these --topk that say different things, by "
                        f"maximal marginal relevance (default: {default or 'as in training'})")
 

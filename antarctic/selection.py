@@ -5,8 +5,6 @@ and captions leave out what no entry says. Source of "mmr": maximal marginal rel
 and Goldstein 1998, https://doi.org/10.1145/290941.291025).
 """
 
-import torch
-
 METHODS = "topk", "mmr"
 SHARE, MOST = 17, 1000  # a shortlist is the nearest 17th of the entries, but no more than so many
 RELEVANCE = 0.5  # the weight of an entry's cosine beside its likeness to those in the table
@@ -28,6 +26,8 @@ def marginal_relevance(cosines, vectors, k):
 
     cosines: float32 (s,), best first. vectors: unit vectors, float32 (s, dim). k <= s.
     """
+    import torch
+
     spread = (vectors[::-(-len(vectors) // SAMPLE)] @ vectors.T).std(correction=0)
     relevance = RELEVANCE * cosines / cosines.std(correction=0).clamp(min=1e-6)  # (s,)
     weight = (1 - RELEVANCE) / spread.clamp(min=1e-6)
@@ -47,6 +47,8 @@ def choose_entries(method, embeddings, cosines, indices, k):
     method: one of METHODS. cosines, indices: (n, s), of shortlists, best first. embeddings: the
     cache's, which are read at these rows.
     """
+    import torch
+
     k, tables = min(k, indices.shape[1]), []
     for near, rows in zip(cosines, indices):
         places = slice(k)

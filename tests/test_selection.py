@@ -125,7 +125,7 @@ def test_another_choice_is_captioned_anew(script, world, cache, checkpoint, tmp_
 @pytest.mark.parametrize("table", ["omp", "", 1, ["mmr"]])
 def test_an_unknown_choice_is_refused_in_a_checkpoint_and_in_python(checkpoint, tmp_path, table):
     settings = checkpoint_settings(checkpoint)
-    assert settings["table"] == "topk"  # the trainer's default
+    assert settings["table"] == "mmr"  # the trainer's default
     save_checkpoint(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, settings | {"table": table})
     with pytest.raises(InputError, match="is not a checkpoint that trainer.py wrote"):
         checkpoint_settings(tmp_path / "a.safetensors")
