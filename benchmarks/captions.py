@@ -21,7 +21,7 @@ from antarctic.datasets import read_coco
 from antarctic.features import image_features
 from benchmarks import synthetic
 from benchmarks.entries import encode_padded, encoding_work
-from benchmarks.measure import Part, bart_weights, least
+from benchmarks.measure import Part, bart_weights, in_turn, least
 from model import Captioner, Clip, Model, rescore
 from snowglobe import scenes
 
@@ -46,7 +46,7 @@ def generate(model, captioner, tables, **options):
 
 
 def decoding_floor(model, captioner, tables, captions):
-    """The fewest seconds to write captions: the encoder once, then for each length a step over all
+    """The Limit of writing captions: the encoder once, then for each length a step over all
     distinct prefixes. model: as it was before packing. tables: lists of token ids. captions: a list
     of texts for each table."""
     rows = [(table, *ids) for table, texts in enumerate(captions)
@@ -115,10 +115,10 @@ def sample(captioner, folder, tables, n, clip=None, together=False, **dials):
 
     def floor(result):
         texts = [[text for text, *_ in samples] for samples in result]
-        seconds = decoding_floor(model, captioner, tables, texts)
+        limits = [decoding_floor(model, captioner, tables, texts)]
         if clip:
-            seconds += least(captioner.device, torch.float32, encoding_work(clip, texts[0]))
-        return seconds
+            limits.append(least(captioner.device, torch.float32, encoding_work(clip, texts[0])))
+        return in_turn(limits)
 
     return Part(plain, ours,
                 lambda a, b: same_distribution(model, captioner, tables, a, b), floor)

@@ -6,11 +6,21 @@ import functools
 import gc
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Limit(NamedTuple):
+    """The fewest seconds for a piece of work, and what takes them: "arithmetic", "memory", "calls"
+    of torch's operations, or something that is no tensor's."""
+
+    seconds: float
+    name: str
 
 
 class Part(NamedTuple):
@@ -19,7 +29,7 @@ class Part(NamedTuple):
     plain: Callable  # () -> result of the baseline: the original's method without its bugs
     ours: Callable  # () -> result of the project's own functions
     equal: Callable  # (result of plain, result of ours) -> whether they are equal
-    floor: Callable  # (result of ours) -> fewest seconds that the machine needs for it
+    floor: Callable  # (result of ours) -> the machine's Limit for it
 
 
 def compare(part, repeats, device):
@@ -27,22 +37,25 @@ def compare(part, repeats, device):
     times each.
 
     Returns a dict. equal: whether the results are equal; if not, the dict has no other key. ratio,
-    low, high: seconds of plain over ours, median and range of the pairs. of_limit: floor over
-    seconds of ours. peak_mb, plain_peak_mb: peak memory above the memory before. seconds,
-    plain_seconds: medians.
+    low, high: seconds of plain over ours, median and range of the pairs. of_limit, limit: the
+    seconds of the limit over those of ours, and its name: the part's floor, or the calls of as many
+    operations as ours makes, where these take longer. peak_mb, plain_peak_mb: peak memory above the
+    memory before. seconds, plain_seconds: medians.
     """
-    plain, ours = part.plain(), part.ours()
+    plain = part.plain()
+    with Operations() as operations:
+        ours = part.ours()
     if not part.equal(plain, ours):
         return {"equal": False}
-    floor = part.floor(ours)
+    limit = max(part.floor(ours), Limit(operations.count * call_seconds(device), "calls"))
     del plain, ours
     runs = [(timed(part.plain, device), timed(part.ours, device)) for _ in range(repeats)]
     ratios = [plain / ours for (plain, _), (ours, _) in runs]
     (plain, plain_peak), (ours, ours_peak) = (zip(*side) for side in zip(*runs))
     return {"ratio": median(ratios), "low": min(ratios), "high": max(ratios),
-            "of_limit": floor / median(ours), "peak_mb": max(ours_peak), "equal": True,
-            "seconds": median(ours), "plain_seconds": median(plain),
-            "plain_peak_mb": max(plain_peak)}
+            "of_limit": limit.seconds / median(ours), "limit": limit.name,
+            "peak_mb": max(ours_peak), "equal": True, "seconds": median(ours),
+            "plain_seconds": median(plain), "plain_peak_mb": max(plain_peak)}
 
 
 def seconds(call, device):
@@ -82,6 +95,30 @@ def resident(name):
 
 # ------------------------------------------------------------------------------------------- limits
 
+class Operations(TorchDispatchMode):
+    """Counts the operations of this thread. count: how many there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def call_seconds(device):
+    """Seconds of an operation on one number, the best of five runs of 10,000."""
+    number = torch.zeros(1, device=device)
+
+    def add():
+        for _ in range(10000):
+            number.add_(1)
+
+    return min(seconds(add, device) for _ in range(5)) / 10000
+
+
 @functools.cache
 def speed(device, dtype):
     """(FLOPs a second of a large matrix product, bytes a second of a long sum), each the best of
@@ -94,10 +131,18 @@ def speed(device, dtype):
 
 
 def least(device, dtype, work):
-    """The fewest seconds for pieces of work, one after the other. work: pairs of (FLOPs, numbers
-    read from memory)."""
+    """The Limit of pieces of work. work: pairs of (FLOPs, numbers read from memory)."""
     flops, rate = speed(device, dtype)
-    return sum(max(f / flops, numbers * dtype.itemsize / rate) for f, numbers in work)
+    return in_turn(max(Limit(f / flops, "arithmetic"),
+                       Limit(numbers * dtype.itemsize / rate, "memory")) for f, numbers in work)
+
+
+def in_turn(limits):
+    """The Limit of pieces of work one after the other, named as what takes most of it."""
+    total = Counter()
+    for each, name in limits:
+        total[name] += each
+    return Limit(total.total(), max(total, key=total.get))
 
 
 def weights(*modules):

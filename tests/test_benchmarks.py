@@ -26,7 +26,8 @@ def test_each_part_gives_what_the_plain_way_gives(reported):
     lines = [json.loads(line) for line in reported.splitlines() if line.startswith("{")]
     assert [line["part"] for line in lines] == list(benchmarks.PARTS)
     for line in lines:
-        assert list(line) == ["part", "ratio", "low", "high", "of_limit", "peak_mb", "equal"]
+        assert list(line) == ["part", "ratio", "low", "high", "of_limit", "limit", "peak_mb",
+                              "equal"]
         if "to_faiss" in line["part"] and line["equal"] is None:  # faiss is not installed
             continue
         assert line["equal"] is True, line
@@ -36,8 +37,25 @@ def test_each_part_gives_what_the_plain_way_gives(reported):
 
 def test_what_differs_is_not_timed(monkeypatch):
     monkeypatch.setattr(measure, "timed", None)
-    part = measure.Part(lambda: 1, lambda: 2, lambda a, b: a == b, lambda _: 0.0)
+    part = measure.Part(lambda: 1, lambda: 2, lambda a, b: a == b, None)
     assert measure.compare(part, 1, CPU) == {"equal": False}
+
+
+def test_a_limit_is_named_as_what_takes_most_of_it(monkeypatch):
+    monkeypatch.setattr(measure, "speed", lambda device, dtype: (10.0, 4.0))
+    work = [(20, 1), (10, 3)]  # 2 s of arithmetic, then 3 s of memory beside 1 s of arithmetic
+    assert measure.least(CPU, torch.float32, work) == (5.0, "memory")
+    assert measure.least(CPU, torch.float32, [*work, (20, 1)]) == (7.0, "arithmetic")
+
+    def ours():
+        return [torch.zeros(1).add(1) for _ in range(3)]
+
+    def part(seconds):
+        return measure.Part(ours, ours, lambda a, b: a == b, lambda _: measure.Limit(seconds, "a"))
+
+    monkeypatch.setattr(measure, "call_seconds", lambda device: 0.5)
+    assert measure.compare(part(2.9), 1, CPU)["limit"] == "calls"  # of six operations
+    assert measure.compare(part(3.1), 1, CPU)["limit"] == "a"
 
 
 @pytest.mark.parametrize("name, module, function, wrong", [
