@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from antarctic.batches import batch_sizes
 from antarctic.datasets import read_split
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
@@ -35,6 +36,7 @@ from utils import (
     add_device_flags,
     find_inputs,
     require_at_least,
+    size_or_auto,
     start_run,
 )
 
@@ -85,8 +87,9 @@ def parse():
     group.add_argument("--overwrite", action="store_true", help="caption images anew that have a "
                        "sidecar, and replace it; replace lines of metadata.jsonl, too")
     group = parser.add_argument_group("computation")
-    group.add_argument("--batch_size", type=int, default=16, help="images per batch, per process "
-                       "(default %(default)s)")
+    group.add_argument("--batch_size", type=size_or_auto, metavar="N", help="images per batch, per "
+                       "process; auto: 16, then on a GPU as many as fit its memory, at most 256 "
+                       "(default: auto)")
     add_device_flags(group, images=True, **CAPTIONING)
     return parser.parse_args()
 
@@ -132,23 +135,26 @@ def caption_missing(model, features, pictures, records, save, batch_size):
     """Captions the pictures that have no record, and adds their records.
 
     features: float32 (n, dim), of n pictures. records: a Records. save: a function of each batch's
-    new records. Each process captions every world-th batch. Returns (the rows of the pictures that
-    had none, seconds for each).
+    new records. batch_size: as for batch_sizes. Each process captions every world-th batch. Returns
+    (the rows of the pictures that had none, seconds for each).
     """
     rank, world = rank_and_world()
     new = [row for row, picture in enumerate(pictures) if picture.key not in records.places]
     missing = records.missing(pictures)  # of equal images the first one
+    sizes, done = batch_sizes(batch_size, model.captioner.device), 0
     start_time = time.perf_counter()
     with tqdm(total=len(pictures), initial=len(pictures) - len(missing), desc="captioning",
               unit="image", disable=rank > 0 or not pictures) as bar:
-        for start in range(0, len(missing), batch_size * world):
-            turn = missing[start:start + batch_size * world]  # a batch of each process
-            rows = turn[rank * batch_size:(rank + 1) * batch_size]
+        while done < len(missing):
+            size = next(sizes)
+            turn = missing[done:done + size * world]  # a batch of each process
+            rows = turn[rank * size:(rank + 1) * size]
             tables = model.tables(features[rows])
             candidates = model.candidates(tables, [pictures[row].seed for row in rows])
             captions = gather_lists(model.choose(features[rows], tables, candidates))
             if rank == 0:
                 save(records.append([pictures[row] for row in turn], captions))
+            done += len(turn)
             bar.update(len(turn))
     return new, (time.perf_counter() - start_time) / max(1, len(missing))
 

@@ -87,6 +87,16 @@ def number_of_workers(text):
     return int(text)
 
 
+def size_or_auto(text):
+    """A number, or "auto": None. Raises argparse.ArgumentTypeError, as number_of_workers."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {text!r}") from None
+
+
 def own_cores():
     """The cores that this process may use, at most MOST_WORKERS; with torchrun its share of
     them."""
