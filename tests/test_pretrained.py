@@ -124,9 +124,13 @@ def test_every_script_runs_by_the_default_names_then_without_a_network(served, w
         command(*run, **online)
     assert served.requests == [] and (results / "preds.txt").read_text() == first
     shutil.rmtree(results)
-    for run in runs[2:3]:
-        command(*run, **(online | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}))
+    offline = online | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command(*runs[2], **offline)
     assert (results / "preds.txt").read_text() == first
+    other = ("--dtype", "int8", "--table", "topk", "--workers", "2", "--batch_size", "auto")
+    output = command(*runs[2], *other, **offline)
+    assert f"{BART_LARGE} on cpu, int8" in output and "trained on tables by mmr" in output
+    assert len((results / "preds.txt").read_text().splitlines()) == VAL
 
 
 @pytest.mark.slow
