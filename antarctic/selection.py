@@ -16,7 +16,7 @@ def shortlist_size(method, entries, k):
     more, it says what is not in the image."""
     if method == "topk":
         return k
-    return min(entries, max(2 * k, min(entries // SHARE, MOST)))
+    return min(entries, max(k, min(entries // SHARE, MOST)))
 
 
 def marginal_relevance(cosines, vectors, k):
