@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 
 from antarctic.annotations import image_folders
+from antarctic.bounded import parse_json
 from antarctic.errors import InputError
 from antarctic.files import reason_of
 from antarctic.layouts import (
@@ -49,7 +50,8 @@ def read_table(path, folder=""):
     with reading(path, kind):
         first = text.partition("\n")[0]
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            lines = ",\n".join(line for line in text.split("\n") if line.strip())
+            rows = parse_json(f"[{lines}]", path, "table")
         elif re.match(r"image_name\s*\|", first):
             rows = list(bar_rows(text))
         elif TOKEN.match(first):

@@ -375,6 +375,16 @@ def test_numbers_are_in_order_and_others_as_in_the_file(tmp_path):
     assert [p.id for p in read_split(tmp_path, "all")] == NAMES[::-1]
 
 
+def test_lines_of_endless_lists_are_refused_before_they_are_parsed(tmp_path, monkeypatch):
+    draw(tmp_path)
+    lines = [json.dumps({"file_name": name, "text": "a", "more": [[]] * 300}) for name in NAMES]
+    write(tmp_path / "metadata.jsonl", "\n".join(lines))
+    assert len(read_split(tmp_path, "all")) == len(NAMES)
+    monkeypatch.setattr("antarctic.bounded.MOST_CONTAINERS", 1000)
+    with pytest.raises(InputError, match="metadata.jsonl has more than 1,000 lists and objects"):
+        read_split(tmp_path, "all")
+
+
 def test_keys_that_two_shards_share_are_told_apart(tmp_path):
     for shard in "ab":
         write_tar(tmp_path / f"{shard}.tar", [("0.jpg", jpeg()), ("0.txt", b"a dog")])

@@ -92,7 +92,8 @@ def test_equal_entries_are_no_division_by_zero():
 
 
 @pytest.mark.parametrize("entries, k, size", [
-    (5, 10, 5), (300, 10, 20), (17000, 10, 1000), (50000, 10, 1000), (50000, 600, 1200)])
+    (5, 10, 5), (100, 10, 10), (300, 10, 17), (17000, 10, 1000), (50000, 10, 1000),
+    (50000, 1200, 1200)])
 def test_a_shortlist_grows_with_the_cache_to_a_bound(entries, k, size):
     assert selection.shortlist_size("mmr", entries, k) == size
     assert selection.shortlist_size("topk", entries, k) == k
