@@ -1,5 +1,4 @@
-"""Scores captions: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE, CLIPScore, RefCLIPScore, CHAIR, and their
-words.
+"""Scores captions: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE, CLIPScore, CHAIR, evidence, words.
 
     python scorer.py --results captions.json --annotations coco/annotations/captions_val2017.json
     python scorer.py --results captions.json --datadir flickr30k --split test
@@ -44,7 +43,8 @@ PROMPT = "A photo depicts "  # before every text for CLIP, as CLIPScore's author
 BY_CLIP = ("CLIPScore", "RefCLIPScore")
 INPUTS = ("results", "annotations", "datadir", "preds", "images", "instances", "train_captions",
           "clip_model")  # flags of what is read, beside --refs
-TABLE = (*BY_WORDS, *BY_CLIP, *chair.METRICS, "distinct captions", "novel words", "mean length")
+TABLE = (*BY_WORDS, *BY_CLIP, *chair.METRICS, pairs.COVER, "distinct captions", "novel words",
+         "mean length")
 
 
 def parse():
@@ -61,8 +61,7 @@ def parse():
     pair.add_argument("--split", metavar="NAME", help="split of --datadir (default: val2017, or "
                       "what the layout calls it)")
     pair.add_argument("--preds", metavar="FILE", help="captions, one a line")
-    pair.add_argument("--refs", nargs="+", default=[], metavar="FILE", help="references: "
-                      "files of as many lines")
+    pair.add_argument("--refs", nargs="+", default=[], metavar="FILE", help="references, likewise")
 
     inputs = parser.add_argument_group("images and training captions")
     inputs.add_argument("--images", metavar="DIR", help="folder of images, for CLIPScore: with "
@@ -110,8 +109,7 @@ def check(args):
         raise InputError("--results goes with --annotations, --datadir, --images or --instances; "
                          "only details.jsonl, which names the images, needs none")
     if args.preds and not (args.refs or args.images):
-        raise InputError("there is nothing to compare the captions with: give --refs or --images, "
-                         "or both")
+        raise InputError("there is nothing to compare the captions with; give --refs or --images")
     if args.json and args.savedir:
         raise InputError("--json is an old spelling of --savedir; give one of the two")
     require_at_least(1, args, "batch_size")
@@ -124,6 +122,7 @@ def output_file(args, rows):
     path = Path(args.json or Path(folder) / "scores.json")
     inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
     inputs += [("--refs", name) for name in args.refs]
+    inputs.append(("the evidence", pairs.evidence_file(Path(args.preds or args.results))))
     if path.exists():
         inputs += [("the image", row.path) for row in rows]
         # Of a folder any file may be read; earlier scores are none of them.
@@ -161,6 +160,7 @@ def unavailable(args, java, rows):
          "no image has a reference" if given else f"no {flag}"),
         (any(row.path for row in rows), BY_CLIP, "no --images"),
         (args.instances, chair.METRICS, "no --instances"),
+        (any(row.cover is not None for row in rows), [pairs.COVER], "no details.jsonl"),
         (args.train_captions, ["novel words"], "no --train_captions"))
     return {metric: reason
             for available, metrics, reason in needs if not available for metric in metrics}
@@ -210,8 +210,8 @@ def tokenized(rows, train, tokenizer):
 
 
 def score(part, rows, values, objects, train, left_out):
-    """Scores some of the captions. part: their rows. rows: all Scored, tokenized. values: of
-    clip_values. objects: of chair.named_and_present. train: tokenized texts. left_out: {metric:
+    """Scores some of the captions. part: their rows. rows: all Scored, tokenized. values: {metric:
+    {row: score}}. objects: of chair.named_and_present. train: tokenized texts. left_out: {metric:
     reason}. Returns ({metric: score}; all that is left out; {novel word: count})."""
     scores = {}
     for metric, by_row in values.items():
@@ -260,12 +260,12 @@ def main():
                 f"{TOKENIZERS[tokenizer]}")
     left_out = unavailable(args, java, rows)
 
-    values = {}
+    values = {pairs.COVER: {i: row.cover for i, row in enumerate(rows) if row.cover is not None}}
     if any(row.path for row in rows):  # first, so that a wrong --clip_model is reported early
         from model import Clip  # torch and transformers take seconds to load
         try:
             clip = Clip(args.clip_model, choose_device(args.device))
-            values = clip_values(clip, rows, path.parent, args.batch_size, args.workers)
+            values |= clip_values(clip, rows, path.parent, args.batch_size, args.workers)
             images = len(values["CLIPScore"])
             report |= {"clip_model": clip.identity, "clip_images": images}
             headline += f"; CLIP {clip.identity}, {images} images"

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from antarctic.errors import InputError, counted
+from antarctic.evidence import cover, from_nowhere, graded, pieces, stems, words_of
 from antarctic.files import atomic, make_folder, remove, sync_folder, writing
 from antarctic.gallery_page import SCRIPT, STEPS, head
 from antarctic.images import read_image
@@ -107,21 +108,26 @@ def as_text(text):
     return f"<bdi>{html.escape(text)}</bdi>"
 
 
-def words_of(text):
-    return set(re.findall(r"\w+", text.lower()))
+def caption_text(caption, table, known=None):
+    """A caption as HTML. Words that no entry of its table says are underlined. known: words, a set;
+    others are marked."""
+    missing, parts = from_nowhere(caption, table), pieces(caption)
+
+    def shown(word):
+        text = html.escape(word)
+        if stems(word) & missing:
+            text = f'<u title="no entry of the table says this">{text}</u>'
+        return text if known is None or words_of(word) <= known else f"<mark>{text}</mark>"
+
+    parts[::2] = map(html.escape, parts[::2])
+    parts[1::2] = map(shown, parts[1::2])
+    return f"<bdi>{''.join(parts)}</bdi>"
 
 
-def graded(table, caption):
-    """The entries of a table as a list of (entry, cosine, whether its words are in the caption, how
-    well it fits beside the others, from 0 to 1). table: a list of (entry, cosine)."""
-    words, cosines = words_of(caption), [cosine for _, cosine in table]
-    low, high = min(cosines, default=0), max(cosines, default=1)
-    grades = []
-    for entry, cosine in table:
-        own = words_of(entry)
-        used = bool(own) and own <= words
-        grades.append((entry, cosine, used, (cosine - low) / (high - low or 1)))
-    return grades
+def cover_text(caption, table):
+    """How much of a caption its table says, or "" where it has no words."""
+    share = cover(caption, table)
+    return "" if share is None else f" · {share:.0%} of its words are in the table"
 
 
 def entry_items(table, caption):
@@ -170,10 +176,12 @@ def gallery_card(number, record, references, source=data_uri, read=read_image):
     name = str(record["image_id"])
     image = image_tag(thumbnail(record["file"], read), source, record["caption"] or name)
     entries = entry_items(record["table"], record["caption"])
+    caption = caption_text(record["caption"], record["table"])
     return (f'<div class="card" data-score="{record["score"]:.5f}">'
             f'<figure popover id="i{number}"><button popovertarget="i{number}">{image}</button>'
-            f'<figcaption><div class="caption">{as_text(record["caption"])}</div>'
-            f'<div class="small">{as_text(name)} · CLIP {record["score"]:.3f}</div></figcaption>'
+            f'<figcaption><div class="caption">{caption}</div>'
+            f'<div class="small">{as_text(name)} · CLIP {record["score"]:.3f}'
+            f'{cover_text(record["caption"], record["table"])}</div></figcaption>'
             f'</figure><ol>{"".join(entries[:ENTRIES])}</ol>'
             f'{folded(entries[ENTRIES:], record["candidates"], references)}</div>\n')
 

@@ -16,8 +16,8 @@ HEAD = """<!doctype html>
 <style>%s</style>
 <h1>%s</h1>
 <p class="small">Under each caption are the cache entries that it was written from, with the cosine
-of each with the image, best first. Green entries have their words in the caption. A click on an
-image enlarges it.</p>
+of each with the image, best first. Green entries have their words in the caption; words that no
+entry says are underlined. A click on an image enlarges it.</p>
 <div class="tools" role="search" hidden>
 <input type="search" aria-label="Search" autocomplete="off" spellcheck="false"
  placeholder="Words of captions, entries and names">
@@ -64,6 +64,7 @@ img { display: block; width: 100%; height: 100%; object-fit: contain; border-rad
   background: var(--bar) }
 figcaption { min-width: 0 }
 .caption { font-size: 1.08rem; font-weight: 600 }
+u { text-decoration: underline dotted }
 ol { list-style: none; columns: 2; column-gap: 10px; margin: 10px 0 6px; padding: 0;
   font-size: .8rem }
 ol li { display: flex; justify-content: space-between; gap: 8px; margin: 0 0 3px; padding: 1px 6px;

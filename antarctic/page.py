@@ -3,7 +3,8 @@
 Every text of a user, an entry or a model goes through as_text(), so that it is shown as text.
 """
 
-from antarctic.gallery import as_text, graded, words_of
+from antarctic.evidence import graded, words_of
+from antarctic.gallery import as_text, caption_text, cover_text
 
 SHOWN = 10  # candidates; the others are folded away
 
@@ -15,7 +16,8 @@ keeps the one that fits best. What it cannot name, you can teach it: write the w
 WAITING = """<div class="ac-card ac-empty"><p>The caption appears here, with the words that it was
 made of. Drop an image, paste one, use the camera, or choose an example.</p></div>"""
 LEGEND = """<p class="ac-small">Bars show how well an entry fits the image (CLIP's cosine: higher is
-better). ✓ marks entries whose words are in the caption.%s</p>"""
+better). ✓ marks entries whose words are in the caption; words of the caption that no entry says are
+underlined.%s</p>"""
 CHANGES = " Yellow is what your words brought; struck out is what they drove out of the table."
 HELP = """<div class="ac-card"><h3>What the page does with your images</h3>
 <p>Images are read on the machine that runs this page, in a folder that is deleted when it stops.
@@ -46,6 +48,7 @@ CSS = """
 .ac-bar { display: block; height: .7em; border-radius: 4px; background: #9fb1c4; min-width: 2px }
 .ac-used .ac-bar { background: #2e9463 }
 .ac-used .ac-entry { font-weight: 600 }
+.ac-caption u { text-decoration: underline dotted }
 .ac-number { text-align: right !important; font-variant-numeric: tabular-nums; width: 1%;
   white-space: nowrap; overflow-wrap: normal }
 .ac-gone .ac-entry { text-decoration: line-through; opacity: .75 }
@@ -67,12 +70,6 @@ CSS = """
 def problem(message):
     """A sentence that says what did not work, as HTML."""
     return f'<div class="ac-card ac-problem" role="alert">{as_text(str(message))}</div>'
-
-
-def marked(text, others):
-    """A text as HTML, whose words that are not in others, a set, are marked."""
-    return " ".join(as_text(word) if words_of(word) <= others else
-                    f"<mark>{as_text(word)}</mark>" for word in text.split())
 
 
 def bars(table, caption, new=(), gone=()):
@@ -121,18 +118,19 @@ def candidates_html(candidates):
 def side(result, heading, other=None, after=False):
     """One caption with its evidence, as HTML. result: a model.Caption. other: that beside it, or
     None. after: whether this one is with the visitor's words."""
-    caption = as_text(result.caption)
+    caption = caption_text(result.caption, result.table)
     if not result.caption:
         caption = "no caption: every candidate held a banned word"
     elif after and other:
-        caption = marked(result.caption, words_of(other.caption))
+        caption = caption_text(result.caption, result.table, words_of(other.caption))
     new = gone = ()
     if other:
         changed = {entry for entry, _ in result.table} - {entry for entry, _ in other.table}
         new, gone = (changed, ()) if after else ((), changed)
     name = 'class="ac-caption" id="caption"' if after or other is None else 'class="ac-caption"'
     return (f'<section class="ac-card"><h3>{as_text(heading)}</h3><p {name}>{caption}</p>'
-            f'<p class="ac-small">CLIP\'s score {result.score:.3f}</p>'
+            f'<p class="ac-small">CLIP\'s score {result.score:.3f}'
+            f'{cover_text(result.caption, result.table)}</p>'
             f'{bars(result.table, result.caption, new, gone)}'
             f'{candidates_html(result.candidates)}</section>')
 

@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 from antarctic import tars
 from antarctic.annotations import Annotated, read_annotated, read_entries
+from antarctic.bounded import MissingError
 from antarctic.captions import read_captioned, read_texts
 from antarctic.datasets import DataSet
-from antarctic.distributed import warn_of
+from antarctic.distributed import warn, warn_of
 from antarctic.errors import InputError
 from antarctic.folders import list_images
 from antarctic.layouts import JOINED
+from antarctic.records import read_covers
+
+COVER = "evidence cover"  # the metric: the share of a caption's words that its table says
 
 
 class Scored(NamedTuple):
@@ -20,6 +24,7 @@ class Scored(NamedTuple):
     references: list = ()  # texts, without empty ones
     path: Path | None = None  # of the image
     domain: str | None = None  # nocaps'
+    cover: float | None = None  # the share of its words that its table says
 
 
 def read_scored(args):
@@ -37,6 +42,7 @@ def read_scored(args):
         rows = by_image(args.results, images, args.annotations or args.datadir, args.images, alone)
     else:
         rows = by_line(args.preds, args.refs, args.images)
+    rows = with_covers(rows, Path(args.results or args.preds), by_id=args.results is not None)
     kind = "images" if args.results else "lines"
     warn_of([row.id for row in rows if not row.caption], f"{kind} have an empty caption")
     if given:
@@ -45,6 +51,30 @@ def read_scored(args):
             raise InputError(f"no caption of {args.results or args.preds} has a reference")
         warn_of(without, f"{kind} have no reference and are left out of the scores that need one")
     return rows
+
+
+def evidence_file(captions):
+    """The details.jsonl that may tell the tables of captions: their file or that beside it."""
+    return captions if captions.suffix == ".jsonl" else captions.with_name("details.jsonl")
+
+
+def with_covers(rows, captions, by_id):
+    """Rows with the cover of each caption that their evidence_file() holds for the same image,
+    which by_id says whether to find by its id, or else by its line."""
+    covers = {}
+    try:
+        for line, known in enumerate(read_covers(evidence_file(captions)), 1):
+            if known:
+                image, caption, cover = known
+                covers[image if by_id else line] = caption, cover
+    except MissingError:
+        pass
+    except InputError as error:  # nobody asked for it
+        warn(f"no evidence cover: {error}")
+        covers.clear()
+    found = (covers.get(row.id, (None, None)) for row in rows)
+    return [row._replace(cover=cover) if caption == row.caption else row
+            for row, (caption, cover) in zip(rows, found)]
 
 
 def annotated_split(datadir, split):

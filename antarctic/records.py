@@ -4,13 +4,19 @@ import json
 import os
 from contextlib import ExitStack
 
-from antarctic.bounded import parse_json
+from antarctic.bounded import parse_json, telling
 from antarctic.errors import InputError
+from antarctic.evidence import cover, used_entries
 from antarctic.files import append, own_file, reading, writing
 from antarctic.folders import Picture
+from antarctic.layouts import image_id
+from antarctic.reads import open_regular
 from antarctic.sealed import LONGEST_LINE, checksum, lines_of, seal, unseal
+from antarctic.texts import one_line
 
 EVIDENCE = "caption", "score", "table", "candidates"
+# What reading a line raises that another program wrote.
+NO_RECORD = InputError, ValueError, LookupError, TypeError, AttributeError, RecursionError
 
 
 class Records:
@@ -59,8 +65,8 @@ class Records:
                 parse_json(line, path, "record"), 0)
             if record["seal"] == self.seal_of(record) and is_record(record):
                 return record, left
-        except (InputError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            pass  # another program wrote it
+        except NO_RECORD:
+            pass
         return None, 0
 
     def seal_of(self, record):
@@ -117,15 +123,42 @@ class Records:
                                      f"{len(pictures)} records were read; rerun the same command "
                                      f"to resume")
                 record = {name: record[name] for name in (*EVIDENCE, "sha256", "seal")}
-                yield {"image_id": picture.id, "file": str(picture.path), **record}
+                yield {"image_id": picture.id, "file": str(picture.path), **record,
+                       **evidence_of(record)}
 
 
 def is_record(record):
     """Whether a record holds values as a model.Caption does: anyone can make a seal."""
     return (type(record["caption"]) is str and is_number(record["score"])
+            and type(record["table"]) is type(record["candidates"]) is list
             and all(type(entry) is str and is_number(cosine) for entry, cosine in record["table"])
             and all(type(text) is str and is_number(cosine) and type(likelihood) in (float, int)
                     for text, cosine, likelihood in record["candidates"]))
+
+
+def evidence_of(record):
+    """What details.jsonl tells of a record beside it: the share of its caption's words that the
+    table says (cover), and the entries that it uses (used)."""
+    caption, table = record["caption"], record["table"]
+    share = cover(caption, table)
+    return {"cover": None if share is None else round(share, 3),
+            "used": used_entries(caption, table)}
+
+
+def read_covers(path):
+    """Yields what each line of a details.jsonl tells of a caption: (image id, caption, the share of
+    its words that its table says, see evidence.cover); None for a line that is no record. Raises
+    MissingError where there is no such file, and InputError where it cannot be read."""
+    with telling(path, "file of evidence"), open_regular(path) as file:
+        for line in lines_of(file):
+            try:
+                record = parse_json(line, path, "record")
+                caption = one_line(record["caption"], path)
+                image = image_id(record["image_id"], errors="surrogatepass")
+                whole = is_record(record)
+            except NO_RECORD:
+                whole = False
+            yield (image, caption, cover(caption, record["table"])) if whole else None
 
 
 def is_number(value):

@@ -5,8 +5,10 @@
 
 For each world, cache and way, layernorms are trained on such tables, two epochs on 2,400 images,
 once for each seed of --trainings. Then 500 images of val2017 are captioned by beam search, and 500
-of near with the held-out words added. Prints the means with the spread over trainings (greatest
-less least), and writes FOLDER/choices/choices.json. Rerunning skips finished runs.
+of near with the held-out words added. Prints the means, half the spread of CIDEr-D over trainings,
+how well cover (see antarctic/evidence.py) and CLIP's score tell captions that name a kind which is
+not in the image, and what share of the kinds that captions name is wrong, of those in the table and
+of others. Writes FOLDER/choices/choices.json. Rerunning skips finished runs.
 """
 
 import argparse
@@ -16,11 +18,13 @@ from collections import Counter
 from pathlib import Path
 
 from antarctic.datasets import read_coco
+from antarctic.evidence import cover
 from antarctic.files import atomic, write_json
 from antarctic.runtime import run
 from antarctic.selection import METHODS
 from snowglobe.dials import MODELS, script
 from snowglobe.measure import WEIGHTS, objects, read_captions, read_scenes, score_run
+from snowglobe.scenes import named
 
 MINED = {"300": 150, "1,700": 1500}  # {cache: --topk of compute_cache.py}
 LARGE = "17,000"  # n-grams of one to four words
@@ -28,7 +32,9 @@ COLUMNS = {  # {heading: (split, score)}
     "CIDEr-D": ("val2017", "cider"), "recall": ("val2017", "object_recall"),
     "precision": ("val2017", "object_precision"), "table: recall": ("val2017", "table_recall"),
     "precision ": ("val2017", "table_precision"), "entries": ("val2017", "entries"),
-    "near: CIDEr-D": ("near", "cider"), "held-out named": ("near", "held_out")}
+    "near: CIDEr-D": ("near", "cider"), "held-out named": ("near", "held_out"),
+    "area: cover": ("val2017", "cover_area"), "score": ("val2017", "score_area"),
+    "wrong: in table": ("val2017", "wrong_said"), "not in table": ("val2017", "wrong_unsaid")}
 
 
 def ngrams(captions, count):
@@ -55,11 +61,39 @@ def make_cache(path, world, name):
     script("compute_cache.py", "--add_from", WEIGHTS.parent / "held_out.txt", *files, *MODELS[:2])
 
 
-def tables_of(savedir):
-    """{image id: the entries of its table, joined} of a run."""
+def read_details(savedir):
+    """{image id: record} of a run."""
     with open(savedir / "details.jsonl", encoding="utf-8") as file:
-        records = map(json.loads, file)
-        return {record["image_id"]: [entry for entry, _ in record["table"]] for record in records}
+        return {record["image_id"]: record for record in map(json.loads, file)}
+
+
+def area(values, wrong):
+    """How well low values tell the wrong captions: the share of pairs of a wrong and a right one in
+    which the wrong one has the lower value; ties count half. None without such pairs. values:
+    numbers. wrong: of each, whether it is wrong."""
+    low = [value for value, bad in zip(values, wrong) if bad]
+    high = [value for value, bad in zip(values, wrong) if not bad]
+    pairs = [(a < b) + (a == b) / 2 for a in low for b in high]
+    return sum(pairs) / len(pairs) if pairs else None
+
+
+def evidence_scores(captions, records, described):
+    """How well a run's tables tell what is wrong in its captions, a dict: the areas of cover and of
+    CLIP's score over captions that name a kind which is not in the image; and the shares of wrong
+    kinds among those that the captions name, which are in the table and which are not. captions,
+    records, described: {image id: caption; record; scene}."""
+    covers, cosines, wrong, kinds = [], [], [], {"said": [], "unsaid": []}
+    for i, caption in captions.items():
+        table, true = records[i]["table"], {kind for kind, *_ in described[i]["groups"]}
+        covers.append(cover(caption, table) or 0)
+        cosines.append(records[i]["score"])
+        wrong.append(bool(named(caption) - true))
+        said = named(" | ".join(entry for entry, _ in table))
+        for kind in named(caption):
+            kinds["said" if kind in said else "unsaid"].append(kind not in true)
+    shares = {f"wrong_{name}": sum(each) / len(each) if each else None
+              for name, each in kinds.items()}
+    return {"cover_area": area(covers, wrong), "score_area": area(cosines, wrong), **shares}
 
 
 def measure(folder, world, cache, method, seed, topk):
@@ -72,17 +106,20 @@ def measure(folder, world, cache, method, seed, topk):
                method, "--topk", topk, "--lrate", "7e-2", "--epochs", 2, "--seed", seed)
     for split, ending in (("val2017", ""), ("near", "-added")):
         files = ["--textfile", f"{cache}{ending}.txt", "--embfile", f"{cache}{ending}.npy"]
-        script("sampler.py", "--datadir", world, "--split", split, *files, *MODELS, "--ckpt",
-               trained / "best.safetensors", "--savedir", trained / split, "--features", folder,
-               "--gallery", 0, "--batch_size", 64)
-        captions, tables = read_captions(trained / split), tables_of(trained / split)
+        if not (trained / split / "gallery.html").exists():  # the last file that a run writes
+            script("sampler.py", "--datadir", world, "--split", split, *files, *MODELS, "--ckpt",
+                   trained / "best.safetensors", "--savedir", trained / split, "--features",
+                   folder, "--gallery", 0, "--batch_size", 64)
+        captions, records = read_captions(trained / split), read_details(trained / split)
+        tables = {i: [entry for entry, _ in record["table"]] for i, record in records.items()}
         references = {each.id: list(each.captions) for each in read_coco(world, split)}
         described = read_scenes(world, split)
         scores[split] = score_run(captions, references, described)
         recall, precision, _ = objects([" | ".join(tables[i]) for i in captions],
                                        [described[i] for i in captions])
         entries = sum(map(len, tables.values())) / len(tables)
-        scores[split] |= {"table_recall": recall, "table_precision": precision, "entries": entries}
+        scores[split] |= evidence_scores(captions, records, described) | {
+            "table_recall": recall, "table_precision": precision, "entries": entries}
     return scores
 
 
@@ -91,6 +128,9 @@ def cells(results):
     parts = []
     for split, score in COLUMNS.values():
         values = [result[split][score] for result in results]
+        if None in values:  # there is nothing to compare
+            parts.append("-")
+            continue
         mean, spread = sum(values) / len(values), max(values) - min(values)
         text = f"{mean:.1f}" if score == "entries" else f"{mean:.3f}"
         parts.append(text + f" ±{spread / 2:.3f}" * (len(values) > 1 and score == "cider"))

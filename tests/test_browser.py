@@ -173,7 +173,7 @@ def test_dark_mode_is_legible(browse, served):
     browser.wait(lambda: "penguin" in browser.caption())
     shades = browser.driver.execute_script("""
         const shade = colour => colour.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0);
-        return [".ac-caption mark bdi", ".ac-card h3", ".ac-entry"].map(selector => {
+        return [".ac-caption mark", ".ac-card h3", ".ac-entry"].map(selector => {
           let node = document.querySelector(selector);
           const text = shade(getComputedStyle(node).color);
           while (/rgba\\(0, 0, 0, 0\\)|transparent/.test(getComputedStyle(node).backgroundColor))

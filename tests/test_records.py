@@ -274,7 +274,7 @@ def test_what_is_no_record_is_cut_off(tmp_path, line):
     {"caption": 5}, {"caption": None}, {"score": "0.3"}, {"score": math.nan}, {"score": True},
     {"table": 7}, {"table": [["dog"]]}, {"table": [["dog", math.inf]]}, {"table": [[1, 0.3]]},
     {"candidates": [["a dog", 0.3]]}, {"candidates": [["a dog", 0.3, None]]},
-    {"candidates": {"a": 1}}], ids=str)
+    {"candidates": {"a": 1}}, {"candidates": {}}, {"table": {}}, {"table": ""}], ids=str)
 def test_a_seal_makes_no_record_of_other_values(tmp_path, change):
     """Who knows the settings can seal whatever they like."""
     records = filled(tmp_path, slice(0, 2))

@@ -21,6 +21,7 @@ from test_chair import instances
 import scorer
 from antarctic import metrics
 from antarctic.datasets import read_coco
+from antarctic.errors import InputError
 from antarctic.files import write_lines
 from antarctic.images import read_image
 from antarctic.leftovers import Process, this_host
@@ -245,6 +246,54 @@ def test_what_the_sampler_wrote_is_scored_in_both_forms(script, world, sampled, 
     assert report["scores"]["RefCLIPScore"] == pytest.approx(ref_clip_score.mean().item(), abs=1e-5)
 
 
+def test_the_cover_of_captions_is_found_in_the_details_of_their_run(script, world, sampled, no_java,
+                                                                    tmp_path):
+    """In the file itself or beside it, by image or by line; a caption that the run did not write
+    has none."""
+    shutil.copytree(sampled, tmp_path / "r")
+    details = tmp_path / "r" / "details.jsonl"
+    covers = [json.loads(line)["cover"] for line in details.open()]
+    assert len(covers) == VAL and min(covers) > 0
+    mean = pytest.approx(sum(covers) / VAL, abs=1e-3)
+    references = "--annotations", world / "annotations" / "captions_val2017.json"
+    by_image = ["--results", tmp_path / "r" / "captions.json", *references]
+    by_line = ["--preds", tmp_path / "r" / "preds.txt", "--refs", tmp_path / "r" / "ref0.txt"]
+    for arguments in (by_image, by_line, ["--results", details, *references]):
+        report, _ = score(script, tmp_path / "s", *arguments)
+        assert report["scores"]["evidence cover"] == mean
+
+    lines = details.read_text().splitlines()
+    others = [json.dumps({**json.loads(lines[0]), "caption": "a penguin"}), "[" * 9999,
+              json.dumps({**json.loads(lines[2]), "table": {}})]
+    details.write_text("\n".join([*others, *lines[3:]]) + "\n")
+    for arguments in (by_image, by_line):
+        report, _ = score(script, tmp_path / "s", *arguments)
+        assert report["scores"]["evidence cover"] == pytest.approx(sum(covers[3:]) / (VAL - 3),
+                                                                   abs=1e-3)
+    details.unlink()
+    report, _ = score(script, tmp_path / "s", *by_image)
+    assert report["left_out"]["evidence cover"] == "no details.jsonl"
+
+
+@pytest.mark.parametrize("fails", ["a folder", "at its second line"])
+def test_evidence_that_cannot_be_read_is_named_and_costs_no_other_score(
+        script, no_java, tmp_path, monkeypatch, fails):
+    def read_covers(path):
+        yield 1, GOOD[0], 0.5
+        raise InputError(f"{path} cannot be read (Input/output error)")
+
+    arguments = lines(tmp_path, GOOD, REFERENCES)
+    if fails == "a folder":
+        (tmp_path / "details.jsonl").mkdir()
+    else:
+        monkeypatch.setattr("antarctic.pairs.read_covers", read_covers)
+    run = script("scorer", *arguments)
+    assert run.code == 0 and "warning: no evidence cover: " in run.err and "details" in run.err
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["left_out"]["evidence cover"] == "no details.jsonl"
+    assert report["scores"]["BLEU-1"] == pytest.approx(GOOD_SCORES["BLEU-1"], abs=5e-5)
+
+
 def test_the_table_says_what_the_json_says(script, world, sampled, no_java, tmp_path):
     report, out = score(script, tmp_path, "--preds", sampled / "preds.txt", "--refs",
                         sampled / "ref0.txt", "--images", world / "val2017", "--clip_model", CLIP)
@@ -284,7 +333,8 @@ def test_captions_without_references_are_held_against_their_images(
         script, world, sampled, no_java, tmp_path):
     report, _ = score(script, tmp_path, "--preds", sampled / "preds.txt", "--images",
                       world / "val2017", "--clip_model", CLIP)
-    assert set(report["scores"]) == {"CLIPScore", "distinct captions", "mean length"}
+    assert set(report["scores"]) == {"CLIPScore", "evidence cover", "distinct captions",
+                                     "mean length"}
     assert report["left_out"]["CIDEr-D"] == report["left_out"]["RefCLIPScore"] == "no --refs"
 
 
@@ -457,6 +507,7 @@ def test_nocaps_domains_are_scored_as_if_each_were_alone(
                              for scores in (report["scores"], *report["domains"].values()))]
     assert "CIDEr-D" not in report["domains"]["out-domain"]  # there is one image
     rows = json.loads((sampled / "captions.json").read_text())
+    shutil.copy(sampled / "details.jsonl", tmp_path)
     for domain, scores in report["domains"].items():
         (tmp_path / "part.json").write_text(
             json.dumps([row for row in rows if domains[row["image_id"]] == domain]))

@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT
 from PIL import ImageChops
 
+from antarctic.datasets import read_coco
+from antarctic.evidence import content
 from model import Captioner, Clip
-from snowglobe import build, choices, measure, scenes
+from snowglobe import build, choices, measure, redundancy, scenes
 from snowglobe.kinds import KINDS
 
 SPLITS = scenes.SPLITS
@@ -213,8 +215,58 @@ def test_runs_of_one_to_four_words_are_counted_within_a_caption():
 
 
 def test_a_line_of_choices_holds_means_and_half_the_spread():
-    results = [{split: dict.fromkeys(
-        ("cider", "object_recall", "object_precision", "table_recall", "table_precision", "entries",
-         "held_out"), value) for split in ("val2017", "near")} for value in (1, 2, 6)]
+    scores = {score for _, score in choices.COLUMNS.values()}
+    results = [{split: dict.fromkeys(scores, value) for split in ("val2017", "near")}
+               for value in (1, 2, 6)]
     assert choices.cells(results)[:2] == ["3.000 ±2.500", "3.000"]
     assert choices.cells(results[:1])[:2] == ["1.000", "1.000"]
+    results[1]["val2017"]["cider"] = None  # of one training there is none
+    assert choices.cells(results)[:2] == ["-", "3.000"]
+
+
+def test_what_is_in_no_table_is_told_from_what_is():
+    assert choices.area([1, 2, 2, 5], [True, False, True, False]) == 3.5 / 4
+    assert choices.area([1, 2], [True, True]) is choices.area([], []) is None
+    dog, cat = ({"groups": [[kind, 1, None]]} for kind in ("dog", "cat"))
+    captions = {1: "a dog", 2: "a dog and a cat", 3: "a cat", 4: "a cat"}
+    tables = {1: "dog", 2: "dogs", 3: "cat", 4: "dog"}
+    records = {i: {"table": [[text, 0.3]], "score": i} for i, text in tables.items()}
+    found = choices.evidence_scores(captions, records, {1: dog, 2: dog, 3: dog, 4: cat})
+    assert found["wrong_said"] == 1 / 3 and found["wrong_unsaid"] == 1 / 2
+    assert found["cover_area"] == 1.5 / 4 and found["score_area"] == 2 / 4
+
+
+CACHE = ["a dog", "the dog", "two dogs", "a red dog", "red", "on the", "a dog on the beach",
+         "sandy beach", "beaches", "a cat", "black cat", "red black cat", "dog", "sand",
+         "dogs"]
+
+
+def test_the_redundancy_of_a_cache_is_that_of_the_plain_formula():
+    sets = [content(text) for text in CACHE if content(text)]
+    counts, nothing_new = [], []
+    for i, own in enumerate(sets):
+        others = [(-len(own & other) / len(own | other), j) for j, other in enumerate(sets)
+                  if j != i]
+        counts.append(sum(overlap <= -0.5 for overlap, _ in others))
+        nothing_new.append(sum(sets[j] <= own for _, j in sorted(others)[:10]) / 10)
+    found = redundancy.redundancy([*CACHE, "a dog"])  # an entry that comes again counts once
+    assert found["entries"] == len(CACHE) and found["content"] == len(sets) / len(CACHE)
+    assert found["mean"] == sum(counts) / len(sets) and max(counts) > 4 > min(counts)
+    assert [found[f"{n}+"] for n in (1, 5, 10)] == [
+        sum(count >= n for count in counts) / len(sets) for n in (1, 5, 10)]
+    assert found["nothing new"] == pytest.approx(sum(nothing_new) / len(sets))
+
+
+def test_caches_of_captions_and_of_files_are_measured(script, world, tmp_path):
+    """The n-grams of a world's captions, as a file too, which says the same."""
+    captions = [text for picture in read_coco(world, "train2017") for text in picture.captions]
+    (tmp_path / "cache.txt").write_text("\n".join(choices.ngrams(captions, 50)) + "\n")
+    run = script("snowglobe.redundancy", "--captions", world, "--entries", 20, 50, "--textfile",
+                 tmp_path / "cache.txt")
+    assert run.code == 0, run.err
+    head, *rows = [line.split() for line in run.out.splitlines()]
+    assert [row[0] for row in rows] == ["20", "50", "50"] and rows[1][:-1] == rows[2][:-1]
+    for arguments in ([], ["--captions", tmp_path / "none.json"], ["--textfile", tmp_path],
+                      ["--captions", world, "--entries", 0]):
+        run = script("snowglobe.redundancy", *arguments)
+        assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1

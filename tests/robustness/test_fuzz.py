@@ -318,7 +318,8 @@ def read_records(path):
     if done:
         write_results(path.parent, records, [PICTURES[row] for row in done], 9, as_csv=True)
         lines = (path.parent / "details.jsonl").read_bytes().splitlines()
-        assert list(map(json.loads, lines)) == [RECORDS[row] for row in done]
+        assert list(map(json.loads, lines)) == [{**RECORDS[row], "cover": 1, "used": ["dog"]}
+                                                for row in done]
 
 
 PICTURES = [Picture(f"{name}.png", Path(f"{name}.png"), (), name * 64) for name in "abcdef"]
