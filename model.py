@@ -20,6 +20,7 @@ from antarctic.checkpoints import checkpoint_settings, load_checkpoint
 from antarctic.clip import Clip
 from antarctic.distributed import warn
 from antarctic.errors import InputError
+from antarctic.evidence import repeats
 from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
@@ -329,16 +330,22 @@ class Model:
         """CLIP's choice among the candidates of each image: n Captions.
 
         features: (n, dim). tables, candidates: of tables() and candidates(). changes: fields of
-        self.decoding; lm_weight lets BART's likelihood count beside CLIP's cosine.
+        self.decoding; lm_weight lets BART's likelihood count beside CLIP's cosine, repeat_weight
+        the words that a candidate says again.
         """
-        weight = replace(self.decoding, **changes).lm_weight
+        decoding = replace(self.decoding, **changes)
+
+        def worth(text, cosine, likelihood):
+            repeated = repeats(text) if decoding.repeat_weight else 0
+            return cosine + decoding.lm_weight * likelihood - decoding.repeat_weight * repeated
+
         all_cosines = rescore(self.clip, features, candidates)
         captions = []
         for table, likelihoods, cosines in zip(tables, candidates, all_cosines):
             ranked = [(text, round(cosine, 5), round(likelihood, 5))
                       for (text, likelihood), cosine in zip(likelihoods.items(), cosines)]
             # Where scores are equal, the likelier text comes first.
-            ranked.sort(key=lambda each: (-each[1] - weight * each[2], -each[2]))
+            ranked.sort(key=lambda each: (-worth(*each), -each[2]))
             text, score = ranked[0][:2] if ranked else ("", 0.0)
             table = [(entry, round(cosine, 5)) for entry, cosine in table]
             captions.append(Caption(text, score, table, ranked))

@@ -165,6 +165,9 @@ def add_decoding_flags(group):
     group.add_argument("--lm_weight", type=float, default=0.0, help="weight of the language "
                        "model's mean log-probability per token beside CLIP's cosine in the choice "
                        "(default %(default)s: CLIP alone)")
+    group.add_argument("--repeat_weight", type=float, default=0.0, help="what a candidate's cosine "
+                       "loses in the choice for each word that it says again, in English; .02 is a "
+                       "good value for samples (default %(default)s)")
 
 
 def require_at_least(least, args, *names):
@@ -193,6 +196,7 @@ class Decoding:
     top_p: float = 1.0  # probability mass of nucleus sampling
     seed: int = 0
     lm_weight: float = 0.0  # of BART's mean log-probability a token, beside CLIP's cosine
+    repeat_weight: float = 0.0  # taken from the cosine for each content word that is said again
 
     def __post_init__(self):
         require_at_least(1, self, "num_beams", "num_return_sequences")
@@ -201,8 +205,9 @@ class Decoding:
                              f"{self.num_return_sequences} candidates; raise --num_beams, or give "
                              f"--do_sample")
         check_sampling(self)
-        if not math.isfinite(self.lm_weight):
-            raise InputError(f"--lm_weight must be a number, not {self.lm_weight}")
+        for name in ("lm_weight", "repeat_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"--{name} must be a number, not {getattr(self, name)}")
 
 
 # -------------------------------------------------------------------------------- files by default

@@ -35,9 +35,14 @@ def word_pattern():
     return re.compile(rf"[{UNSPACED}][{marks}]*|(?:[^\W{UNSPACED}]|[{marks}\u200c\u200d])++")
 
 
+def words_in_order(text):
+    """The words of a text as fold() sees them, a list; of long ones the beginnings."""
+    return [word[:LONGEST_WORD] for word in word_pattern().findall(fold(text))]
+
+
 def words_of(text):
-    """The words of a text as fold() sees them, a set; of long ones the beginnings."""
-    return {word[:LONGEST_WORD] for word in word_pattern().findall(fold(text))}
+    """The words of words_in_order(), a set."""
+    return set(words_in_order(text))
 
 
 @lru_cache(1 << 16)
@@ -62,6 +67,13 @@ def stems(text):
 def content(text):
     """The words of a text that name something, a set of stems."""
     return set(map(stem, words_of(text) - FUNCTION_WORDS))
+
+
+def repeats(text):
+    """How many content words of a text were said before in it: 2 in "a pizza, two pizzas and a
+    pizza"."""
+    words = [stem(word) for word in words_in_order(text) if word not in FUNCTION_WORDS]
+    return len(words) - len(set(words))
 
 
 def from_nowhere(caption, table):

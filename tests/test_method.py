@@ -77,7 +77,8 @@ def test_a_batch_changes_no_caption(method, paths, decoding):
     ]
 
 
-def test_tables_are_the_nearest_entries(method, paths):
+def test_tables_are_the_nearest_entries(load, paths):
+    method = load(table="topk")
     features = method.features(paths)
     vectors = method.clip.encode_texts(method.entries)
     for image, table in zip(features, method.tables(features)):
@@ -101,6 +102,17 @@ def test_candidates_are_ranked_by_clip_and_where_it_ties_by_likelihood(
     monkeypatch.setattr(models, "rescore", lambda *_: [cosines])
     [result] = method.choose(torch.zeros(1, 4), [[("dog", 0.2)]], [candidates], lm_weight=lm_weight)
     assert "".join(text for text, *_ in result.candidates) == order and result.caption == order[0]
+
+
+@pytest.mark.parametrize("weight, order", [(0.0, [0, 1, 2]), (0.06, [1, 0, 2]), (0.3, [1, 2, 0])])
+def test_a_candidate_loses_for_each_word_that_it_says_again(method, monkeypatch, weight, order):
+    texts = ["a red pizza, two Pizzas and a pizza", "a dog on a red box", "the dog and the dogs"]
+    monkeypatch.setattr(models, "rescore", lambda *_: [[0.4, 0.3, 0.2]])
+    [result] = method.choose(torch.zeros(1, 4), [[("dog", 0.2)]], [dict.fromkeys(texts, -1.0)],
+                             repeat_weight=weight)
+    assert [text for text, *_ in result.candidates] == [texts[i] for i in order]
+    assert [cosine for _, cosine, _ in result.candidates] == [
+        pytest.approx(0.4 - 0.1 * i) for i in order]  # CLIP's own
 
 
 @pytest.mark.parametrize("prefix", ["", "a photo of "])
@@ -157,7 +169,8 @@ def test_images_are_paths_or_pictures(method, paths, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"num_beams": 0}, {"num_return_sequences": 4}, {"temperature": 0.0},
-    {"temperature": float("nan")}, {"top_p": 1.5}, {"lm_weight": float("inf")}], ids=str)
+    {"temperature": float("nan")}, {"top_p": 1.5}, {"lm_weight": float("inf")},
+    {"repeat_weight": float("nan")}], ids=str)
 def test_settings_that_cannot_work_are_refused_at_once_and_later(load, method, paths, changes):
     with pytest.raises(InputError):
         load(clip_model="is not loaded", **changes)

@@ -13,7 +13,7 @@ from PIL import ImageChops
 from antarctic.datasets import read_coco
 from antarctic.evidence import content
 from model import Captioner, Clip
-from snowglobe import build, choices, measure, redundancy, scenes
+from snowglobe import build, choices, faults, measure, redundancy, scenes
 from snowglobe.kinds import KINDS
 
 SPLITS = scenes.SPLITS
@@ -234,6 +234,25 @@ def test_what_is_in_no_table_is_told_from_what_is():
     found = choices.evidence_scores(captions, records, {1: dog, 2: dog, 3: dog, 4: cat})
     assert found["wrong_said"] == 1 / 3 and found["wrong_unsaid"] == 1 / 2
     assert found["cover_area"] == 1.5 / 4 and found["score_area"] == 2 / 4
+
+
+@pytest.mark.parametrize("text, counts", [  # repeated, missing, wrong object, colour, count
+    ("two red dogs next to a black cat on the beach", [0, 0, 0, 0, 0]),
+    ("a dog, a dog and a cat", [1, 0, 0, 0, 0]),  # one of two dogs is no wrong count
+    ("a dog and a car", [0, 1, 1, 0, 0]),
+    ("two blue dogs and a white cat", [0, 0, 0, 2, 0]),
+    ("three dogs and two cats", [0, 0, 0, 0, 2]),
+    ("", [0, 2, 0, 0, 0])])
+def test_faults_are_counted_by_kind(text, counts):
+    scene = {"setting": "beach", "groups": [["dog", "red", 2], ["cat", "black", 1]], "size": "",
+             "relation": "next to", "things": [], "seed": 0, "image_id": 1}
+    assert faults.faults(text, scene) == counts
+
+
+def test_a_rule_chooses_among_the_candidates_of_a_record():
+    record = {"candidates": [["a dog, a dog", .30, -2.0], ["a dog", .29, -2.0], ["dog", .28, -1.0]]}
+    assert faults.chosen(record, 0, 0) == "a dog, a dog"
+    assert faults.chosen(record, 0, .02) == "a dog" and faults.chosen(record, .03, 0) == "dog"
 
 
 CACHE = ["a dog", "the dog", "two dogs", "a red dog", "red", "on the", "a dog on the beach",

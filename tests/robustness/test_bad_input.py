@@ -347,6 +347,7 @@ SETTINGS = [
     *(("sampler", "top_p", value) for value in ("0.0", "1.5", "nan")),
     ("sampler", "gallery", -1),
     ("sampler", "lm_weight", "nan"),
+    ("sampler", "repeat_weight", "inf"),
     *((name, "device", "toaster") for name in SCRIPTS),
 ]
 
