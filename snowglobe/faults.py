@@ -81,8 +81,9 @@ def main():
     args = parser.parse_args()
     for savedir in args.results:
         head = "CIDEr-D", "recall", *(f"{n} things" for n in THINGS), *FAULTS
+        rows = measure(args.world, savedir, args.split)
         print(f"\n{savedir}\n{'':20}" + "".join(f"{title:>{WIDTH}}" for title in head))
-        for name, row in measure(args.world, savedir, args.split).items():
+        for name, row in rows.items():
             print(f"{name:20}" + "".join(f"{value:>{WIDTH}.3f}" for value in row))
 
 
