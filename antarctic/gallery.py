@@ -6,6 +6,7 @@ import hashlib
 import html
 import io
 import re
+from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
 
@@ -124,14 +125,48 @@ def graded(table, caption):
     return grades
 
 
-def entry_items(table, caption):
+def spelled(caption, table):
+    """Each run of words of a caption and what lies between them, as a list of (text, the place in
+    the table of the entry that spells the word there, or None). Of several entries it is the
+    shortest one. table: a list of (entry, cosine)."""
+    parts = re.split(r"(\w+)", caption)  # the words are at odd places
+    words, places, lengths = [part.lower() for part in parts[1::2]], {}, {}
+    for place, (entry, _) in enumerate(table):
+        own = re.findall(r"\w+", entry.lower())
+        for start in range(len(words) - len(own) + 1):
+            if words[start:start + len(own)] != own:
+                continue
+            for i in range(start, start + len(own)):
+                if i not in places or len(own) < lengths[i]:
+                    places[i], lengths[i] = place, len(own)
+    return [(part, places.get(i // 2) if i % 2 else None) for i, part in enumerate(parts)]
+
+
+def caption_words(record):
+    """A record's caption as HTML. With maps, each word that an entry spells points to the entry,
+    which has the map."""
+    if "where" not in record:
+        return as_text(record["caption"])
+    words = "".join(html.escape(text) if place is None else
+                    f'<span data-of="{place}">{html.escape(text)}</span>'
+                    for text, place in spelled(record["caption"], record["table"]))
+    return f"<bdi>{words}</bdi>"
+
+
+def entry_items(table, caption, maps=()):
     """The entries of a table as HTML, each a bar that is longer where the entry fits better. Those
     whose words are in the caption are marked.
 
-    table: a list of (entry, cosine). Returns a list of strings.
+    table: a list of (entry, cosine). maps: of the entries, see antarctic.seen. Returns a list of
+    strings.
     """
-    return [f'<li class="b{round(STEPS * (0.1 + 0.9 * fit))}{" used" * used}">{as_text(entry)} '
-            f'{cosine:.3f}' for entry, cosine, used, fit in graded(table, caption)]
+    items = []
+    for (entry, cosine, used, fit), found in zip_longest(graded(table, caption), maps):
+        x, y, text = found or (None, None, None)
+        lit = f' data-map="{text}" data-at="{x} {y}" tabindex="0"' if found else ""
+        items.append(f'<li class="b{round(STEPS * (0.1 + 0.9 * fit))}{" used" * used}"{lit}>'
+                     f'{as_text(entry)} {cosine:.3f}')
+    return items
 
 
 def folded(entries, candidates, references):
@@ -169,10 +204,13 @@ def gallery_card(number, record, references, source=data_uri, read=read_image):
     """
     name = str(record["image_id"])
     image = image_tag(thumbnail(record["file"], read), source, record["caption"] or name)
-    entries = entry_items(record["table"], record["caption"])
-    return (f'<div class="card" data-score="{record["score"]:.5f}">'
+    where, box = record.get("where", {}), ""
+    if where:
+        box = f' data-box="{" ".join(map(str, where["box"]))}" data-side="{where["side"]}"'
+    entries = entry_items(record["table"], record["caption"], where.get("maps", ()))
+    return (f'<div class="card" data-score="{record["score"]:.5f}"{box}>'
             f'<figure popover id="i{number}"><button popovertarget="i{number}">{image}</button>'
-            f'<figcaption><div class="caption">{as_text(record["caption"])}</div>'
+            f'<figcaption><div class="caption">{caption_words(record)}</div>'
             f'<div class="small">{as_text(name)} · CLIP {record["score"]:.3f}</div></figcaption>'
             f'</figure><ol>{"".join(entries[:ENTRIES])}</ol>'
             f'{folded(entries[ENTRIES:], record["candidates"], references)}</div>\n')

@@ -62,6 +62,11 @@ figure button:focus-visible { outline: 3px solid var(--focus); outline-offset: 2
   border-radius: 6px }
 img { display: block; width: 100%; height: 100%; object-fit: contain; border-radius: 6px;
   background: var(--bar) }
+figure button { position: relative }
+canvas { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain;
+  border-radius: 6px; pointer-events: none }
+[data-map], [data-of] { cursor: crosshair }
+.lit { outline: 2px solid var(--focus); outline-offset: 1px }
 figcaption { min-width: 0 }
 .caption { font-size: 1.08rem; font-weight: 600 }
 ol { list-style: none; columns: 2; column-gap: 10px; margin: 10px 0 6px; padding: 0;
@@ -143,6 +148,40 @@ document.onkeydown = event => {
   next.firstElementChild.focus();
   next.showPopover();
 };
+// Pointing at an entry with a map, or at a word that one spells, darkens what did not count for it.
+let lit = [];
+const light = event => {
+  const source = event.target.closest("[data-map], [data-of]"), card = source?.closest(".card");
+  lit.forEach(part => part.localName == "canvas" ? part.remove() : part.classList.remove("lit"));
+  lit = [];
+  const entry = source?.dataset.of ? card.querySelectorAll("ol li")[source.dataset.of] : source;
+  const image = card?.querySelector("img"), side = card?.dataset.side;
+  if (!entry?.dataset.map || !image.naturalWidth) return;
+  const [left, top, right, bottom] = card.dataset.box.split(" ");
+  const [x, y] = entry.dataset.at.split(" "), shares = atob(entry.dataset.map);
+  const veil = document.createElement("canvas"), grid = document.createElement("canvas");
+  const width = veil.width = image.naturalWidth, height = veil.height = image.naturalHeight;
+  const pixels = new ImageData(side, side);
+  for (let i = 0; i < shares.length; i++)
+    pixels.data[4 * i + 3] = 200 * (1 - shares.charCodeAt(i) / 255);
+  grid.width = grid.height = side;
+  grid.getContext("2d").putImageData(pixels, 0, 0);
+  const area = [left * width, top * height, (right - left) * width, (bottom - top) * height];
+  const pen = veil.getContext("2d");
+  pen.fillStyle = "rgb(0 0 0 / .78)";
+  pen.fillRect(0, 0, width, height);
+  pen.clearRect(...area);
+  pen.drawImage(grid, ...area);
+  pen.strokeStyle = "#fff";
+  pen.lineWidth = width / 100;
+  pen.arc(x * width, y * height, width / 30, 0, 7);
+  pen.stroke();
+  image.after(veil);
+  lit = [veil, entry, source];
+  lit.slice(1).forEach(part => part.classList.add("lit"));
+};
+document.addEventListener("pointerover", light);
+document.addEventListener("focusin", light);
 count.value = all;
 tools.hidden = false;
 """

@@ -121,7 +121,7 @@ def attended(query, keys, values, heads, out):
     return linear((weights[..., None] * values).flatten(2), out).float()
 
 
-# ------------------------------------------------------------------------------------------ the maps
+# ----------------------------------------------------------------------------------------- the maps
 
 def maps(c, rows):
     """The share of each patch in the products of vectors with rows: float32 (B, k, side, side).
