@@ -1,13 +1,19 @@
 """Where an entry was seen: shares that add up, the crop that is undone, maps in the results."""
 
+import base64
 import copy
+import json
+import math
+import re
+import shutil
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP
+from conftest import BART, CLIP
 from PIL import Image
 from transformers import (
     AutoTokenizer,
@@ -21,12 +27,19 @@ from transformers import (
     SiglipModel,
 )
 
+from antarctic.cache import Embeddings
 from antarctic.clip import Clip
 from antarctic.errors import InputError
+from antarctic.files import file_sha256
+from antarctic.folders import Picture
+from antarctic.gallery import gallery_card, spelled
 from antarctic.images import read_image
 from antarctic.openai_clip import LAYERS, TOWERS, ResNetClip
 from antarctic.preprocessing import OpenAIPreprocessor
+from antarctic.records import Records
+from antarctic.seen import add_maps, where_of
 from antarctic.where import contributions, map_box, maps, require_maps
+from model import Caption, rescore
 
 MEANS = OpenAIPreprocessor(1, (1, 1))[2:]
 SMALL = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,
@@ -268,3 +281,201 @@ def test_models_whose_shares_are_not_known_are_refused_by_name(siglip, openai):
             require_maps(with_model(openai.model, processor))
     for clip in openai, siglip:
         require_maps(clip)
+
+
+# ------------------------------------------------------------------------------- the sampler's maps
+
+@pytest.fixture(scope="module")
+def flags(world, cache, checkpoint, tmp_path_factory):
+    """The sampler's arguments for three drawings, the second in the middle of a wide photo."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, path in enumerate(sorted((world / "near").glob("*.png"))[:3]):
+        image = Image.open(path)
+        if i == 1:
+            wide = Image.new("RGB", (320, 128), (90, 120, 90))
+            wide.paste(image, (96, 0))
+            wide.save(folder / "wide.png")
+        image.save(folder / f"{i}.png")
+    return ("--textfile", cache.textfile, "--embfile", cache.embfile, "--clip_model", CLIP, "--lm",
+            BART, "--ckpt", checkpoint, "--images", folder)
+
+
+@pytest.fixture
+def sample(script, monkeypatch, flags):
+    """sample(folder, *more) runs the sampler there: (bytes of details.jsonl, records, how many
+    images were captioned, how many got maps)."""
+    counts = {"model.rescore": 0, "antarctic.seen.where_of": 0}
+    for name, function in (("model.rescore", rescore), ("antarctic.seen.where_of", where_of)):
+        def count(*args, name=name, function=function):
+            counts[name] += len(args[2]) if function is rescore else 1
+            return function(*args)
+        monkeypatch.setattr(name, count)
+
+    def sample(folder, *more):
+        counts.update(dict.fromkeys(counts, 0))
+        run = script("sampler", *flags, "--savedir", folder, *more)
+        assert run.code == 0, run.err
+        data = (folder / "details.jsonl").read_bytes()
+        return data, [json.loads(line) for line in data.splitlines()], *counts.values()
+    return sample
+
+
+@pytest.fixture(scope="module")
+def plain(script, flags, tmp_path_factory):
+    """A run without --where: its folder, and the bytes of its details.jsonl."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert script("sampler", *flags, "--savedir", folder).code == 0
+    return folder, (folder / "details.jsonl").read_bytes()
+
+
+def test_a_records_maps_are_the_shares_and_its_peak_lies_in_the_photo(sample, clip, cache,
+                                                                      tmp_path, plain):
+    data, records, captioned, mapped = sample(tmp_path, "--where")
+    assert captioned == mapped == 4
+    entries = cache.textfile.read_text().splitlines()
+    rows = torch.from_numpy(np.load(cache.embfile)).float()
+    for record in records:
+        where, table = record.pop("where"), record["table"]
+        _, c = contributions(clip, [read_image(record["file"])])
+        shares = c[0] @ rows[[entries.index(entry) for entry, _ in table]].T  # (patches, entries)
+        wide = "wide" in record["file"]
+        assert where["side"] == 6 and where["box"] == ([0.3, 0, 0.7, 1] if wide else [0, 0, 1, 1])
+        for (x, y, text), share in zip(where["maps"], shares.T, strict=True):
+            packed = np.frombuffer(base64.b64decode(text), np.uint8)
+            expected = (255 * share / share.max()).clamp(min=0)
+            assert np.abs(packed - expected.numpy()).max() <= 1 and packed.max() == 255
+            row, column = divmod(share.argmax().item(), 6)
+            x = (x - 0.3) / 0.4 if wide else x
+            assert (x, y) == pytest.approx(((column + 0.5) / 6, (row + 0.5) / 6), abs=3e-4)
+    without = [json.loads(line) for line in plain[1].splitlines()]
+    assert [record | {"seal": 0} for record in records] == [each | {"seal": 0} for each in without]
+    page = (tmp_path / "gallery.html").read_text()
+    assert page.count(" data-map=") == sum(len(each["table"]) for each in without)
+    assert "score of the entry came from" in page
+    assert "data-" not in re.sub(" data-score=", "", (plain[0] / "gallery.html").read_text(
+        ).partition("</style>")[2].partition("<script>")[0])
+
+
+def test_maps_are_added_to_records_that_have_none_and_left_out_again(sample, tmp_path, plain):
+    """No image is captioned anew, and both files are those of a first run, to the byte."""
+    fresh, *_ = sample(tmp_path / "fresh", "--where", "--batch_size", "4")
+    folder = Path(shutil.copytree(plain[0], tmp_path / "r"))
+    data, _, captioned, mapped = sample(folder, "--where", "--batch_size", "4")
+    assert data == fresh and (captioned, mapped) == (0, 4)
+    assert sample(folder, "--where")[2:] == (0, 0)
+    assert (folder / "details.jsonl").read_bytes() == fresh
+    assert sample(folder)[::2] == (plain[1], 0)
+    assert sample(folder, "--where", "--workers", "0", "--batch_size", "4")[0] == fresh
+
+
+def test_a_stopped_run_keeps_the_maps_that_it_has(sample, tmp_path, plain, monkeypatch):
+    folder, whole = (Path(shutil.copytree(plain[0], tmp_path / name)) for name in ("r", "whole"))
+    fresh, *_ = sample(whole, "--where", "--batch_size", "1")
+    write, left = Records.write, [2]
+
+    def fail(*args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(BaseException):  # noqa: B017
+        patch.setattr(Records, "write", fail)
+        sample(folder, "--where", "--batch_size", "1")
+    assert (folder / "details.jsonl").read_bytes() == plain[1]
+    without = Path(shutil.copytree(folder, tmp_path / "without"))
+    data, _, captioned, mapped = sample(folder, "--where", "--batch_size", "1")
+    assert data == fresh and (captioned, mapped) == (0, 2)
+    assert not list(folder.glob("*.part"))
+    assert sample(without)[::2] == (plain[1], 0)  # a run without the flag goes on, too
+
+
+CAPTION = Caption("a dog", 0.3, [("dog", 0.3), ("cat", 0.2)], [("a dog", 0.3, -1.0)])
+WHERE = {"box": [0, 0.1, 1, 0.9], "side": 2, "maps": [[0.25, 0.3, "AAD/Ag=="], None]}
+
+
+def one_record(folder, where):
+    """A Records whose part holds one record with these maps, and its Picture."""
+    picture, records = Picture("a.png", Path("a.png"), (), "a" * 64), Records(folder, "0", True)
+    record = records.record_of(picture, CAPTION) | {"where": where}
+    records.write([picture], [record | {"seal": records.seal_of(record)}])
+    return Records(folder, "0", True), picture
+
+
+def test_maps_are_part_of_a_record(tmp_path):
+    records, picture = one_record(tmp_path, WHERE)
+    assert [record["where"] for record in records.read([picture])] == [WHERE]
+    assert not records.missing([picture]) and not records.without_maps([picture])
+    [plain] = Records(tmp_path, "0").read([picture])
+    assert plain == records.record_of(picture, CAPTION) | {"table": [["dog", 0.3], ["cat", 0.2]],
+                                                           "candidates": [["a dog", 0.3, -1.0]]}
+    line = records.part.read_bytes()
+    records.part.write_bytes(line.replace(b"0.25", b"0.26"))
+    assert Records(tmp_path, "0", True).missing([picture]) == [0]
+
+
+@pytest.mark.parametrize("change", [
+    {"side": 0}, {"side": 17}, {"side": True}, {"side": "2"}, {"box": [0, 0, 1]}, {"box": "0001"},
+    {"box": [0, 0, 1, math.nan]}, {"maps": [None]}, {"maps": {}}, {"maps": 7}, {"more": 1},
+    {"maps": [None, [0.2, 0.3, "AAA"]]}, {"maps": [None, [0.2, 0.3, "A\"onload="]]},
+    {"maps": [None, [0.2, "0", "AAD/Ag=="]]}, {"maps": [None, [0.2, "AAD/Ag=="]]},
+    {"maps": [None, [0.2, 0.3, "AAD/Ag==", 1]]}, {"maps": [None, [0.2, 0.3, ["AAD/Ag=="]]]},
+    {"maps": [None, [0.2, 0.3, "AAD/AgAA"]]}, {"maps": [None, [0.2, 0.3, "AAD/Ag==\n"]]}], ids=str)
+def test_a_seal_makes_no_maps_of_other_values(tmp_path, change):
+    """Who knows the settings can seal whatever they like."""
+    records, picture = one_record(tmp_path, WHERE | change)
+    assert records.missing([picture]) == [0]
+
+
+def test_an_image_that_is_not_what_was_captioned_gets_no_map(clip, world, tmp_path):
+    paths = sorted((world / "near").glob("*.png"))[:3]
+    shas = [file_sha256(paths[0]), "b" * 64, "c" * 64]
+    pictures = [Picture(str(path), path, (), sha) for path, sha in zip(paths, shas)]
+    pictures[2] = Picture("gone.png", tmp_path / "gone.png", (), "c" * 64)
+    records, later = Records(tmp_path, "0", True), []
+    records.append(pictures, [CAPTION] * 3)
+    rows = clip.encode_texts(["dog"])
+    model = SimpleNamespace(clip=clip, entries=["dog"], embeddings=Embeddings([rows]))
+    add_maps(model, pictures, records, 2, later)
+    assert [path for path, _ in later] == [paths[1], tmp_path / "gone.png"]
+    assert "changed" in later[0][1] and "No such file" in later[1][1]
+    assert records.without_maps(pictures) == [1, 2]
+    read = list(records.read(pictures))
+    assert ["where" in record for record in read] == [True, False, False]
+    assert [each and len(each) for each in read[0]["where"]["maps"]] == [3, None]  # no cat known
+
+
+def test_large_maps_are_made_small(clip):
+    """A map has 16 x 16 shares at most; the peak is that of the patches."""
+    c = torch.zeros(27 * 27, 4)
+    c[27 * 5 + 20, 0] = 0.5
+    where = where_of((0, 0, 1, 1), c, [("a", 0.1)], {"a": torch.tensor([2.0, 0, 0, 0])})
+    [[x, y, text]] = where["maps"]
+    assert (x, y) == pytest.approx((20.5 / 27, 5.5 / 27), abs=1e-4) and where["side"] == 16
+    packed = np.frombuffer(base64.b64decode(text), np.uint8).reshape(16, 16)
+    assert packed.max() == 255 and packed.argmax() in (16 * 3 + 11, 16 * 3 + 12)
+
+
+# -------------------------------------------------------------------------------------- the gallery
+
+@pytest.mark.parametrize("caption, entries, places", [
+    ("A red dog, on grass", ["red dog", "dog", "grass", "cat"], [None, 0, 1, None, 2]),
+    ("two dogs", ["dog", "two", "two dogs"], [1, 2]),
+    ("a dog and a cat", ["a dog", "!", "dog cat"], [0, 0, None, None, None]),
+    ("Élan é", ["élan"], [0, None]), ("", ["dog"], []), ("!", ["!"], [])])
+def test_a_word_of_a_caption_leads_to_the_shortest_entry_that_spells_it(caption, entries, places):
+    parts = spelled(caption, [(entry, 0.3) for entry in entries])
+    assert "".join(text for text, _ in parts) == caption
+    assert [place for text, place in parts if re.fullmatch(r"\w+", text)] == places
+
+
+def test_a_card_with_maps_shows_texts_as_texts(world):
+    path = str(next((world / "near").glob("*.png")))
+    table = [["<b>dog</b>", 0.3], ["cat", 0.2]]
+    record = {"image_id": 1, "file": path, "caption": "a <b>dog</b> & a cat", "score": 0.3,
+              "table": table, "candidates": [], "where": WHERE}
+    card = gallery_card(0, record, ())
+    assert "<b>" not in card and 'data-box="0 0.1 1 0.9" data-side="2"' in card
+    assert card.count("data-map=") == 1 and 'data-map="AAD/Ag==" data-at="0.25 0.3"' in card
+    words = re.findall(r'<span data-of="(.)">(.*?)</span>', card)
+    assert words == [("0", "b"), ("0", "dog"), ("0", "b"), ("1", "cat")]
