@@ -187,6 +187,8 @@ def test_records_are_in_memory_one_after_the_other(tmp_path, records):
     living, most = weakref.WeakSet(), []
 
     class Records:
+        where = False
+
         def read(self, pictures):
             for picture in pictures:
                 record = Record(records[picture.id] | {"sha256": ""})
