@@ -160,13 +160,24 @@ def entry_items(table, caption, maps=()):
     table: a list of (entry, cosine). maps: of the entries, see antarctic.seen. Returns a list of
     strings.
     """
-    items = []
-    for (entry, cosine, used, fit), found in zip_longest(graded(table, caption), maps):
-        x, y, text = found or (None, None, None)
-        lit = f' data-map="{text}" data-at="{x} {y}" tabindex="0"' if found else ""
-        items.append(f'<li class="b{round(STEPS * (0.1 + 0.9 * fit))}{" used" * used}"{lit}>'
-                     f'{as_text(entry)} {cosine:.3f}')
-    return items
+    return [f'<li class="b{round(STEPS * (0.1 + 0.9 * fit))}{" used" * used}"'
+            f'{map_attributes(found)}>{as_text(entry)} {cosine:.3f}'
+            for (entry, cosine, used, fit), found in zip_longest(graded(table, caption), maps)]
+
+
+def map_attributes(found):
+    """The attributes of an entry's element. found: its map, see antarctic.seen, or None."""
+    if not found:
+        return ""
+    x, y, text = found
+    return f' data-map="{text}" data-at="{x} {y}" tabindex="0"'
+
+
+def box_attributes(where):
+    """The attributes of the element that holds the entries. where: of a record, or None."""
+    if not where:
+        return ""
+    return f' data-box="{" ".join(map(str, where["box"]))}" data-side="{where["side"]}"'
 
 
 def folded(entries, candidates, references):
@@ -204,11 +215,9 @@ def gallery_card(number, record, references, source=data_uri, read=read_image):
     """
     name = str(record["image_id"])
     image = image_tag(thumbnail(record["file"], read), source, record["caption"] or name)
-    where, box = record.get("where", {}), ""
-    if where:
-        box = f' data-box="{" ".join(map(str, where["box"]))}" data-side="{where["side"]}"'
+    where = record.get("where", {})
     entries = entry_items(record["table"], record["caption"], where.get("maps", ()))
-    return (f'<div class="card" data-score="{record["score"]:.5f}"{box}>'
+    return (f'<div class="card" data-score="{record["score"]:.5f}"{box_attributes(where)}>'
             f'<figure popover id="i{number}"><button popovertarget="i{number}">{image}</button>'
             f'<figcaption><div class="caption">{caption_words(record)}</div>'
             f'<div class="small">{as_text(name)} · CLIP {record["score"]:.3f}</div></figcaption>'

@@ -109,9 +109,36 @@ figure::backdrop { background: #000b }
 @media (scripting: none) { .tools[hidden] { display: none } }
 """
 
+# Darkens an image where a map has no share, and outside of its box. The canvas lies over the image.
+# card, entry: the elements that hold the box, and the map with its peak, see gallery.
+VEIL = """
+const veilOver = (image, card, entry) => {
+  const veil = document.createElement("canvas"), grid = document.createElement("canvas");
+  const width = veil.width = image.naturalWidth, height = veil.height = image.naturalHeight;
+  const [left, top, right, bottom] = card.dataset.box.split(" "), side = card.dataset.side;
+  const [x, y] = entry.dataset.at.split(" "), shares = atob(entry.dataset.map);
+  const pixels = new ImageData(+side, +side), pen = veil.getContext("2d");
+  for (let i = 0; i < shares.length; i++)
+    pixels.data[4 * i + 3] = 200 * (1 - shares.charCodeAt(i) / 255);
+  grid.width = grid.height = side;
+  grid.getContext("2d").putImageData(pixels, 0, 0);
+  const box = [left * width, top * height, (right - left) * width, (bottom - top) * height];
+  pen.fillStyle = "rgb(0 0 0 / .78)";
+  pen.fillRect(0, 0, width, height);
+  pen.clearRect(...box);
+  pen.drawImage(grid, ...box);
+  pen.strokeStyle = "#fff";
+  pen.lineWidth = Math.min(width, height) / 100;
+  pen.arc(x * width, y * height, 3 * pen.lineWidth, 0, 7);
+  pen.stroke();
+  image.after(veil);
+  return veil;
+};
+"""
+
 # A typed word is found where a word begins. Scripts without capital letters, some of which have no
 # spaces either, are searched anywhere.
-SCRIPT = r"""
+SCRIPT = VEIL + r"""
 const tools = document.querySelector(".tools"), [search, order, count] = tools.children;
 const cards = [...document.querySelectorAll(".card")];
 const all = cards.length + (cards.length == 1 ? " image" : " images");
@@ -148,36 +175,12 @@ document.onkeydown = event => {
   next.firstElementChild.focus();
   next.showPopover();
 };
-// Pointing at an entry with a map, or at a word that one spells, darkens what did not count for it.
 let lit = [];
 const light = event => {
   const source = event.target.closest("[data-map], [data-of]"), card = source?.closest(".card");
   lit.forEach(part => part.localName == "canvas" ? part.remove() : part.classList.remove("lit"));
-  lit = [];
   const entry = source?.dataset.of ? card.querySelectorAll("ol li")[source.dataset.of] : source;
-  const image = card?.querySelector("img"), side = card?.dataset.side;
-  if (!entry?.dataset.map || !image.naturalWidth) return;
-  const [left, top, right, bottom] = card.dataset.box.split(" ");
-  const [x, y] = entry.dataset.at.split(" "), shares = atob(entry.dataset.map);
-  const veil = document.createElement("canvas"), grid = document.createElement("canvas");
-  const width = veil.width = image.naturalWidth, height = veil.height = image.naturalHeight;
-  const pixels = new ImageData(side, side);
-  for (let i = 0; i < shares.length; i++)
-    pixels.data[4 * i + 3] = 200 * (1 - shares.charCodeAt(i) / 255);
-  grid.width = grid.height = side;
-  grid.getContext("2d").putImageData(pixels, 0, 0);
-  const area = [left * width, top * height, (right - left) * width, (bottom - top) * height];
-  const pen = veil.getContext("2d");
-  pen.fillStyle = "rgb(0 0 0 / .78)";
-  pen.fillRect(0, 0, width, height);
-  pen.clearRect(...area);
-  pen.drawImage(grid, ...area);
-  pen.strokeStyle = "#fff";
-  pen.lineWidth = width / 100;
-  pen.arc(x * width, y * height, width / 30, 0, 7);
-  pen.stroke();
-  image.after(veil);
-  lit = [veil, entry, source];
+  lit = entry?.dataset.map ? [veilOver(card.querySelector("img"), card, entry), entry, source] : [];
   lit.slice(1).forEach(part => part.classList.add("lit"));
 };
 document.addEventListener("pointerover", light);

@@ -27,6 +27,7 @@ from transformers import (
     SiglipModel,
 )
 
+from antarctic import page
 from antarctic.cache import Embeddings
 from antarctic.clip import Clip
 from antarctic.errors import InputError
@@ -38,8 +39,9 @@ from antarctic.openai_clip import LAYERS, TOWERS, ResNetClip
 from antarctic.preprocessing import OpenAIPreprocessor
 from antarctic.records import Records
 from antarctic.seen import add_maps, where_of
+from antarctic.studio import Studio, Words
 from antarctic.where import contributions, map_box, maps, require_maps
-from model import Caption, rescore
+from model import Caption, Model, rescore
 
 MEANS = OpenAIPreprocessor(1, (1, 1))[2:]
 SMALL = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,
@@ -479,3 +481,50 @@ def test_a_card_with_maps_shows_texts_as_texts(world):
     assert card.count("data-map=") == 1 and 'data-map="AAD/Ag==" data-at="0.25 0.3"' in card
     words = re.findall(r'<span data-of="(.)">(.*?)</span>', card)
     assert words == [("0", "b"), ("0", "dog"), ("0", "b"), ("1", "cat")]
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+@pytest.mark.parametrize("words", [Words(), Words(("penguin",), ("penguin", "sea", "sky"))],
+                         ids=["", "words"])
+def test_the_page_shows_the_maps_of_both_tables(cache, checkpoint, world, clip, words):
+    path = str(sorted((world / "out").glob("*.png"))[4])
+    model = Model.load(CLIP, BART, checkpoint, cache.textfile, cache.embfile, topk=5, device="cpu")
+    studio = Studio(model)
+    result, seconds = studio.caption(path, words)
+    [expected] = model.with_words(*words).caption([path])
+    assert result == expected
+    where = studio.where(path, result.table, words)
+    _, c = contributions(clip, [read_image(path)])
+    peaks = [c[0] @ clip.encode_texts([entry])[0] for entry, _ in result.table]
+    for (x, y, _), shares in zip(where["maps"], peaks, strict=True):
+        row, column = divmod(shares.argmax().item(), 6)
+        assert (x, y) == pytest.approx(((column + 0.5) / 6, (row + 0.5) / 6), abs=1e-4)
+    shown = page.caption_html(result, seconds, None, [where, None])
+    assert shown.count(" data-map=") == len(result.table) and "Point at an entry" in shown
+    both = page.caption_html(result, seconds, result, [where, where])
+    assert both.count(" data-map=") == 2 * len(result.table) and both.count(" data-box=") == 2
+    assert "data-" not in page.caption_html(result, seconds)
+
+
+def test_the_page_does_without_maps_where_they_are_not_known(cache, monkeypatch, world):
+    def refuse(clip):
+        raise InputError("not this kind")
+
+    monkeypatch.setattr("antarctic.studio.require_maps", refuse)
+    studio = Studio(Model.load(CLIP, BART, "none", cache.textfile, cache.embfile, device="cpu"))
+    path = str(next((world / "near").glob("*.png")))
+    result, _ = studio.caption(path)
+    assert studio.where(path, result.table) is None
+
+
+def test_a_clip_that_has_no_maps_is_refused_before_any_image_is_encoded(script, flags, tmp_path,
+                                                                        monkeypatch):
+    folder = Path(shutil.copytree(CLIP, tmp_path / "clip"))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"do_center_crop": False, "do_resize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(Clip, "try_out", lambda self: None)
+    run = script("sampler", *flags, "--clip_model", folder, "--savedir", tmp_path / "r", "--where")
+    assert run.code == 2 and run.err.count("--where cannot tell") == 1
+    assert not (tmp_path / "r" / "preds.txt").exists()
