@@ -90,7 +90,7 @@ class Shares:
         self.written = centred / deviation[:, None, None] * norm.weight
 
     def project(self, projection, inputs, output):
-        self.finish(linear(self.written, projection.weight), output)
+        self.finish(linear(self.written, projection.weight.float()), output)
 
     def pool(self, head, inputs, output):
         """The shares of SigLIP's patches in what its pooling head makes of them."""
@@ -100,6 +100,7 @@ class Shares:
             attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)))
         written = attended(query, keys, values, attention.num_heads, attention.out_proj.weight)
         state = written.sum(1, keepdim=True) + attention.out_proj.bias  # (B, 1, width)
+        state, written = state.to(states.dtype), written.to(states.dtype)
 
         def slope(share):
             return torch.func.jvp(lambda state: head.mlp(head.layernorm(state)), (state,),
@@ -118,7 +119,7 @@ def attended(query, keys, values, heads, out):
     query, keys, values = (states.unflatten(-1, (heads, -1)) for states in (query, keys, values))
     scores = torch.einsum("bqhd,bnhd->bnh", query, keys) * query.shape[-1] ** -0.5
     weights = scores.float().softmax(1)  # (B, N, heads)
-    return linear((weights[..., None] * values).flatten(2), out).float()
+    return linear((weights[..., None] * values).flatten(2), out.float()).float()
 
 
 # ----------------------------------------------------------------------------------------- the maps

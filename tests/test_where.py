@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from antarctic import page
-from antarctic.cache import Embeddings
+from antarctic.cache import Embeddings, read_cache
 from antarctic.clip import Clip
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
@@ -42,6 +42,7 @@ from antarctic.seen import add_maps, where_of
 from antarctic.studio import Studio, Words
 from antarctic.where import contributions, map_box, maps, require_maps
 from model import Caption, Model, rescore
+from snowglobe.where import inside, measure
 
 MEANS = OpenAIPreprocessor(1, (1, 1))[2:]
 SMALL = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,
@@ -59,29 +60,27 @@ def images(world):
     return [read_image(path) for path in sorted((world / "near").glob("*.png"))[:3]]
 
 
-def model_folder(folder, network, config, processor, **vision):
-    """A folder with a small model of random weights, which are large enough to matter."""
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    """A small SigLIP with random weights, large enough to matter: 32 pixels in patches of 10, so
+    that two are in none."""
+    folder = tmp_path_factory.mktemp("siglip")
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(CLIP)
-    tokenizer.save_pretrained(folder)
-    text = SMALL | {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
-    if network is not CLIPModel:
-        text["projection_size"] = SMALL["hidden_size"]
-    model = network(config(text_config=text, vision_config=SMALL | vision, projection_dim=32))
+    AutoTokenizer.from_pretrained(CLIP).save_pretrained(folder)
+    text = SMALL | {"vocab_size": 1100, "bos_token_id": 0, "eos_token_id": 1, "projection_size": 48}
+    model = SiglipModel(SiglipConfig(
+        text_config=text, vision_config=SMALL | {"image_size": 32, "patch_size": 10}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def siglip(tmp_path_factory):
-    """32 pixels in patches of 10: two are in none."""
-    return Clip(model_folder(
-        tmp_path_factory.mktemp("siglip"), SiglipModel, SiglipConfig,
-        SiglipImageProcessorPil(size={"height": 32, "width": 32}), image_size=32, patch_size=10))
+def siglip(siglip_folder):
+    return Clip(siglip_folder)
 
 
 @pytest.fixture(scope="module")
@@ -200,11 +199,14 @@ def test_siglips_shares_are_the_slope_of_its_pooling_head(siglip, images):
         head.float()
 
 
-def test_bfloat16_gives_nearly_the_same_shares(images, clip):
-    rounded = Clip(CLIP, image_dtype=torch.bfloat16)
+@pytest.mark.parametrize("how", [{"image_dtype": torch.bfloat16}, {"dtype": torch.bfloat16}],
+                         ids=["by autocast", "weights too"])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_bfloat16_gives_nearly_the_same_shares(images, kind, how, request, siglip_folder):
+    rounded = Clip(CLIP if kind == "clip" else siglip_folder, **how)
     features, c = contributions(rounded, images)
     assert torch.equal(features, rounded.encode_images(images)) and c.dtype == torch.float32
-    exact = contributions(clip, images)[1]
+    exact = contributions(request.getfixturevalue(kind), images)[1]
     assert (c - exact).norm() < 0.05 * exact.norm()
 
 
@@ -528,3 +530,21 @@ def test_a_clip_that_has_no_maps_is_refused_before_any_image_is_encoded(script, 
     run = script("sampler", *flags, "--clip_model", folder, "--savedir", tmp_path / "r", "--where")
     assert run.code == 2 and run.err.count("--where cannot tell") == 1
     assert not (tmp_path / "r" / "preds.txt").exists()
+
+
+# ----------------------------------------------------------------------------------- how good it is
+
+def test_most_peaks_lie_in_a_box_of_the_named_kind(clip, world, cache):
+    entries, embeddings = read_cache([cache.textfile], [cache.embfile], clip.identity, clip.dim)
+    numbers, prepared = measure(clip, world, "val2017", entries, embeddings[:], 24)
+    count, shares, masked, chance, *_ = numbers
+    assert len(prepared) == 8 and count > 20
+    assert shares > 0.8 and shares > chance + 0.4 and shares > masked
+
+
+def test_boxes_are_those_that_are_drawn():
+    things = [{"kind": "dog", "x": 0.25, "y": 1.0, "size": 0.5},
+              {"kind": "cat", "x": 0.75, "y": 0.5, "size": 0.3}]
+    assert inside({"things": things}, "dog", 4).tolist() == 2 * [4 * [False]] + 2 * [
+        [True, True, False, False]]
+    assert inside({"things": things}, "cat", 4).nonzero().tolist() == [[1, 2], [1, 3]]
