@@ -89,11 +89,15 @@ def seen(model, images, tables):
 
 
 def vectors_of(model, tables):
-    """{entry: its row of the cache, float32 (dim,)} of tables, lists of (entry, cosine)."""
+    """{entry: its row of the cache, float32 (dim,)} of tables, lists of (entry, cosine). What was
+    taught has its own row, under the noun that a table has."""
     texts = {entry for table in tables for entry, _ in table}
     numbers = [row for row, entry in enumerate(model.entries) if entry in texts]
     rows = model.embeddings.only(numbers)[:]
-    return {model.entries[number]: row for number, row in zip(numbers, rows)}
+    vectors = {model.entries[number]: row for number, row in zip(numbers, rows)}
+    if taught := getattr(model, "taught", None):
+        vectors |= {thing.noun: row for thing, row in zip(taught.things, taught.rows)}
+    return vectors
 
 
 def where_of(box, c, table, vectors):

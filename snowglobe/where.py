@@ -3,14 +3,18 @@
     python -m snowglobe.where --datadir demo/world
     python -m snowglobe.where --datadir demo/world other/world --split near \\
         --textfile demo/added.txt --embfile demo/added.npy
+    python -m snowglobe.where --taught
 
 Counts the entries of tables that name one kind, and one that is in the image. Beside the shares of
 patches stands MaskCLIP's way, which treats the last layer's values of a patch as those of the class
 token (Zhou et al. 2022, https://arxiv.org/abs/2112.01071), and chance: the share of the patches
 whose middle lies in such a box. Prints a table, and what maps cost beside encoding, on one thread.
+--taught does so with things that were taught from five pictures each, six at once (compute_cache.py
+--teach), on 20 others with each thing; beside them stand maps of their class word.
 """
 
 import argparse
+import random
 import time
 from pathlib import Path
 
@@ -85,6 +89,74 @@ def measure(clip, datadir, split, entries, embeddings, topk):
     return [len(hits), shares, masked, chance, len(several), *of_several], prepared
 
 
+def draw(rng, name, alone):
+    """A scene with a stranger, alone or beside known kinds."""
+    from snowglobe import strangers
+    known = [kind for kind in scenes.KINDS if kind not in (*strangers.STRANGERS, *scenes.HELD_OUT)]
+    return scenes.make_scene(rng, [name] if alone else known, (name,), 1 if alone else 3)
+
+
+def encode(clip, drawn):
+    """contributions() of scenes."""
+    import torch
+
+    from antarctic.where import contributions
+    parts = [contributions(clip, [scenes.draw_scene(scene) for scene in drawn[i:i + BATCH]])
+             for i in range(0, len(drawn), BATCH)]
+    return [torch.cat(each) for each in zip(*parts)]  # (n, dim), (n, patches, dim)
+
+
+def rows_of_taught(clip, rng, names, others, embeddings, topk):
+    """The rows that five pictures of each thing teach, float32 (dim,) each: three of it alone, two
+    beside known kinds. others: vectors of other pictures."""
+    import torch
+
+    from antarctic.cache import search
+    from antarctic.teaching import learn_all, row_of
+    taught = []
+    for name in names:
+        photos, _ = encode(clip, [draw(rng, name, i < 3) for i in range(5)])
+        taught.append((photos.numpy(), others.numpy()[:0]))
+    spread, lessons = learn_all(others.numpy(), taught)
+    scores, _ = search(others, embeddings, topk)
+    least, most = scores[:, -1].mean().item(), scores[:, 0].mean().item()
+    return [torch.from_numpy(row_of(spread, lesson, least, most)) for lesson in lessons]
+
+
+def measure_taught(clip, embeddings, topk, seed, images=20):
+    """Yields (group, images, share by rows, by class words, chance) of one draw."""
+    from snowglobe import strangers
+    strangers.move_in()
+    rng = random.Random(seed)
+    known = [kind for kind in scenes.KINDS if kind not in (*strangers.STRANGERS, *scenes.HELD_OUT)]
+    others, _ = encode(clip, [scenes.make_scene(rng, known) for _ in range(400)])
+    for group, names in zip(("new kinds", "instances"), strangers.REPORTED):
+        rows = rows_of_taught(clip, rng, names, others, embeddings, topk)
+        words = clip.encode_texts([strangers.CLASSES[name] for name in names])
+        for alone in (True, False):
+            hits = []
+            for name, *vectors in zip(names, rows, words):
+                drawn = [draw(rng, name, alone) for _ in range(images)]
+                for scene, c in zip(drawn, encode(clip, drawn)[1]):
+                    scene = {"things": [thing._asdict() for thing in scene.things]}
+                    right = inside(scene, name, side_of(clip)).flatten()
+                    hits.append([*(right[(c @ vector).argmax()].item() for vector in vectors),
+                                 right.float().mean().item()])
+            where = "alone" if alone else "beside others"
+            yield f"{group}, {where}", len(hits), *(sum(way) / len(hits) for way in zip(*hits))
+
+
+def print_taught(clip, embeddings, topk):
+    """Prints the table of measure_taught(), means of three draws."""
+    draws = zip(*(measure_taught(clip, embeddings, topk, seed) for seed in range(3)))
+    print(f"{'':26}{'images':>8}{'shares':>8}{'least, greatest':>18}{'class word':>12}"
+          f"{'chance':>8}")
+    for line in draws:
+        [group, *_], counts, rows, words, chances = zip(*line)
+        print(f"{group:26}{sum(counts):8}{sum(rows) / 3:8.3f}{min(rows):10.3f}{max(rows):8.3f}"
+              f"{sum(words) / 3:12.3f}{sum(chances) / 3:8.3f}", flush=True)
+
+
 def side_of(clip):
     """Patches along one side of an image."""
     vision = clip.model.config.vision_config
@@ -113,8 +185,10 @@ def cost(clip, prepared, vectors, repeats=25):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datadir", type=Path, nargs="+", required=True, metavar="DIR",
-                        help="worlds of snowglobe.scenes")
+    parser.add_argument("--datadir", type=Path, nargs="+", default=[Path("demo/world")],
+                        metavar="DIR", help="worlds of snowglobe.scenes (default: demo/world)")
+    parser.add_argument("--taught", action="store_true",
+                        help="measure things that were taught from pictures, in place of --datadir")
     parser.add_argument("--split", default="val2017", help="split (default %(default)s)")
     parser.add_argument("--textfile", default="demo/cache.txt", metavar="FILE",
                         help="entries of a cache (default %(default)s)")
@@ -132,6 +206,8 @@ def main():
     clip = Clip(str(WEIGHTS / "clip"))
     entries, embeddings = read_cache([args.textfile], [args.embfile], clip.identity, clip.dim)
     embeddings = embeddings[:]
+    if args.taught:
+        return print_taught(clip, embeddings, args.topk)
     widths = [max(10, len(name) + 2) for name in COLUMNS]
     print(f"{'':24}" + "".join(f"{name:>{width}}" for name, width in zip(COLUMNS, widths)))
     for world in args.datadir:

@@ -38,11 +38,11 @@ from antarctic.images import read_image
 from antarctic.openai_clip import LAYERS, TOWERS, ResNetClip
 from antarctic.preprocessing import OpenAIPreprocessor
 from antarctic.records import Records
-from antarctic.seen import add_maps, where_of
+from antarctic.seen import add_maps, seen, where_of
 from antarctic.studio import Studio, Words
 from antarctic.where import contributions, map_box, maps, require_maps
 from model import Caption, Model, rescore
-from snowglobe.where import inside, measure
+from snowglobe.where import inside, measure, measure_taught
 
 MEANS = OpenAIPreprocessor(1, (1, 1))[2:]
 SMALL = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,
@@ -449,6 +449,17 @@ def test_an_image_that_is_not_what_was_captioned_gets_no_map(clip, world, tmp_pa
     assert [each and len(each) for each in read[0]["where"]["maps"]] == [3, None]  # no cat known
 
 
+def test_what_was_taught_is_seen_by_its_own_row(clip, images):
+    """Also where the cache has an entry of that name."""
+    rows = clip.encode_texts(["dog", "Tom"])
+    taught = SimpleNamespace(things=[SimpleNamespace(noun="Tom")], rows=3 * rows[:1])
+    model = SimpleNamespace(clip=clip, entries=["dog", "Tom"], embeddings=Embeddings([rows]),
+                            taught=taught)
+    found = [(clip.prepare(images[0]), (0, 0, 1, 1))]
+    [where] = seen(model, found, [[("Tom", 0.4), ("dog", 0.3)]])
+    assert where["maps"][0] == where["maps"][1]
+
+
 def test_large_maps_are_made_small(clip):
     """A map has 16 x 16 shares at most; the peak is that of the patches."""
     c = torch.zeros(27 * 27, 4)
@@ -540,6 +551,14 @@ def test_most_peaks_lie_in_a_box_of_the_named_kind(clip, world, cache):
     count, shares, masked, chance, *_ = numbers
     assert len(prepared) == 8 and count > 20
     assert shares > 0.8 and shares > chance + 0.4 and shares > masked
+
+
+def test_taught_things_are_seen_where_they_are(clip, cache):
+    pytest.importorskip("snowglobe.strangers")
+    rows = torch.from_numpy(np.load(cache.embfile)).float()
+    [_, (group, count, shares, words, chance), *_] = measure_taught(clip, rows, 10, 0, images=3)
+    assert group == "new kinds, beside others" and count == 18
+    assert shares > 0.7 and shares > words and shares > chance + 0.3
 
 
 def test_boxes_are_those_that_are_drawn():
