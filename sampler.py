@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from antarctic.batches import batch_sizes
+from antarctic.batches import FIRST, batch_sizes
 from antarctic.datasets import read_split
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
@@ -69,6 +69,8 @@ def parse():
     group.add_argument("--csv", action="store_true", help="also write captions.csv")
     group.add_argument("--gallery", type=int, default=200, help="images on gallery.html at most; "
                        "those of more than 500 lie in gallery_files/ (default %(default)s)")
+    group.add_argument("--where", action="store_true", help="also keep, and show on gallery.html, "
+                       "where in the image CLIP's score of each entry came from")
     group.add_argument("--features", metavar="DIR", help="folder where image features are kept for "
                        "later runs (default: --savedir)")
     group = parser.add_argument_group("captions beside the images, for training on them")
@@ -200,6 +202,8 @@ def main():
     # torch, transformers and Pillow take seconds to load, so they wait until arguments are checked.
     from antarctic.exports import Exports
     from antarctic.features import image_features, report_bad_images, require_read
+    from antarctic.seen import add_maps
+    from antarctic.where import require_maps
     from model import Model
 
     exports = Exports(args)
@@ -207,12 +211,14 @@ def main():
     model = Model.load(args.clip_model, args.lm, args.ckpt or "none", args.textfile, args.embfile,
                        args.index, only, ban, args.topk, device=device, dtype=dtype,
                        table=args.table, **asdict(decoding))
+    if args.where:
+        require_maps(model.clip)
     rank, _ = rank_and_world()
     if rank == 0:
         print_safely(escape_control(f"{model}, with {args.ckpt or 'no checkpoint: as pretrained'}"))
     folder, images = on_rank0(lambda: output_folder(args.features or savedir)), len(pictures)
     reading = {"max_pixels": args.max_pixels, "truncated": args.truncated}
-    records = on_rank0(lambda: Records(savedir, settings_of(args, model)))
+    records = on_rank0(lambda: Records(savedir, settings_of(args, model), args.where))
     unread = () if records.lost(pictures) else alone
     later = []  # images that cannot be read now, whatever they hold
     features, pictures, bad = image_features(model.clip, pictures, folder, unread=unread,
@@ -233,6 +239,8 @@ def main():
     exports.begin(pictures)
     captioned, seconds = caption_missing(model, features, pictures, records, exports.add,
                                          args.batch_size)
+    if args.where:
+        add_maps(model, pictures, records, args.batch_size or FIRST, later, args.workers, **reading)
     if rank == 0 and pictures:
         rows, empty = write_results(savedir, records, pictures, args.gallery, args.csv, **reading)
         left, written = exports.finish(rows)

@@ -62,9 +62,11 @@ class Answers:
         def html_of():
             if not photo:
                 return page.WAITING
-            before, result, seconds = self.record(photo, words, only, ban, *dials,
-                                                  visitor=request and request.session_hash)
-            return page.caption_html(result, seconds, before)
+            visitor = request and request.session_hash
+            before, result, seconds = self.record(photo, words, only, ban, *dials, visitor=visitor)
+            where = [one and self.studio.where(photo, one.table, own, visitor) for one, own in (
+                (result, as_words(words, only, ban)), (before, AS_IT_IS))]
+            return page.caption_html(result, seconds, before, where)
         return answer(html_of)
 
     def look_up(self, text, photo, words, only, ban, topk):

@@ -6,15 +6,26 @@ import hashlib
 import html
 import io
 import re
+from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import quote
 
 from antarctic.errors import InputError, counted
-from antarctic.evidence import cover, from_nowhere, graded, pieces, stems, words_of
+from antarctic.evidence import (
+    cover,
+    from_nowhere,
+    graded,
+    pieces,
+    stem,
+    stems,
+    words_in_order,
+    words_of,
+)
 from antarctic.files import atomic, make_folder, remove, sync_folder, writing
 from antarctic.gallery_page import SCRIPT, STEPS, head
 from antarctic.images import read_image
 from antarctic.leftovers import remove_leftovers
+from antarctic.words import fold
 
 # A page of more images has them as files beside it, which a browser reads when they come into
 # sight. Up to here it is one file, which opens in half a second.
@@ -108,19 +119,23 @@ def as_text(text):
     return f"<bdi>{html.escape(text)}</bdi>"
 
 
-def caption_text(caption, table, known=None):
+def caption_text(caption, table, known=None, pointing=False):
     """A caption as HTML. Words that no entry of its table says are underlined. known: words, a set;
-    others are marked."""
+    others are marked. pointing: whether each word that an entry spells points to the entry, which
+    has a map."""
     missing, parts = from_nowhere(caption, table), pieces(caption)
+    places = spelled(parts[1::2], table) if pointing else {}
 
-    def shown(word):
+    def shown(place, word):
         text = html.escape(word)
         if stems(word) & missing:
             text = f'<u title="no entry of the table says this">{text}</u>'
+        if place in places:
+            text = f'<span data-of="{places[place]}">{text}</span>'
         return text if known is None or words_of(word) <= known else f"<mark>{text}</mark>"
 
+    parts[1::2] = [shown(*each) for each in enumerate(parts[1::2])]
     parts[::2] = map(html.escape, parts[::2])
-    parts[1::2] = map(shown, parts[1::2])
     return f"<bdi>{''.join(parts)}</bdi>"
 
 
@@ -130,14 +145,46 @@ def cover_text(caption, table):
     return "" if share is None else f" · {share:.0%} of its words are in the table"
 
 
-def entry_items(table, caption):
+def spelled(words, table):
+    """{place of a word of a caption: place in the table of the entry that spells it there}, of
+    several entries the shortest one. words: of the caption. table: a list of (entry, cosine)."""
+    words, places, lengths = [stem(fold(word)) for word in words], {}, {}
+    for place, (entry, _) in enumerate(table):
+        own = list(map(stem, words_in_order(entry)))
+        for start in range(len(words) - len(own) + 1):
+            if words[start:start + len(own)] != own:
+                continue
+            for i in range(start, start + len(own)):
+                if i not in places or len(own) < lengths[i]:
+                    places[i], lengths[i] = place, len(own)
+    return places
+
+
+def entry_items(table, caption, maps=()):
     """The entries of a table as HTML, each a bar that is longer where the entry fits better. Those
     whose words are in the caption are marked.
 
-    table: a list of (entry, cosine). Returns a list of strings.
+    table: a list of (entry, cosine). maps: of the entries, see antarctic.seen. Returns a list of
+    strings.
     """
-    return [f'<li class="b{round(STEPS * (0.1 + 0.9 * fit))}{" used" * used}">{as_text(entry)} '
-            f'{cosine:.3f}' for entry, cosine, used, fit in graded(table, caption)]
+    return [f'<li class="b{round(STEPS * (0.1 + 0.9 * fit))}{" used" * used}"'
+            f'{map_attributes(found)}>{as_text(entry)} {cosine:.3f}'
+            for (entry, cosine, used, fit), found in zip_longest(graded(table, caption), maps)]
+
+
+def map_attributes(found):
+    """The attributes of an entry's element. found: its map, see antarctic.seen, or None."""
+    if not found:
+        return ""
+    x, y, text = found
+    return f' data-map="{text}" data-at="{x} {y}" tabindex="0"'
+
+
+def box_attributes(where):
+    """The attributes of the element that holds the entries. where: of a record, or None."""
+    if not where:
+        return ""
+    return f' data-box="{" ".join(map(str, where["box"]))}" data-side="{where["side"]}"'
 
 
 def folded(entries, candidates, references):
@@ -175,9 +222,10 @@ def gallery_card(number, record, references, source=data_uri, read=read_image):
     """
     name = str(record["image_id"])
     image = image_tag(thumbnail(record["file"], read), source, record["caption"] or name)
-    entries = entry_items(record["table"], record["caption"])
-    caption = caption_text(record["caption"], record["table"])
-    return (f'<div class="card" data-score="{record["score"]:.5f}">'
+    where = record.get("where", {})
+    entries = entry_items(record["table"], record["caption"], where.get("maps", ()))
+    caption = caption_text(record["caption"], record["table"], pointing=bool(where))
+    return (f'<div class="card" data-score="{record["score"]:.5f}"{box_attributes(where)}>'
             f'<figure popover id="i{number}"><button popovertarget="i{number}">{image}</button>'
             f'<figcaption><div class="caption">{caption}</div>'
             f'<div class="small">{as_text(name)} · CLIP {record["score"]:.3f}'

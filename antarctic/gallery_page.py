@@ -62,6 +62,11 @@ figure button:focus-visible { outline: 3px solid var(--focus); outline-offset: 2
   border-radius: 6px }
 img { display: block; width: 100%; height: 100%; object-fit: contain; border-radius: 6px;
   background: var(--bar) }
+figure button { position: relative }
+canvas { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain;
+  border-radius: 6px; pointer-events: none }
+[data-map], [data-of] { cursor: crosshair }
+.lit { outline: 2px solid var(--focus); outline-offset: 1px }
 figcaption { min-width: 0 }
 .caption { font-size: 1.08rem; font-weight: 600 }
 u { text-decoration: underline dotted }
@@ -105,9 +110,36 @@ figure::backdrop { background: #000b }
 @media (scripting: none) { .tools[hidden] { display: none } }
 """
 
+# Darkens an image where a map has no share, and outside of its box. The canvas lies over the image.
+# card, entry: the elements that hold the box, and the map with its peak, see gallery.
+VEIL = """
+const veilOver = (image, card, entry) => {
+  const veil = document.createElement("canvas"), grid = document.createElement("canvas");
+  const width = veil.width = image.naturalWidth, height = veil.height = image.naturalHeight;
+  const [left, top, right, bottom] = card.dataset.box.split(" "), side = card.dataset.side;
+  const [x, y] = entry.dataset.at.split(" "), shares = atob(entry.dataset.map);
+  const pixels = new ImageData(+side, +side), pen = veil.getContext("2d");
+  for (let i = 0; i < shares.length; i++)
+    pixels.data[4 * i + 3] = 200 * (1 - shares.charCodeAt(i) / 255);
+  grid.width = grid.height = side;
+  grid.getContext("2d").putImageData(pixels, 0, 0);
+  const box = [left * width, top * height, (right - left) * width, (bottom - top) * height];
+  pen.fillStyle = "rgb(0 0 0 / .78)";
+  pen.fillRect(0, 0, width, height);
+  pen.clearRect(...box);
+  pen.drawImage(grid, ...box);
+  pen.strokeStyle = "#fff";
+  pen.lineWidth = Math.min(width, height) / 100;
+  pen.arc(x * width, y * height, 3 * pen.lineWidth, 0, 7);
+  pen.stroke();
+  image.after(veil);
+  return veil;
+};
+"""
+
 # A typed word is found where a word begins. Scripts without capital letters, some of which have no
 # spaces either, are searched anywhere.
-SCRIPT = r"""
+SCRIPT = VEIL + r"""
 const tools = document.querySelector(".tools"), [search, order, count] = tools.children;
 const cards = [...document.querySelectorAll(".card")];
 const all = cards.length + (cards.length == 1 ? " image" : " images");
@@ -144,6 +176,16 @@ document.onkeydown = event => {
   next.firstElementChild.focus();
   next.showPopover();
 };
+let lit = [];
+const light = event => {
+  const source = event.target.closest("[data-map], [data-of]"), card = source?.closest(".card");
+  lit.forEach(part => part.localName == "canvas" ? part.remove() : part.classList.remove("lit"));
+  const entry = source?.dataset.of ? card.querySelectorAll("ol li")[source.dataset.of] : source;
+  lit = entry?.dataset.map ? [veilOver(card.querySelector("img"), card, entry), entry, source] : [];
+  lit.slice(1).forEach(part => part.classList.add("lit"));
+};
+document.addEventListener("pointerover", light);
+document.addEventListener("focusin", light);
 count.value = all;
 tools.hidden = false;
 """

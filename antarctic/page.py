@@ -3,8 +3,10 @@
 Every text of a user, an entry or a model goes through as_text(), so that it is shown as text.
 """
 
+from itertools import zip_longest
+
 from antarctic.evidence import graded, words_of
-from antarctic.gallery import as_text, caption_text, cover_text
+from antarctic.gallery import as_text, box_attributes, caption_text, cover_text, map_attributes
 
 SHOWN = 10  # candidates; the others are folded away
 
@@ -18,6 +20,7 @@ made of. Drop an image, paste one, use the camera, or choose an example.</p></di
 LEGEND = """<p class="ac-small">Bars show how well an entry fits the image (CLIP's cosine: higher is
 better). ✓ marks entries whose words are in the caption; words of the caption that no entry says are
 underlined.%s</p>"""
+POINTING = """ Point at an entry, and the image is dark where its score did not come from."""
 CHANGES = " Yellow is what your words brought; struck out is what they drove out of the table."
 HELP = """<div class="ac-card"><h3>What the page does with your images</h3>
 <p>Images are read on the machine that runs this page, in a folder that is deleted when it stops.
@@ -51,6 +54,9 @@ CSS = """
 .ac-caption u { text-decoration: underline dotted }
 .ac-number { text-align: right !important; font-variant-numeric: tabular-nums; width: 1%;
   white-space: nowrap; overflow-wrap: normal }
+.ac-bars [data-map] { cursor: crosshair; border-radius: 4px }
+.ac-bars .ac-lit { outline: 2px solid #2e9463; outline-offset: 1px }
+#photo canvas.ac-veil { position: absolute; object-fit: contain; pointer-events: none }
 .ac-gone .ac-entry { text-decoration: line-through; opacity: .75 }
 .ac-card table { width: 100%; border-collapse: collapse; font-size: .88rem; border: 0 !important;
   margin: .8rem 0 0 !important }
@@ -72,20 +78,22 @@ def problem(message):
     return f'<div class="ac-card ac-problem" role="alert">{as_text(str(message))}</div>'
 
 
-def bars(table, caption, new=(), gone=()):
+def bars(table, caption, new=(), gone=(), maps=()):
     """A table as bars, in HTML.
 
     table: a list of (entry, cosine). caption: marks the entries whose words it holds. new, gone:
-    entries that are marked as what came, or what went, with the visitor's words.
+    entries that are marked as what came, or what went, with the visitor's words. maps: of the
+    entries, see antarctic.seen.
     """
     rows = []
-    for entry, cosine, used, fit in graded(table, caption):
+    for (entry, cosine, used, fit), found in zip_longest(graded(table, caption), maps):
         kinds = " ".join(name for name, holds in (("ac-used", used), ("ac-new", entry in new),
                                                   ("ac-gone", entry in gone)) if holds)
         name = f"<mark>{as_text(entry)}</mark>" if entry in new else as_text(entry)
         tick = '<span title="in the caption">✓</span>' if used else "<span></span>"
         width = 12 + 88 * fit
-        rows.append(f'<li class="{kinds}">{tick}<span class="ac-entry">{name}</span><span><span '
+        rows.append(f'<li class="{kinds}"{map_attributes(found)}>{tick}'
+                    f'<span class="ac-entry">{name}</span><span><span '
                     f'class="ac-bar" style="width:{width:.0f}%"></span></span>'
                     f'<span class="ac-number">{cosine:.3f}</span></li>')
     return f'<ol class="ac-bars">{"".join(rows)}</ol>'
@@ -115,9 +123,10 @@ def candidates_html(candidates):
     return table
 
 
-def side(result, heading, other=None, after=False):
-    """One caption with its evidence, as HTML. result: a model.Caption. other: that beside it, or
-    None. after: whether this one is with the visitor's words."""
+def side(result, heading, where=None, other=None, after=False):
+    """One caption with its evidence, as HTML. result: a model.Caption. where: the maps of its
+    table, or None. other: the Caption beside it, or None. after: whether this one is with the
+    visitor's words."""
     caption = caption_text(result.caption, result.table)
     if not result.caption:
         caption = "no caption: every candidate held a banned word"
@@ -128,25 +137,28 @@ def side(result, heading, other=None, after=False):
         changed = {entry for entry, _ in result.table} - {entry for entry, _ in other.table}
         new, gone = (changed, ()) if after else ((), changed)
     name = 'class="ac-caption" id="caption"' if after or other is None else 'class="ac-caption"'
-    return (f'<section class="ac-card"><h3>{as_text(heading)}</h3><p {name}>{caption}</p>'
+    maps = where["maps"] if where else ()
+    return (f'<section class="ac-card"{box_attributes(where)}><h3>{as_text(heading)}</h3>'
+            f'<p {name}>{caption}</p>'
             f'<p class="ac-small">CLIP\'s score {result.score:.3f}'
             f'{cover_text(result.caption, result.table)}</p>'
-            f'{bars(result.table, result.caption, new, gone)}'
+            f'{bars(result.table, result.caption, new, gone, maps)}'
             f'{candidates_html(result.candidates)}</section>')
 
 
-def caption_html(result, seconds, before=None):
+def caption_html(result, seconds, before=None, where=(None, None)):
     """The result as HTML. result: the model.Caption. seconds: that it took. before: the Caption
-    without the visitor's words, or None where there are none."""
+    without the visitor's words, or None where there are none. where: the maps of both tables, see
+    antarctic.seen, or None."""
     if before is None:
-        sides, kind = side(result, "Caption"), ""
+        sides, kind = side(result, "Caption", where[0]), ""
     else:
-        sides = (side(result, "With your words", before, after=True)
-                 + side(before, "Before", result))
+        sides = (side(result, "With your words", where[0], before, after=True)
+                 + side(before, "Before", where[1], result))
         kind = " two"
     return (f'<div class="ac-result" aria-live="polite"><div class="ac-sides{kind}">{sides}</div>'
             f'<p class="ac-small">captioned in {seconds:.2f} seconds</p>'
-            f'{LEGEND % (CHANGES if before else "")}</div>')
+            f'{LEGEND % ((POINTING if where[0] else "") + (CHANGES if before else ""))}</div>')
 
 
 def search_html(found):

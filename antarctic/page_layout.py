@@ -6,6 +6,7 @@ import gradio as gr
 
 from antarctic import page
 from antarctic.errors import InputError
+from antarctic.gallery_page import VEIL
 from antarctic.studio import BOUNDS
 from antarctic.uploads import MOST_IMAGES
 
@@ -34,6 +35,26 @@ addEventListener("input", event => {
   clearTimeout(pause);
   pause = setTimeout(() => document.querySelector("#use-words")?.click(), 500);
 });
+</script>"""
+# Pointing at an entry, or moving to it by Tab, darkens the image where its map has no share.
+POINTING = f"""<script>{VEIL}
+let lit, veil;
+const light = event => {{
+  const entry = event.target.closest(".ac-bars [data-map]");
+  const image = document.querySelector("#photo img");
+  lit?.classList.remove("ac-lit");
+  veil?.remove();
+  lit = entry;
+  if (!entry || !image?.naturalWidth) return;
+  entry.classList.add("ac-lit");
+  veil = veilOver(image, entry.closest("[data-box]"), entry);
+  veil.className = "ac-veil";
+  for (const [name, size] of [["left", image.offsetLeft], ["top", image.offsetTop],
+                              ["width", image.offsetWidth], ["height", image.offsetHeight]])
+    veil.style[name] = size + "px";
+}};
+addEventListener("pointerover", light);
+addEventListener("focusin", light);
 </script>"""
 DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
 PRIVATE = {"api_visibility": "private"}
@@ -225,7 +246,7 @@ def launch(page_of, host, port, local, auth=None, max_mb=64, queue=256):
             auth=tuple(auth.split(":", 1)) if auth else None, prevent_thread_lock=True,
             inbrowser=False, footer_links=[], run_history=False, allowed_paths=[],
             max_file_size=max_mb << 20, enable_monitoring=False, ssr_mode=False, pwa=False,
-            mcp_server=False, theme=theme, css=CSS, head=TYPING, show_error=False,
+            mcp_server=False, theme=theme, css=CSS, head=TYPING + POINTING, show_error=False,
             app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]})
     except OSError as error:
         raise InputError(f"the page cannot listen on {host}, port {port}; give another --port or "

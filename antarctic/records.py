@@ -1,5 +1,6 @@
 """The records of captioned images, which later runs take over: known by image and settings."""
 
+import base64
 import json
 import os
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from antarctic.sealed import LONGEST_LINE, checksum, lines_of, seal, unseal
 from antarctic.texts import one_line
 
 EVIDENCE = "caption", "score", "table", "candidates"
+MOST_SIDE = 16  # rows and columns of a map
 # What reading a line raises that another program wrote.
 NO_RECORD = InputError, ValueError, LookupError, TypeError, AttributeError, RecursionError
 
@@ -24,14 +26,16 @@ class Records:
 
     They are lines of details.jsonl, which a finished run wrote, and of the part, to which a run
     appends each batch. In both a checksum tells whether a record is whole and of these settings.
-    settings: a fingerprint of all but the image that decides a caption. Raises InputError where the
-    part cannot be written.
+    settings: a fingerprint of all but the image that decides a caption. where: whether the records
+    that are read have their maps, see antarctic.seen; they are no part of the settings, since they
+    change no caption. Raises InputError where the part cannot be written.
     """
 
-    def __init__(self, folder, settings):
-        self.settings, self.details = settings, folder / "details.jsonl"
+    def __init__(self, folder, settings, where=False):
+        self.settings, self.where, self.details = settings, where, folder / "details.jsonl"
         self.part = folder / f"details-{settings}.jsonl.part"
         self.places = {}  # {key of an image: (file, where its line begins)}
+        self.mapped = set()  # keys of those whose record has maps
         self.files = set()  # paths of the images at that time
         if self.details.is_file():
             with reading(self.details), open(self.details, "rb") as file:
@@ -47,15 +51,21 @@ class Records:
         for line in lines_of(file):
             record, left = self.parse(line, path)
             if record:
-                batch[key_of(record)] = path, start
+                batch[key_of(record)] = path, start, "where" in record
                 self.files.add(str(record["file"]))
             elif path == self.part:
                 break
             start += len(line)
             if not left:
-                self.places |= batch
+                for key, (*place, mapped) in batch.items():
+                    self.place(key, place, mapped)
                 batch, end = {}, start
         return end
+
+    def place(self, key, place, mapped):
+        """Notes where the latest record of an image is. place: (file, where its line begins)."""
+        self.places[key] = place
+        (self.mapped.add if mapped else self.mapped.discard)(key)
 
     def parse(self, line, path):
         """(the record of a line, or None where it is not whole or of other settings; how many lines
@@ -70,13 +80,16 @@ class Records:
         return None, 0
 
     def seal_of(self, record):
-        evidence = (record[name] for name in EVIDENCE)
+        evidence = (record[name] for name in (*EVIDENCE, *["where"] * ("where" in record)))
         return checksum(json.dumps([self.settings, key_of(record), *evidence]).encode()).decode()
 
     def missing(self, pictures):
         """The rows of the pictures without a record, each image once."""
-        first = {picture.key: row for row, picture in reversed(list(enumerate(pictures)))}
-        return sorted(row for key, row in first.items() if key not in self.places)
+        return rows_without(self.places, pictures)
+
+    def without_maps(self, pictures):
+        """The rows of the pictures whose record has no maps, each image once."""
+        return rows_without(self.mapped, pictures)
 
     def lost(self, pictures):
         """Whether some record is of an image that was moved or removed, so that images at other
@@ -86,16 +99,29 @@ class Records:
     def append(self, pictures, captions):
         """Adds a batch to the part. captions: a model.Caption of each picture. Returns the records,
         as details.jsonl has them."""
+        records = list(map(self.record_of, pictures, captions))
+        self.write(pictures, records)
+        return records
+
+    def add_maps(self, pictures, found):
+        """Adds records with maps in place of those without to the part. found: the value of "where"
+        of each picture's record."""
+        records = list(self.read(pictures))
+        for record, where in zip(records, found):
+            record["where"] = where
+            record["seal"] = self.seal_of(record)
+        self.write(pictures, records)
+
+    def write(self, pictures, records):
+        """Adds a batch of records to the part."""
         with writing(self.part), open(self.part, "ab", opener=own_file) as file:
             start = file.tell()
-        records = list(map(self.record_of, pictures, captions))
         left = range(len(records) - 1, -1, -1)  # lines of the batch that follow
         lines = [seal(pair) for pair in zip(records, left)]
-        for picture, line in zip(pictures, lines):
-            self.places[picture.key] = self.part, start
+        for picture, record, line in zip(pictures, records, lines):
+            self.place(picture.key, (self.part, start), "where" in record)
             start += len(line)
         append(self.part, b"".join(lines))
-        return records
 
     def record_of(self, picture, caption):
         """A picture's record. caption: its model.Caption."""
@@ -122,18 +148,40 @@ class Records:
                     raise InputError(f"{path} was changed by another program: {done} of "
                                      f"{len(pictures)} records were read; rerun the same command "
                                      f"to resume")
-                record = {name: record[name] for name in (*EVIDENCE, "sha256", "seal")}
-                yield {"image_id": picture.id, "file": str(picture.path), **record,
-                       **evidence_of(record)}
+                if not self.where:
+                    record.pop("where", None)
+                names = *EVIDENCE, *["where"] * ("where" in record), "sha256"
+                record = {"image_id": picture.id, "file": str(picture.path),
+                          **{name: record[name] for name in names}}
+                yield record | {"seal": self.seal_of(record), **evidence_of(record)}
+
+
+def rows_without(keys, pictures):
+    """The rows of the pictures whose keys are not there, each key once."""
+    first = {picture.key: row for row, picture in reversed(list(enumerate(pictures)))}
+    return sorted(row for key, row in first.items() if key not in keys)
 
 
 def is_record(record):
-    """Whether a record holds values as a model.Caption does: anyone can make a seal."""
+    """Whether a record holds values as a model.Caption does, and maps as antarctic.seen makes them:
+    anyone can make a seal."""
     return (type(record["caption"]) is str and is_number(record["score"])
             and type(record["table"]) is type(record["candidates"]) is list
             and all(type(entry) is str and is_number(cosine) for entry, cosine in record["table"])
             and all(type(text) is str and is_number(cosine) and type(likelihood) in (float, int)
-                    for text, cosine, likelihood in record["candidates"]))
+                    for text, cosine, likelihood in record["candidates"])
+            and ("where" not in record or is_where(record["where"], len(record["table"]))))
+
+
+def is_where(where, entries):
+    """Whether a value is that of "where" in the record of a table of so many entries, see
+    antarctic.seen."""
+    side, found = where["side"], [each for each in where["maps"] if each is not None]
+    return (where.keys() == {"box", "side", "maps"} and type(side) is int and 0 < side <= MOST_SIDE
+            and len(where["box"]) == 4 and len(where["maps"]) == entries
+            and all(map(is_number, (*where["box"], *(share for x, y, _ in found
+                                                     for share in (x, y)))))
+            and all(len(base64.b64decode(text, validate=True)) == side**2 for *_, text in found))
 
 
 def evidence_of(record):

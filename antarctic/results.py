@@ -42,6 +42,9 @@ def write_results(savedir, records, pictures, gallery=200, as_csv=False, **readi
         shown, remark = pictures[:gallery], counted(len(rows), "image")
         if len(shown) < len(rows):
             remark += f", the first {len(shown):,} of them"
+        if records.where:
+            remark += (". Pointing at an entry, or at a word of the caption that an entry spells, "
+                       "lights where in the image CLIP's score of the entry came from")
         # The records are read again: those of thousands of images would take gigabytes.
         section = "Captions", remark, records.read(shown), references[:gallery]
         read = partial(read_image, **reading)

@@ -16,7 +16,9 @@ from antarctic.files import file_sha256, output_folder, write_lines
 from antarctic.images import MOST_PIXELS, read_image
 from antarctic.locks import locked
 from antarctic.scan import kept_in_memory
+from antarctic.seen import vectors_of, where_of
 from antarctic.texts import one_line
+from antarctic.where import contributions, map_box, require_maps
 
 MOST_WORDS, LONGEST_WORD = 1000, 200  # lines of a box; characters of a line
 MOST_SAVED = 1000  # caches in the folder of "Save"
@@ -104,6 +106,11 @@ class Studio:
             model.search = kept_in_memory(model.embeddings)
         self.model, self.max_pixels = model, max_pixels
         self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
+        self.shares, self.has_maps = Recent(32), True
+        try:
+            require_maps(model.clip)
+        except InputError:
+            self.has_maps = False
         self.device, self.running, self.stopped = threading.Lock(), None, False
         self.saving = threading.Lock()
         # This layer runs once a token: between two of them a caption can be stopped.
@@ -152,7 +159,33 @@ class Studio:
             key = file_sha256(path)
         except InputError as error:
             raise InputError("the image is not here any more; upload it again") from error
-        return key, self.features.find(key, lambda: self.model.features(self.picture(path)))
+        return key, self.features.find(key, lambda: self.encode(key, path))
+
+    def encode(self, key, path):
+        """CLIP's unit vector of an image, float32 (1, dim). The shares of its patches are computed
+        with it, where they are known for this CLIP."""
+        return (self.decompose(key, path)[0] if self.has_maps else
+                self.model.features(self.picture(path)))
+
+    def decompose(self, key, path):
+        """(CLIP's unit vector of an image, float32 (1, dim); c, see contributions, of it alone; the
+        box of its maps)."""
+        def make():
+            picture = self.picture(path)
+            features, [c] = contributions(self.model.clip, [picture])
+            return features, c, map_box(self.model.clip, picture.size)
+        return self.shares.find(key, make)
+
+    def where(self, path, table, words=AS_IT_IS, visitor=None):
+        """Where the entries of an image's table were seen, as in records (see antarctic.seen); None
+        where that is not known for this CLIP. words: the Words under which it was made. Raises
+        InputError, and Stopped."""
+        if not self.has_maps:
+            return None
+        with self.turn(visitor):
+            key, _ = self.feature(path)
+            _, c, box = self.decompose(key, path)
+            return where_of(box, c, table, vectors_of(self.with_words(words), [table]))
 
     def with_words(self, words):
         """The Model of a vocabulary. words: a Words."""

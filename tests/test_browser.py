@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -152,6 +153,22 @@ def test_hostile_words_are_text(browse, served):
     assert hostile in entries
     assert not browser.driver.find_elements(By.CSS_SELECTOR, "#result img, #result script")
     assert browser.driver.title == "antarctic-captions"
+
+
+def test_pointing_at_an_entry_lights_where_it_was_seen(browse, served):
+    browser = browse()
+    browser.drop(served.penguin)
+    first, second = browser.driver.find_elements(By.CSS_SELECTOR, ".ac-bars [data-map]")[:2]
+    ActionChains(browser.driver).move_to_element(first).perform()
+    veil = browser.wait(lambda: browser.find("#photo canvas"))
+    assert veil.rect == pytest.approx(browser.find("#photo img").rect, abs=1)
+    drawn = "return arguments[0].toDataURL()"
+    before = browser.driver.execute_script(drawn, veil)
+    browser.driver.execute_script("arguments[0].focus()", second)
+    assert browser.driver.execute_script(drawn, browser.find("#photo canvas")) != before
+    assert len(browser.driver.find_elements(By.CSS_SELECTOR, "#photo canvas, .ac-lit")) == 2
+    ActionChains(browser.driver).move_to_element(browser.find("h1")).perform()
+    assert not browser.driver.find_elements(By.CSS_SELECTOR, "#photo canvas, .ac-lit")
 
 
 def test_a_phone_s_window(browse, served):

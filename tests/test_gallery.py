@@ -187,6 +187,8 @@ def test_records_are_in_memory_one_after_the_other(tmp_path, records):
     living, most = weakref.WeakSet(), []
 
     class Records:
+        where = False
+
         def read(self, pictures):
             for picture in pictures:
                 record = Record(records[picture.id] | {"sha256": ""})
@@ -313,6 +315,52 @@ def test_an_image_is_enlarged_by_mouse_and_keyboard(page, browser, find):
         assert first.size["width"] == small
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def point(browser, element):
+    """Moves the mouse to an element."""
+    from selenium.webdriver import ActionChains
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    ActionChains(browser).move_to_element(element).perform()
+
+
+@pytest.mark.slow
+def test_an_entry_and_a_word_of_the_caption_light_their_map(tmp_path, browser, find, records):
+    """By keyboard and by mouse; what CLIP did not see is dark."""
+    maps = [[0.25, 0.3, "/wAAAA=="], None, [0.75, 0.7, "AAAA/w=="], [0.75, 0.3, "AP8AAA=="]]
+    where = {"box": [0, 0.1, 1, 0.9], "side": 2, "maps": maps}
+    write(tmp_path / "gallery.html", [record | {"where": where} for record in records])
+    browser.get((tmp_path / "gallery.html").as_uri())
+
+    def lit():
+        """The darkness of five places of the image: the four quarters, and the top."""
+        return browser.execute_script("""
+          const canvas = document.querySelector("canvas"), pen = canvas?.getContext("2d");
+          return canvas && [[.15, .2], [.85, .2], [.15, .8], [.85, .8], [.5, .05]].map(([x, y]) =>
+            pen.getImageData(x * canvas.width, y * canvas.height, 1, 1).data[3])""")
+
+    assert lit() is None
+    card = find(".card")[0]
+    first, striped, sign, grass = card.find_elements("css selector", "li[class^=b]")[:4]
+    assert [entry.get_attribute("tabindex") for entry in (first, striped)] == ["0", None]
+    for entry, bright in ((first, 0), (sign, 3), (grass, 1)):
+        browser.execute_script("arguments[0].focus()", entry)
+        dark = lit()
+        assert dark.index(min(dark)) == bright and min(dark) < 10 and dark[4] > 190
+    browser.execute_script("document.activeElement.blur()")
+    point(browser, striped)
+    assert lit() is None
+    for word in card.find_elements("css selector", "[data-of]")[:2]:  # "a dog [0]"
+        point(browser, word)
+        assert lit()[0] < 10
+        assert "lit" in first.get_attribute("class") and "lit" in word.get_attribute("class")
+    point(browser, find("h1")[0])
+    assert lit() is None and not find(".lit")
+    find("figure button")[0].click()  # enlarged
+    point(browser, find("figure:popover-open [data-of]")[1])
+    veil, image = find("canvas")[0].rect, find("figure:popover-open img")[0].rect
+    assert lit()[0] < 10 and veil == image
+    assert not [line for line in browser.get_log("browser") if line["level"] != "WARNING"]
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def small_commands(world, cache, checkpoint):
         world, cache, checkpoint,
         compute_cache={"batch_size": 1},
         trainer={"batch_size": 2, "save_seconds": 0.2},
-        sampler={"batch_size": 2, "do_sample": True, "num_return_sequences": 30},
+        sampler={"batch_size": 2, "do_sample": True, "num_return_sequences": 30, "where": True},
         stories={"batch_size": 2, "caption": ["a red dog", "a whale", "two trains"] * 8})
 
 
