@@ -168,7 +168,7 @@ class Model:
         notes = joined([read_taught(path, clip.identity, clip.dim) for path in embfile])
         taught = Taught(notes, embeddings, topk) if notes else None
         if only or banned:
-            lines = taught.untaught(only) if taught and only else only
+            lines = taught.untaught(only) or only if taught and only else only
             entries, embeddings = restrict(entries, embeddings, lines, banned)
             taught = taught and taught.fitted(embeddings, topk, only, banned)
         warn_of_settings(settings, clip.identity, topk, table, len(entries))
@@ -219,7 +219,7 @@ class Model:
         model = copy(self)
         model.topk = topk or self.topk
         words, only = as_list(words), as_list(only)
-        lines = self.taught.untaught(only) if self.taught and only else only
+        lines = self.taught.untaught(only) or only if self.taught and only else only
         if only:
             folded = set(map(fold, self.entries))
             words = [*words, *(word for word in lines if fold(word) not in folded)]

@@ -65,9 +65,9 @@ def digest_of(tensors, things):
     return digest.hexdigest()
 
 
-def read_taught(embfile, clip_model, dim):
-    """The Notes beside a cache, None where nothing was taught. Raises InputError where the file is
-    damaged, or of another CLIP."""
+def read_taught(embfile, clip_model=None, dim=None):
+    """The Notes beside a cache, None where nothing was taught. clip_model, dim: of the CLIP in use,
+    or None. Raises InputError where the file is damaged, or of another CLIP."""
     path = taught_path(embfile)
     if not path.exists():
         return None
@@ -85,10 +85,10 @@ def read_taught(embfile, clip_model, dim):
             RecursionError) as error:
         raise InputError(f"{path} is damaged, or no file of taught things; move it away, and teach "
                          "them again by compute_cache.py --teach") from error
-    if notes.clip_model != clip_model:
+    if clip_model not in (None, notes.clip_model):
         raise InputError(f"{', '.join(thing.name for thing in notes.things)} of {path} were taught "
                          f"to the CLIP model {notes.clip_model}, not to {clip_model}")
-    if notes.others.shape[1] != dim:
+    if dim not in (None, notes.others.shape[1]):
         raise InputError(f"{path} has {notes.others.shape[1]} dimensions, but the CLIP model "
                          f"{clip_model} has {dim}")
     return notes

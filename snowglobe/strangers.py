@@ -47,8 +47,8 @@ def stranger(name, known, sky=False, big=False):
 @stranger("octopus", "a fish")
 def draw_octopus(pen):
     for i in range(6):
-        x = 0.2 + 0.12 * i
-        pen.line((150, 70, 150), 0.07, x, 0.5, x + (i - 2.5) * 0.06, 0.78, x + (i - 2.5) * 0.02, 0.97)
+        x, out = 0.2 + 0.12 * i, 0.02 * (i - 2.5)
+        pen.line((150, 70, 150), 0.07, x, 0.5, x + 3 * out, 0.78, x + out, 0.97)
     pen.oval((172, 86, 170), 0.2, 0.06, 0.8, 0.64)
     for x in (0.4, 0.6):
         pen.oval(WHITE, x - 0.07, 0.3, x + 0.07, 0.44)
@@ -262,7 +262,8 @@ def draw_nelly(pen):
 def draw_diesel(pen):
     draw_truck(pen, COLOURS["black"])
     for i in range(4):
-        pen.poly((250, 140, 30), 0.06 + i * 0.13, 0.66, 0.12 + i * 0.13, 0.36, 0.17 + i * 0.13, 0.66)
+        x = 0.06 + i * 0.13
+        pen.poly((250, 140, 30), x, 0.66, x + 0.06, 0.36, x + 0.11, 0.66)
 
 
 @stranger("Lucille", "a guitar")
