@@ -63,9 +63,10 @@ class Thing(NamedTuple):
     def called(self, text, anything=False):
         """Captions with the name in place of the first "a (small orange) cat", of a kind also of
         the first "two cats": a list. anything: of each noun phrase, whatever its noun."""
-        one, several = re.escape(self.word), re.escape(plural(self.word))
-        if anything:
+        one, several, first = re.escape(self.word), re.escape(plural(self.word)), ""
+        if anything:  # but where it is, as "in the city"
             one = several = WORD
+            first = "(?<!in )(?<!on )(?<!at )"
         name = self.name.replace("\\", r"\\")
         pairs = [(rf"(?:{ONE}) (?:{WORD} ){{0,3}}{one}(?! of\b)", name)]
         if self.is_kind:
@@ -73,7 +74,7 @@ class Thing(NamedTuple):
             pairs.append((rf"({MANY}) (?:{WORD} ){{0,3}}{several}", rf"\1 {nouns}"))
         found = []
         for pattern, words in pairs:
-            matches = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE))
+            matches = list(re.finditer(rf"(?<!\w){first}{pattern}(?!\w)", text, re.IGNORECASE))
             for match in matches if anything else matches[:1]:
                 found.append(text[:match.start()] + match.expand(words) + text[match.end():])
         return found
