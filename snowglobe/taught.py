@@ -151,12 +151,15 @@ def main():
               "held-out": {kind: (name, f"a {kind}") for kind, name in CALLED.items()}}
     results = {}
     for group, names in groups.items():
-        results[group] = [measure(model, group, names, args, world, seed) for seed in args.draws]
+        results[group] = []
+        for seed in args.draws:  # each is kept, since all take long
+            results[group].append(measure(model, group, names, args, world, seed))
+            write_json(args.savedir / "taught.json", {"cider": world["cider"], "draws": results},
+                       indent=1)
         for what in results[group][0]:
             values = [result[what] for result in results[group]]
             print(f"{group:10} {what:44}{np.mean(values):7.3f}  ({min(values):.3f} to "
                   f"{max(values):.3f})", flush=True)
-    write_json(args.savedir / "taught.json", {"cider": world["cider"], "draws": results}, indent=1)
 
 
 if __name__ == "__main__":
