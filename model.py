@@ -231,7 +231,7 @@ class Model:
             model.entries, model.embeddings = restrict(model.entries, model.embeddings, lines,
                                                        model.banned if ban else None)
             model.search = search  # an index may hold entries that are not left
-        if model.taught:
+        if model.taught and (only or ban or topk):  # a few more words change no usual table
             model.taught = model.taught.fitted(model.embeddings, model.topk, only, model.banned)
         return model
 

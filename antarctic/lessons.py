@@ -89,8 +89,7 @@ def require_photos(name, photos):
         raise InputError(f"{name} needs {FEWEST_PHOTOS} different photos at least, better 5, and "
                          f"there {'is' if len(photos) == 1 else 'are'} {len(photos)}")
     vectors = np.stack([vector for _, vector in photos.values()])
-    different = 1 + int(((vectors @ vectors.T)[np.tril_indices(len(vectors), -1)] < ALIKE).any())
-    if different == 1:
+    if (vectors @ vectors.T).min() > ALIKE:
         raise InputError(f"the photos of {name} are too alike; take them in several places, two of "
                          "them beside other things")
     if len(photos) < 5:
