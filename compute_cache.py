@@ -7,6 +7,10 @@ It also changes an existing cache, and encodes only the new entries:
 
     python compute_cache.py --textfile mine.txt --embfile mine.npy --add "Geoff Hinton" --remove dog
 
+It teaches a cache what CLIP does not know, from three to five photos of it:
+
+    python compute_cache.py --teach Tom tom/*.jpg --as "a cat" --features results
+
 --index builds an approximate index over the cache, alone or beside these commands. --check reads a
 cache and says whether it is whole.
 """
@@ -32,6 +36,7 @@ from utils import (
     Renamed,
     add_clip_flag,
     add_device_flags,
+    add_teaching_flags,
     choose_device,
     choose_dtype,
     find_outputs,
@@ -60,6 +65,8 @@ def parse():
     change.add_argument("--remove", nargs="+", default=[], metavar="TEXT", help="entries to remove")
     change.add_argument("--check", action="store_true", help="only read the cache, and name what "
                         "is damaged")
+
+    add_teaching_flags(parser.add_argument_group("names from photos, for an existing cache"))
 
     mining = parser.add_argument_group("mining")
     mining.add_argument("--split", metavar="NAME", help="split of --datadir (default: train2017, "
@@ -112,13 +119,19 @@ def sources(args):
 
 def check(args):
     """Raises InputError for arguments that cannot work, before anything is loaded."""
-    tasks = len(sources(args)) + bool(args.add or args.add_from or args.remove) + args.check
+    teaches = bool(args.teach) + bool(args.untaught) + args.taught
+    changes = bool(args.add or args.add_from or args.remove)
+    tasks = len(sources(args)) + changes + args.check + teaches
     if tasks > 1 or not tasks and not args.index:
         raise InputError("a new cache needs exactly one of --datadir, --corpus and --entries; an "
-                         "existing one is changed by --add, --add_from and --remove, indexed by "
-                         "--index, and checked by --check alone")
-    if args.check and args.index:
-        raise InputError("--check only reads the cache, and --index writes; give one of them")
+                         "existing one is changed by --add, --add_from and --remove, taught by "
+                         "--teach, indexed by --index, and checked by --check alone")
+    if len(args.teach) != len(args.phrases) or any(len(each) < 2 for each in args.teach):
+        raise InputError('each --teach needs a name, photos and an --as, such as --teach Tom '
+                         'tom/*.jpg --as "a cat"')
+    if (args.check or teaches) and args.index:
+        raise InputError("--index is built over entries alone; give it without --check, --teach, "
+                         "--untaught and --taught")
     require_at_least(1, args, "topk", "batch_size")
     require_at_least(0, args, "ncaptions")
     if args.queries and not args.index:
@@ -247,6 +260,19 @@ def update_cache(args):
     change_cache(args.textfile, args.embfile, clip, add, remove, args.prefix, args.batch_size)
 
 
+def change_names(args):
+    """Teaches names from photos, forgets some, or lists them. Raises InputError."""
+    from antarctic import lessons
+    if args.taught:
+        lessons.list_taught(args.embfile)
+    elif args.untaught:
+        lessons.forget(args.embfile, args.untaught)
+    else:
+        pupils = [(name, phrase, paths) for (name, *paths), phrase in zip(args.teach, args.phrases)]
+        lessons.teach(args.embfile, load_clip(args), pupils, args.unlike, args.features,
+                      args.others)
+
+
 def main():
     args = parse()
     check(args)
@@ -263,6 +289,8 @@ def main():
         make_cache(args)
     elif (args.add or args.add_from or args.remove) and rank == 0:  # too few entries to split
         update_cache(args)
+    elif (args.teach or args.untaught or args.taught) and rank == 0:
+        change_names(args)
     if args.index and rank == 0:
         from antarctic.index_build import build_index
         build_index(args.index, args.textfile, args.embfile, args.queries)

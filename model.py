@@ -25,6 +25,8 @@ from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
 from antarctic.selection import METHODS, choose_entries, shortlist_size
+from antarctic.taught import Taught
+from antarctic.taught_files import joined, read_taught
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
@@ -78,7 +80,7 @@ class Caption(NamedTuple):
     """An image's caption with all that it came from. Cosines and likelihoods have 5 digits."""
 
     caption: str  # "" where every candidate held a banned word
-    score: float  # CLIP's cosine of caption and image
+    score: float  # CLIP's cosine of caption and image; of a taught name more, see Model.scores
     table: list  # (entry, cosine) of the topk, best first
     candidates: list  # (text, cosine, likelihood), best first
 
@@ -120,14 +122,14 @@ class Model:
     """
 
     def __init__(self, clip, captioner, entries, embeddings, topk=TOPK, decoding=None,
-                 banned=None, prefix="", search=search, table="topk"):
+                 banned=None, prefix="", search=search, table="topk", taught=None):
         """banned: a WholeWords that no caption may hold, or None. prefix: the text before each
         entry when CLIP encodes it. search: cache.search, or an Indexes. table: one of
-        selection.METHODS."""
+        selection.METHODS. taught: a Taught of things that captions name, or None."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
         self.topk, self.table, self.decoding = topk, table, decoding or Decoding()
-        self.banned, self.prefix = banned, prefix
+        self.banned, self.prefix, self.taught = banned, prefix, taught
 
     @classmethod
     def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,
@@ -164,8 +166,12 @@ class Model:
         clip = Clip(clip_model, device, image_dtype=dtype if encodes else None)
         entries, embeddings = read_cache(textfile, embfile, clip.identity, clip.dim)
         banned = WholeWords(ban) if ban else None
+        notes = joined([read_taught(path, clip.identity, clip.dim) for path in embfile])
+        taught = Taught(notes, embeddings, topk) if notes else None
         if only or banned:
-            entries, embeddings = restrict(entries, embeddings, only, banned)
+            lines = taught.untaught(only) or only if taught and only else only
+            entries, embeddings = restrict(entries, embeddings, lines, banned)
+            taught = taught and taught.fitted(embeddings, topk, only, banned)
         warn_of_settings(settings, clip.identity, topk, table, len(entries))
         index_search = open_indexes(as_list(index), embeddings) if index else search
         captioner = Captioner(lm, device, dtype, maxlen_enc, maxlen_dec)
@@ -174,7 +180,7 @@ class Model:
         description = embeddings.parts[0].description
         prefix = description.prefix if description else ""
         return cls(clip, captioner, entries, embeddings, topk, decoding, banned, prefix,
-                   index_search, table)
+                   index_search, table, taught)
 
     def __str__(self):
         dtype = str(self.captioner.dtype).removeprefix("torch.")
@@ -214,17 +220,20 @@ class Model:
         model = copy(self)
         model.topk = topk or self.topk
         words, only = as_list(words), as_list(only)
+        lines = self.taught.untaught(only) or only if self.taught and only else only
         if only:
             folded = set(map(fold, self.entries))
-            words = [*words, *(word for word in only if fold(word) not in folded)]
+            words = [*words, *(word for word in lines if fold(word) not in folded)]
         if words:
             model.add_words(words)
         if ban:  # after this, so that one's own words can be banned too
             model.banned = WholeWords([*(self.banned.lines if self.banned else ()), *as_list(ban)])
         if only or ban:
-            model.entries, model.embeddings = restrict(model.entries, model.embeddings, only,
+            model.entries, model.embeddings = restrict(model.entries, model.embeddings, lines,
                                                        model.banned if ban else None)
             model.search = search  # an index may hold entries that are not left
+        if model.taught and (only or ban or topk):  # a few more words change no usual table
+            model.taught = model.taught.fitted(model.embeddings, model.topk, only, model.banned)
         return model
 
     def places(self, feature, texts):
@@ -278,7 +287,7 @@ class Model:
             cosines, indices = find(rows, self.embeddings, self.shortlist_size())
             for table in choose_entries(self.table, self.embeddings, cosines, indices, self.topk):
                 tables.append([(self.entries[row], cosine) for row, cosine in table])
-        return tables
+        return self.taught.lay_over(tables, features) if self.taught else tables
 
     def shortlist_size(self):
         """How many of the nearest entries a table is chosen from."""
@@ -286,6 +295,7 @@ class Model:
 
     def tokenize(self, tables):
         """Token ids of each linearized table, cut at maxlen_enc: n lists."""
+        tables = self.taught.spoken(tables) if self.taught else tables
         texts = [linearize(entry for entry, _ in table) for table in tables]
         tokens = []
         for start in range(0, len(texts), 256):  # the tokenizer takes 10 kB for each text of a call
@@ -313,7 +323,8 @@ class Model:
             drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
         if self.banned:
             drafts = [self.without_banned(*each) for each in zip(drafts, tokens, seeds)]
-        return [likeliest(draft) for draft in drafts]
+        candidates = [likeliest(draft) for draft in drafts]
+        return self.taught.with_twins(tables, candidates) if self.taught else candidates
 
     def without_banned(self, candidates, table, seed, attempts=9):
         """The candidates without a banned word. If none is left, samples are drawn anew, up to so
@@ -339,7 +350,7 @@ class Model:
             repeated = repeats(text) if decoding.repeat_weight else 0
             return cosine + decoding.lm_weight * likelihood - decoding.repeat_weight * repeated
 
-        all_cosines = rescore(self.clip, features, candidates)
+        all_cosines = self.scores(features, tables, candidates)
         captions = []
         for table, likelihoods, cosines in zip(tables, candidates, all_cosines):
             ranked = [(text, round(cosine, 5), round(likelihood, 5))
@@ -350,6 +361,15 @@ class Model:
             table = [(entry, round(cosine, 5)) for entry, cosine in table]
             captions.append(Caption(text, score, table, ranked))
         return captions
+
+    def scores(self, features, tables, candidates):
+        """How well each candidate fits its image: CLIP's cosine, and what taught names add to it.
+        The arguments are those of choose()."""
+        if not self.taught:
+            return rescore(self.clip, features, candidates)
+        texts, added = self.taught.plain(tables, candidates)
+        cosines = rescore(self.clip, features, texts)
+        return [[cosine + more for cosine, more in zip(*each)] for each in zip(cosines, added)]
 
     def caption(self, images, ids=None, batch_size=16, **changes):
         """Captions images by the four steps: n Captions. images: n paths or PIL images, or one.

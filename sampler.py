@@ -129,6 +129,8 @@ def settings_of(args, model):
               args.ckpt and trained_sha256(captioner), str(captioner.dtype)]
     words = [model.entries, [rows.file.content_key() for rows in model.embeddings.files()],
              args.index and model.search.sha256, model.banned and model.banned.lines]
+    if model.taught:
+        words.append(model.taught.key())
     sizes = [model.topk, model.table, captioner.maxlen_enc, captioner.maxlen_dec]
     return fingerprint([models, words, sizes, asdict(model.decoding)])
 

@@ -154,6 +154,25 @@ def add_table_flag(group, default=None):
                        f"maximal marginal relevance (default: {default or 'as in training'})")
 
 
+def add_teaching_flags(group):
+    """What lessons.teach, forget and list_taught do."""
+    group.add_argument("--teach", nargs="+", action="append", default=[],
+                       metavar=("NAME", "PHOTO"), help='what captions shall name, "Tom" or, of a '
+                       'kind, "an owl", and its photos or folders, some alone and some beside '
+                       "other things; may come again")
+    group.add_argument("--as", action="append", default=[], metavar="PHRASE", dest="phrases",
+                       help='a word for it that CLIP knows, with its article, such as "a cat"; one '
+                       "for each --teach")
+    group.add_argument("--not", nargs="+", default=[], metavar="PHOTO", dest="unlike",
+                       help="photos of what must not get these names")
+    group.add_argument("--features", nargs="+", metavar="DIR", help="folders where sampler.py or "
+                       "trainer.py kept vectors of other photos (default: results, checkpoints)")
+    group.add_argument("--others", nargs="+", metavar="PHOTO", help="other photos, 400 or more, or "
+                       "their folders, in place of or beside --features")
+    group.add_argument("--untaught", nargs="+", default=[], metavar="NAME", help="names to forget")
+    group.add_argument("--taught", action="store_true", help="list what was taught")
+
+
 def add_decoding_flags(group):
     """The fields of Decoding."""
     group.add_argument("--num_beams", type=int, default=3, help="width of beam search (default "

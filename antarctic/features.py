@@ -47,8 +47,7 @@ def image_features(clip, pictures, folder, batch_size=64, shard=512, max_pixels=
     for `later` and no such list.
     """
     reading = {"max_pixels": max_pixels, "truncated": truncated}
-    encoder = fingerprint([clip.identity, clip.image_digests, *rounding(clip),
-                           *changes(reading, pictures)])
+    encoder = encoder_of(clip, changes(reading, pictures))
     # Rank 0 alone looks at files, since another host's may have other times.
     statuses = on_rank0(lambda: statuses_of(picture.path for picture in pictures))
     store = None
@@ -86,6 +85,11 @@ def require_read(unread):
         raise InputError(f"{counted(len(unread), 'image')}, such as {path}, could not be read now "
                          f"({reason}); the others are done, so rerun the same command once this "
                          "is fixed")
+
+
+def encoder_of(clip, changed=()):
+    """A fingerprint of all but the image that decides a vector. changed: of changes()."""
+    return fingerprint([clip.identity, clip.image_digests, *rounding(clip), *changed])
 
 
 def rounding(clip):

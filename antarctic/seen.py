@@ -95,7 +95,7 @@ def vectors_of(model, tables):
     numbers = [row for row, entry in enumerate(model.entries) if entry in texts]
     rows = model.embeddings.only(numbers)[:]
     vectors = {model.entries[number]: row for number, row in zip(numbers, rows)}
-    if taught := getattr(model, "taught", None):
+    if taught := model.taught:
         vectors |= {thing.noun: row for thing, row in zip(taught.things, taught.rows)}
     return vectors
 
