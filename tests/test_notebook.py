@@ -134,7 +134,8 @@ def check_real(clone, code, textfile, embfile, checkpoint):
                                           ("penguin", "penguins")) and "penguin" in second
     assert len(printed(cell_of(code, "model.candidates")).splitlines()) == 6
     assert printed(code[-1]).count("Once upon a time there w") == 2
-    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    for text in ("draw_scene(drawing", "contributions("):
+        assert any("image/png" in output.get("data", {}) for output in cell_of(code, text).outputs)
 
 
 # ------------------------------------------------------------------------------- the three branches
@@ -147,6 +148,8 @@ def test_the_notebook_runs_whole_and_names_the_new_thing(clone, tmp_path, monkey
     before, after = before_and_after(code)
     assert "penguin" not in before and "penguin" in after[:2]
     assert "penguin" in printed(cell_of(code, "add_words")).splitlines()[1]  # the best candidate
+    seen = cell_of(code, "contributions(")
+    assert "penguin" in printed(seen) and "image/png" in seen.outputs[-1]["data"]
     assert "Once upon a time there was" in printed(code[-1])
     assert files_of(clone) == there and not (clone / "demo").exists()
     assert not (tmp_path / "pip").exists()  # a clone has what it needs
@@ -154,7 +157,8 @@ def test_the_notebook_runs_whole_and_names_the_new_thing(clone, tmp_path, monkey
 
 @pytest.mark.slow
 def test_it_captions_by_a_persons_own_files_and_leaves_them_alone(clone, hub, world, tmp_path):
-    for command in (["compute_cache.py"], ["trainer.py", "--epochs", "1", "--topk", "16"]):
+    for command in (["compute_cache.py"], ["trainer.py", "--epochs", "1", "--topk", "16",
+                                           "--table", "topk"]):
         run = subprocess.run([sys.executable, *command, "--datadir", world], cwd=clone,
                              capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
