@@ -85,6 +85,11 @@ def make_caches(folder, demo):
     return paths
 
 
+def seconds_each(output):
+    """The seconds an image that a run of sampler.py says it took."""
+    return float(re.search(r"\(([\d.]+) s each\)", output)[1])
+
+
 def measure(folder, name, flags, caches, checkpoint):
     """Scores of one setting: {"val2017": scores, "near": scores}, each as of score_run, with the
     seconds an image.
@@ -104,7 +109,7 @@ def measure(folder, name, flags, caches, checkpoint):
                          savedir, "--features", folder, "--ckpt", checkpoint, "--gallery", 0,
                          *MODELS, *flags)
             with atomic(savedir / "seconds") as file:
-                file.write(re.search(r"([\d.]+) s an image", out)[1])
+                file.write(str(seconds_each(out)))
         pictures = read_coco(folder / "world", split)
         references = {picture.id: list(picture.captions) for picture in pictures}
         described = read_scenes(folder / "world", split)

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, commands
 from PIL import ImageChops
 
 from antarctic.datasets import read_coco
 from antarctic.evidence import content
 from model import Captioner, Clip
-from snowglobe import build, choices, faults, measure, redundancy, scenes
+from snowglobe import build, choices, dials, faults, measure, redundancy, scenes
 from snowglobe.kinds import KINDS
 
 SPLITS = scenes.SPLITS
@@ -247,6 +247,11 @@ def test_faults_are_counted_by_kind(text, counts):
     scene = {"setting": "beach", "groups": [["dog", "red", 2], ["cat", "black", 1]], "size": "",
              "relation": "next to", "things": [], "seed": 0, "image_id": 1}
     assert faults.faults(text, scene) == counts
+
+
+def test_the_seconds_of_a_run_are_what_it_says(script, world, cache, checkpoint, tmp_path):
+    run = script("sampler", *commands(world, cache, checkpoint)["sampler"](tmp_path))
+    assert run.code == 0 and 0 < dials.seconds_each(run.out) < 600
 
 
 def test_a_rule_chooses_among_the_candidates_of_a_record():
