@@ -81,7 +81,7 @@ class Caption(NamedTuple):
 
     caption: str  # "" where every candidate held a banned word
     score: float  # CLIP's cosine of caption and image; of a taught name more, see Model.scores
-    table: list  # (entry, cosine) of the topk, best first
+    table: list  # (entry, cosine) of the topk, as they were chosen, nearest first
     candidates: list  # (text, cosine, likelihood), best first
 
 
@@ -112,7 +112,7 @@ class Model:
     An image becomes a caption in four steps, and caption() takes all four:
 
         features = model.features(images)       # float32 (n, dim): CLIP's unit vectors
-        tables = model.tables(features)         # n lists: the topk nearest entries, best first
+        tables = model.tables(features)         # n lists: of the entries, the topk chosen
         candidates = model.candidates(tables)   # n dicts: what BART writes from each table
         captions = model.choose(features, tables, candidates)   # n Captions: CLIP's choice
 
@@ -274,7 +274,7 @@ class Model:
         return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
 
     def tables(self, features):
-        """The entries of each image's table, best first: n lists of (entry, cosine).
+        """Each image's table: n lists of (entry, cosine), as they were chosen, the nearest first.
 
         features: unit vectors, a float32 tensor (n, dim).
         """

@@ -15,9 +15,9 @@ HEAD = """<!doctype html>
 <title>%s</title>
 <style>%s</style>
 <h1>%s</h1>
-<p class="small">Under each caption are the cache entries that it was written from, with the cosine
-of each with the image, best first. Green entries have their words in the caption; words that no
-entry says are underlined. A click on an image enlarges it.</p>
+<p class="small">Under each caption are the cache entries that it was written from, as they were
+chosen, with the cosine of each with the image. Green entries have their words in the caption; words
+that no entry says are underlined. A click on an image enlarges it.</p>
 <div class="tools" role="search" hidden>
 <input type="search" aria-label="Search" autocomplete="off" spellcheck="false"
  placeholder="Words of captions, entries and names">
