@@ -27,6 +27,7 @@ from antarctic.teaching import learn_all
 USUAL_FOLDERS = "results", "checkpoints"  # where sampler.py and trainer.py keep image vectors
 GOOD_OTHERS = 400
 ALIKE = 0.99  # cosine of photos that are one photo
+SAME = 0.9999  # and of one file, encoded in two batches
 MOST_NAMED = 8  # other photos that a report names
 
 
@@ -57,19 +58,21 @@ def kept_vectors(clip, folders):
     return found
 
 
-def other_photos(clip, features, paths, own, before):
+def other_photos(clip, features, paths, own, vectors, before):
     """(paths or None, vectors (n, dim)) of photos of other things, at most MOST_OTHERS.
 
-    features, paths: --features and --others. own: digests of photos that were taught now. before:
-    the Notes of what was taught earlier, or None: their others serve where there are no new ones.
-    Raises InputError where there are too few.
+    features, paths: --features and --others. own: digests of photos that were taught now. vectors:
+    (m, dim), of all that were taught, now and earlier. before: the Notes of what was taught
+    earlier, or None: their others serve where there are no new ones. Raises InputError where there
+    are too few.
     """
     found = photos_of(clip, paths, "encoding other photos") if paths else {}
     if features or not paths:
         found = kept_vectors(clip, features) | found
     found = [found[digest] for digest in sorted(found.keys() - own)]
     if not found and before:
-        return [None] * len(before.others), before.others
+        found = [(None, vector) for vector in before.others]
+    found = [each for each in found if (vectors @ each[1]).max() < SAME]
     if len(found) < FEWEST_OTHERS:
         raise InputError(f"a name needs {FEWEST_OTHERS} photos of other things at least, better "
                          f"{GOOD_OTHERS}, and there are {len(found)}: --features names a folder in "
@@ -120,9 +123,10 @@ def teach(embfile, clip, pupils, unlike, features, others):
         own |= photos.keys()
         taken = np.stack([vector for _, vector in photos.values()])
         vectors.append((taken, apart_vectors.reshape(-1, clip.dim)))
-    paths, rest = other_photos(clip, features, others, own, before)
     old = [pair for pair in zip(before.things, before.vectors) if pair[0].noun not in nouns
            ] if before else []
+    taught = np.concatenate([photos for photos, _ in (*vectors, *(each for _, each in old))])
+    paths, rest = other_photos(clip, features, others, own, taught, before)
     notes = Notes(clip.identity, rest, [*things, *(thing for thing, _ in old)],
                   [*vectors, *(each for _, each in old)])
     if len(notes.things) > MOST_THINGS:

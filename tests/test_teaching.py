@@ -296,6 +296,22 @@ def test_a_model_names_what_its_cache_was_taught(script, mine, checkpoint, photo
     assert entries == model.entries and len(embeddings) == len(entries)
 
 
+def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photos, tmp_path,
+                                                             monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no results
+    for name in ("others", "Tom", "Flora"):
+        shutil.copytree(photos / name, tmp_path / "all" / name)
+    everything = {"others": [tmp_path / "all"]}
+    for name, options, count in (("Flora", everything, 125), ("Tom", {}, 120),
+                                 ("Flora", everything, 120)):
+        run = script("compute_cache", "--teach", name, photos / name, "--as", "a cat",
+                     *teaching_flags(mine, **options))
+        assert run.code == 0, run.err
+        notes = read_taught(mine.embfile)
+        own = np.concatenate([vectors for vectors, _ in notes.vectors])
+        assert len(notes.others) == count and (notes.others @ own.T).max() < .9999
+
+
 @pytest.mark.parametrize("name, phrase, changed, named", [
     ("Tom", None, {}, "an --as"),
     ("Tom", "cat", {}, "article"),
