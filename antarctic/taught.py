@@ -111,6 +111,10 @@ class Taught:
     def __init__(self, notes, embeddings, topk):
         self.things, self.usual = notes.things, torch.from_numpy(notes.others[:USUAL])
         self.spread, self.lessons = learn_all(notes.others, notes.vectors)
+        for thing, lesson in zip(self.things, self.lessons):
+            if not lesson.threshold > 0:
+                raise InputError(f"the photos of {thing.name} are not apart from others; teach it "
+                                 "again by compute_cache.py --teach, or forget it by --untaught")
         self.fit(embeddings, topk)
 
     def fit(self, embeddings, topk):

@@ -14,7 +14,7 @@ from numpy.linalg import inv
 from antarctic import teaching
 from antarctic.cache import read_cache
 from antarctic.errors import InputError
-from antarctic.taught import Taught, checked_thing
+from antarctic.taught import Taught, Thing, checked_thing
 from antarctic.taught_files import Notes, joined, read_taught, taught_path, write_taught
 from model import Model
 from snowglobe import scenes, strangers
@@ -178,6 +178,36 @@ def test_what_is_written_is_read_and_a_changed_byte_is_told_of(tmp_path):
     taught_path(embfile).write_bytes(whole[:-9])
     with pytest.raises(InputError, match="damaged"):
         read_taught(embfile)
+
+
+def test_a_forged_file_is_told_of_by_its_name(tmp_path):
+    embfile, photos = tmp_path / "c.npy", images(5, 2, [1])
+    notes = notes_of(("Tom", photos))
+    forged = [notes._replace(others=notes.others * 1e30), notes._replace(others=notes.others * 0),
+              notes._replace(vectors=[(photos, photos * np.nan)]),
+              notes._replace(things=[Thing("T|m", "a cat")]),
+              notes._replace(things=[Thing("Tom", "cat")])]
+    for each in forged:
+        write_taught(embfile, each)
+        with pytest.raises(InputError, match="c.npy.taught is damaged"):
+            read_taught(embfile, "clip", DIM)
+    taught_path(embfile).unlink()
+    taught_path(embfile).symlink_to("nowhere")
+    with pytest.raises(InputError, match="c.npy.taught"):  # not as if nothing had been taught
+        read_taught(embfile)
+
+
+def test_photos_that_are_not_apart_from_others_make_no_rows():
+    alike = images(4096, 0)
+    for photos in (-images(5, 2), np.repeat(alike[:1], 5, 0), np.repeat([alike.mean(0)], 5, 0)):
+        try:
+            taught = Taught(notes_of(("Tom", photos)), torch.from_numpy(alike[:50]), 5)
+            assert taught.rows.isfinite().all()
+        except InputError as error:
+            assert "Tom" in str(error) and "--untaught" in str(error)
+    even = np.tile(alike[:1], (300, 1))
+    with pytest.raises(InputError, match="Tom are not apart"):
+        Taught(notes_of(("Tom", even[:5]))._replace(others=even), torch.from_numpy(alike[:50]), 5)
 
 
 def test_a_killed_write_leaves_what_was_taught_before(tmp_path, monkeypatch):
