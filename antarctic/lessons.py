@@ -11,7 +11,7 @@ from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.feature_files import whole_rows
 from antarctic.features import encode_files, encoder_of
 from antarctic.folders import list_images
-from antarctic.taught import checked_thing
+from antarctic.taught import checked_thing, without_article
 from antarctic.taught_files import (
     FEWEST_OTHERS,
     FEWEST_PHOTOS,
@@ -23,6 +23,7 @@ from antarctic.taught_files import (
     write_taught,
 )
 from antarctic.teaching import learn_all
+from antarctic.words import fold
 
 USUAL_FOLDERS = "results", "checkpoints"  # where sampler.py and trainer.py keep image vectors
 GOOD_OTHERS = 400
@@ -111,8 +112,11 @@ def teach(embfile, clip, pupils, unlike, features, others):
         raise InputError(f"the cache {embfile} was made with the CLIP model {said['clip_model']}, "
                          f"not with {clip.identity}")
     before = read_taught(embfile, clip.identity, clip.dim)
+    if files := [name for name, _, _ in pupils if Path(name).is_file()]:
+        raise InputError(f"--teach begins with the name, and {files[0]} is a file: --teach Tom "
+                         f"{files[0]} ...")
     things = [checked_thing(name, phrase) for name, phrase, _ in pupils]
-    nouns = [thing.noun for thing in things]
+    nouns = [noun_of(thing.name) for thing in things]
     if twice := {noun for noun in nouns if nouns.count(noun) > 1}:
         raise InputError(f"{min(twice)} is taught twice; give all photos to one --teach")
     apart, own, vectors = photos_of(clip, unlike, "encoding --not") if unlike else {}, set(), []
@@ -123,7 +127,7 @@ def teach(embfile, clip, pupils, unlike, features, others):
         own |= photos.keys()
         taken = np.stack([vector for _, vector in photos.values()])
         vectors.append((taken, apart_vectors.reshape(-1, clip.dim)))
-    old = [pair for pair in zip(before.things, before.vectors) if pair[0].noun not in nouns
+    old = [pair for pair in zip(before.things, before.vectors) if noun_of(pair[0].name) not in nouns
            ] if before else []
     taught = np.concatenate([photos for photos, _ in (*vectors, *(each for _, each in old))])
     paths, rest = other_photos(clip, features, others, own, taught, before)
@@ -136,8 +140,8 @@ def teach(embfile, clip, pupils, unlike, features, others):
     write_taught(embfile, notes)
     for line in reports:
         print_safely(escape_control(line))
-    print_safely(escape_control(f"taught {', '.join(nouns)} to {embfile}: wrote "
-                                f"{taught_path(embfile)}"))
+    names = ", ".join(thing.noun for thing in things)
+    print_safely(escape_control(f"taught {names} to {embfile}: wrote {taught_path(embfile)}"))
 
 
 def report(notes, i, spread, lesson, paths):
@@ -168,14 +172,21 @@ def report(notes, i, spread, lesson, paths):
 def forget(embfile, names):
     """Forgets names. Raises InputError where one was not taught."""
     notes = read_taught(embfile)
-    known = {name for thing in notes.things for name in thing[:1] + (thing.noun,)} if notes else ()
-    if missing := [name for name in names if name not in known]:
-        raise InputError(f"{missing[0]} was not taught to {embfile}")
+    known = [thing.name for thing in notes.things] if notes else []
+    nouns = {noun_of(name) for name in names}
+    if missing := [name for name in names if noun_of(name) not in map(noun_of, known)]:
+        raise InputError(f"{missing[0]} was not taught to {embfile}, which knows "
+                         f"{', '.join(known) or 'no names'}")
     kept = [pair for pair in zip(notes.things, notes.vectors)
-            if not {pair[0].name, pair[0].noun}.intersection(names)]
+            if noun_of(pair[0].name) not in nouns]
     write_taught(embfile, notes._replace(things=[thing for thing, _ in kept],
                                          vectors=[each for _, each in kept]))
     print_safely(escape_control(f"{embfile} no longer knows {', '.join(names)}"))
+
+
+def noun_of(name):
+    """What two names have in common that are one."""
+    return fold(without_article(name))
 
 
 def list_taught(embfile):

@@ -19,6 +19,7 @@ from antarctic.bounded import parse_json, read_bytes
 from antarctic.errors import InputError
 from antarctic.files import atomic, remove
 from antarctic.taught import Thing, checked_thing
+from antarctic.words import fold
 
 MOST_BYTES = 1 << 28
 MOST_OTHERS = 4096  # 4 a dimension of the largest CLIPs
@@ -133,7 +134,7 @@ def joined(notes):
     pairs = {}
     for each in notes:
         for thing, vectors in zip(each.things, each.vectors):
-            pairs.setdefault(thing.noun, (thing, vectors))
+            pairs.setdefault(fold(thing.noun), (thing, vectors))
     step = -(-len(others) // MOST_OTHERS)
     return Notes(notes[0].clip_model, others[::step], [thing for thing, _ in pairs.values()],
                  [vectors for _, vectors in pairs.values()])

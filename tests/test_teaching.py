@@ -224,6 +224,31 @@ def test_a_killed_write_leaves_what_was_taught_before(tmp_path, monkeypatch):
     assert same(read_taught(embfile), before)
 
 
+def test_an_entry_of_the_text_of_a_name_is_not_the_thing():
+    taught = Taught(notes_of(("an owl", images(5, 2, [1]))), torch.from_numpy(images(50, 20)), 5)
+    table = [("owl", 0.9), ("dog", 0.8), ("tree", 0.7)]
+    shown, other = torch.from_numpy(images(2, 3, [1])[:1]), torch.from_numpy(images(1, 4))
+    [without], [named] = taught.lay_over([table], other), taught.lay_over([table], shown)
+    assert without == table[1:] and taught.here(without) == []
+    assert [score for entry, score in named if entry == "owl"] == [
+        pytest.approx((shown @ taught.rows.T).item())]
+
+
+def test_names_that_differ_in_case_alone_are_one(script, mine, photos):
+    others = {"others": [photos / "others"]}
+    for name in ("Zo\u00e9", "ZOE\u0301"):
+        run = script("compute_cache", "--teach", name, photos / "Tom", "--as", "a cat",
+                     *teaching_flags(mine, **others))
+        assert run.code == 0, run.err
+    assert [thing.name for thing in read_taught(mine.embfile).things] == ["ZOE\u0301"]
+    run = script("compute_cache", *teaching_flags(mine, untaught=["Bo"]))
+    assert run.code == 2 and "knows ZO" in run.err
+    run = script("compute_cache", *teaching_flags(mine, add=["x"], **others))
+    assert run.code == 2 and "nothing is taught" in run.err.replace("\n", " ")
+    assert script("compute_cache", *teaching_flags(mine, untaught=["zo\u00e9"])).code == 0
+    assert not taught_path(mine.embfile).exists()
+
+
 def test_what_lies_beside_several_caches_is_one():
     tom, owl = ("Tom", images(5, 2, [1])), ("an owl", images(4, 3, [2]))
     again = "Tom", images(5, 7, [3])
@@ -347,6 +372,9 @@ def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photo
     ("Tom", "cat", {}, "article"),
     ("T\nm", "a cat", {}, "a line"),
     ("Tom|Rex", "a cat", {}, "a line"),
+    ("\N{CAT FACE}", "a cat", {}, "a letter or digit"),
+    ("The Cat", "a cat", {}, "another one"),
+    (__file__, "a cat", {}, "begins with the name"),
     ("Tom", "a cat", {"photos": "none"}, "no image or folder"),
     ("Tom", "a cat", {"photos": "same"}, "there is 1"),
     ("Tom", "a cat", {"photos": "bad"}, "cannot be read"),
