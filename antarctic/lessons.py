@@ -9,7 +9,7 @@ from antarctic.cache_files import cache_description
 from antarctic.distributed import warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.feature_files import whole_rows
-from antarctic.features import encode_files, encoder_of
+from antarctic.features import encode_files, encoder_of, report_bad_images
 from antarctic.folders import list_images
 from antarctic.taught import checked_thing, without_article
 from antarctic.taught_files import (
@@ -32,17 +32,20 @@ SAME = 0.9999  # and of one file, encoded in two batches
 MOST_NAMED = 8  # other photos that a report names
 
 
-def photos_of(clip, paths, what):
-    """{digest: (path, vector)} of the images of files and folders, each once. Raises InputError
-    where one of them cannot be read. what: what they are, for a bar."""
+def photos_of(clip, paths, what, skip=False):
+    """{digest: (path, vector)} of the images of files and folders, each once. what: what they are,
+    for a bar. One that cannot be read is skipped and told of, or else raises InputError."""
     paths = [picture.path for picture in list_images(paths)]
     with tqdm(total=len(paths), desc=what, unit="image") as bar:
         digests, vectors, bad = encode_files(clip, paths, 64, bar)
-    if bad:
+    if skip:
+        report_bad_images([(paths[i], reason) for i, (reason, _) in sorted(bad.items())],
+                          MOST_NAMED)
+    elif bad:
         i, (reason, _) = min(bad.items())
         raise InputError(f"the photo {paths[i]} cannot be read ({reason}), so nothing was taught; "
                          "leave it out, or mend it")
-    return {digest: (path, vectors[digest]) for digest, path in zip(digests, paths)}
+    return {digest: (path, vectors[digest]) for digest, path in zip(digests, paths) if digest}
 
 
 def kept_vectors(clip, folders):
@@ -67,7 +70,7 @@ def other_photos(clip, features, paths, own, vectors, before):
     earlier, or None: their others serve where there are no new ones. Raises InputError where there
     are too few.
     """
-    found = photos_of(clip, paths, "encoding other photos") if paths else {}
+    found = photos_of(clip, paths, "encoding other photos", skip=True) if paths else {}
     if features or not paths:
         found = kept_vectors(clip, features) | found
     found = [found[digest] for digest in sorted(found.keys() - own)]
