@@ -356,15 +356,28 @@ def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photo
     monkeypatch.chdir(tmp_path)  # where there are no results
     for name in ("others", "Tom", "Flora"):
         shutil.copytree(photos / name, tmp_path / "all" / name)
+    (tmp_path / "all" / "bad.png").write_bytes(b"no image")  # of hundreds of others one may be bad
     everything = {"others": [tmp_path / "all"]}
     for name, options, count in (("Flora", everything, 125), ("Tom", {}, 120),
                                  ("Flora", everything, 120)):
         run = script("compute_cache", "--teach", name, photos / name, "--as", "a cat",
                      *teaching_flags(mine, **options))
         assert run.code == 0, run.err
+        assert ("1 image could not be read and was skipped" in run.err) == bool(options)
         notes = read_taught(mine.embfile)
         own = np.concatenate([vectors for vectors, _ in notes.vectors])
         assert len(notes.others) == count and (notes.others @ own.T).max() < .9999
+
+
+def test_no_twin_holds_a_banned_word(mine, checkpoint):
+    model = Model.load(CLIP, BART, checkpoint, mine.textfile, mine.embfile, device="cpu")
+    rows = model.embeddings[:205].numpy()
+    notes = Notes("", rows[:200], [checked_thing("an owl", "a cat")], [(rows[200:], rows[:0])])
+    model.taught = Taught(notes, model.embeddings, model.topk)
+    model = model.with_words(ban=["owls"])
+    model.captioner.beam = lambda tokens, *_: [[("two cats and a cat", -1.0)] for _ in tokens]
+    [candidates] = model.candidates([[("owl", 1.0), ("cat", .3)]])
+    assert set(candidates) == {"two cats and a cat", "two cats and an owl"}
 
 
 @pytest.mark.parametrize("name, phrase, changed, named", [
