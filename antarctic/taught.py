@@ -162,6 +162,8 @@ class Taught:
             seen = [(self.things[i].noun, score) for score, i in seen if score > self.least]
             # An entry of a name's text is not the thing: CLIP means something else by it.
             kept = [each for each in table if each[0] not in self.by_noun][:len(table) - len(seen)]
+            if not (kept or seen):  # but of such alone the table is as it was
+                kept = table
             for noun, score in seen:
                 place = next((i for i, (_, other) in enumerate(kept) if other < score), len(kept))
                 kept.insert(place, (noun, score))
@@ -170,7 +172,8 @@ class Taught:
 
     def here(self, table):
         """The taught things of a table: a list of (Thing, score)."""
-        return [(self.by_noun[entry], score) for entry, score in table if entry in self.by_noun]
+        return [(self.by_noun[entry], score) for entry, score in table
+                if entry in self.by_noun and score > self.least]
 
     def spoken(self, tables):
         """Tables as BART reads them: with a class word in place of each name, each entry once."""

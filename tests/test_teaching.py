@@ -230,6 +230,8 @@ def test_an_entry_of_the_text_of_a_name_is_not_the_thing():
     shown, other = torch.from_numpy(images(2, 3, [1])[:1]), torch.from_numpy(images(1, 4))
     [without], [named] = taught.lay_over([table], other), taught.lay_over([table], shown)
     assert without == table[1:] and taught.here(without) == []
+    alone = [("owl", taught.least - 0.1)]
+    assert taught.lay_over([alone], other) == [alone] and taught.here(alone) == []
     assert [score for entry, score in named if entry == "owl"] == [
         pytest.approx((shown @ taught.rows.T).item())]
 
