@@ -324,7 +324,11 @@ class Model:
         if self.banned:
             drafts = [self.without_banned(*each) for each in zip(drafts, tokens, seeds)]
         candidates = [likeliest(draft) for draft in drafts]
-        return self.taught.with_twins(tables, candidates) if self.taught else candidates
+        if not self.taught:
+            return candidates
+        twins = self.taught.with_twins(tables, candidates)
+        return [{text: likelihood for text, likelihood in each.items()
+                 if not (self.banned and self.banned.search(text))} for each in twins]
 
     def without_banned(self, candidates, table, seed, attempts=9):
         """The candidates without a banned word. If none is left, samples are drawn anew, up to so

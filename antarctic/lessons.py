@@ -9,9 +9,9 @@ from antarctic.cache_files import cache_description
 from antarctic.distributed import warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.feature_files import whole_rows
-from antarctic.features import encode_files, encoder_of
+from antarctic.features import encode_files, encoder_of, report_bad_images
 from antarctic.folders import list_images
-from antarctic.taught import checked_thing
+from antarctic.taught import checked_thing, without_article
 from antarctic.taught_files import (
     FEWEST_OTHERS,
     FEWEST_PHOTOS,
@@ -23,24 +23,29 @@ from antarctic.taught_files import (
     write_taught,
 )
 from antarctic.teaching import learn_all
+from antarctic.words import fold
 
 USUAL_FOLDERS = "results", "checkpoints"  # where sampler.py and trainer.py keep image vectors
 GOOD_OTHERS = 400
 ALIKE = 0.99  # cosine of photos that are one photo
+SAME = 0.9999  # and of one file, encoded in two batches
 MOST_NAMED = 8  # other photos that a report names
 
 
-def photos_of(clip, paths, what):
-    """{digest: (path, vector)} of the images of files and folders, each once. Raises InputError
-    where one of them cannot be read. what: what they are, for a bar."""
+def photos_of(clip, paths, what, skip=False):
+    """{digest: (path, vector)} of the images of files and folders, each once. what: what they are,
+    for a bar. One that cannot be read is skipped and told of, or else raises InputError."""
     paths = [picture.path for picture in list_images(paths)]
     with tqdm(total=len(paths), desc=what, unit="image") as bar:
         digests, vectors, bad = encode_files(clip, paths, 64, bar)
-    if bad:
+    if skip:
+        report_bad_images([(paths[i], reason) for i, (reason, _) in sorted(bad.items())],
+                          MOST_NAMED)
+    elif bad:
         i, (reason, _) = min(bad.items())
         raise InputError(f"the photo {paths[i]} cannot be read ({reason}), so nothing was taught; "
                          "leave it out, or mend it")
-    return {digest: (path, vectors[digest]) for digest, path in zip(digests, paths)}
+    return {digest: (path, vectors[digest]) for digest, path in zip(digests, paths) if digest}
 
 
 def kept_vectors(clip, folders):
@@ -57,19 +62,21 @@ def kept_vectors(clip, folders):
     return found
 
 
-def other_photos(clip, features, paths, own, before):
+def other_photos(clip, features, paths, own, vectors, before):
     """(paths or None, vectors (n, dim)) of photos of other things, at most MOST_OTHERS.
 
-    features, paths: --features and --others. own: digests of photos that were taught now. before:
-    the Notes of what was taught earlier, or None: their others serve where there are no new ones.
-    Raises InputError where there are too few.
+    features, paths: --features and --others. own: digests of photos that were taught now. vectors:
+    (m, dim), of all that were taught, now and earlier. before: the Notes of what was taught
+    earlier, or None: their others serve where there are no new ones. Raises InputError where there
+    are too few.
     """
-    found = photos_of(clip, paths, "encoding other photos") if paths else {}
+    found = photos_of(clip, paths, "encoding other photos", skip=True) if paths else {}
     if features or not paths:
         found = kept_vectors(clip, features) | found
     found = [found[digest] for digest in sorted(found.keys() - own)]
     if not found and before:
-        return [None] * len(before.others), before.others
+        found = [(None, vector) for vector in before.others]
+    found = [each for each in found if (vectors @ each[1]).max() < SAME]
     if len(found) < FEWEST_OTHERS:
         raise InputError(f"a name needs {FEWEST_OTHERS} photos of other things at least, better "
                          f"{GOOD_OTHERS}, and there are {len(found)}: --features names a folder in "
@@ -108,8 +115,11 @@ def teach(embfile, clip, pupils, unlike, features, others):
         raise InputError(f"the cache {embfile} was made with the CLIP model {said['clip_model']}, "
                          f"not with {clip.identity}")
     before = read_taught(embfile, clip.identity, clip.dim)
+    if files := [name for name, _, _ in pupils if Path(name).is_file()]:
+        raise InputError(f"--teach begins with the name, and {files[0]} is a file: --teach Tom "
+                         f"{files[0]} ...")
     things = [checked_thing(name, phrase) for name, phrase, _ in pupils]
-    nouns = [thing.noun for thing in things]
+    nouns = [noun_of(thing.name) for thing in things]
     if twice := {noun for noun in nouns if nouns.count(noun) > 1}:
         raise InputError(f"{min(twice)} is taught twice; give all photos to one --teach")
     apart, own, vectors = photos_of(clip, unlike, "encoding --not") if unlike else {}, set(), []
@@ -120,9 +130,10 @@ def teach(embfile, clip, pupils, unlike, features, others):
         own |= photos.keys()
         taken = np.stack([vector for _, vector in photos.values()])
         vectors.append((taken, apart_vectors.reshape(-1, clip.dim)))
-    paths, rest = other_photos(clip, features, others, own, before)
-    old = [pair for pair in zip(before.things, before.vectors) if pair[0].noun not in nouns
+    old = [pair for pair in zip(before.things, before.vectors) if noun_of(pair[0].name) not in nouns
            ] if before else []
+    taught = np.concatenate([photos for photos, _ in (*vectors, *(each for _, each in old))])
+    paths, rest = other_photos(clip, features, others, own, taught, before)
     notes = Notes(clip.identity, rest, [*things, *(thing for thing, _ in old)],
                   [*vectors, *(each for _, each in old)])
     if len(notes.things) > MOST_THINGS:
@@ -132,8 +143,8 @@ def teach(embfile, clip, pupils, unlike, features, others):
     write_taught(embfile, notes)
     for line in reports:
         print_safely(escape_control(line))
-    print_safely(escape_control(f"taught {', '.join(nouns)} to {embfile}: wrote "
-                                f"{taught_path(embfile)}"))
+    names = ", ".join(thing.noun for thing in things)
+    print_safely(escape_control(f"taught {names} to {embfile}: wrote {taught_path(embfile)}"))
 
 
 def report(notes, i, spread, lesson, paths):
@@ -164,14 +175,21 @@ def report(notes, i, spread, lesson, paths):
 def forget(embfile, names):
     """Forgets names. Raises InputError where one was not taught."""
     notes = read_taught(embfile)
-    known = {name for thing in notes.things for name in thing[:1] + (thing.noun,)} if notes else ()
-    if missing := [name for name in names if name not in known]:
-        raise InputError(f"{missing[0]} was not taught to {embfile}")
+    known = [thing.name for thing in notes.things] if notes else []
+    nouns = {noun_of(name) for name in names}
+    if missing := [name for name in names if noun_of(name) not in map(noun_of, known)]:
+        raise InputError(f"{missing[0]} was not taught to {embfile}, which knows "
+                         f"{', '.join(known) or 'no names'}")
     kept = [pair for pair in zip(notes.things, notes.vectors)
-            if not {pair[0].name, pair[0].noun}.intersection(names)]
+            if noun_of(pair[0].name) not in nouns]
     write_taught(embfile, notes._replace(things=[thing for thing, _ in kept],
                                          vectors=[each for _, each in kept]))
     print_safely(escape_control(f"{embfile} no longer knows {', '.join(names)}"))
+
+
+def noun_of(name):
+    """What two names have in common that are one."""
+    return fold(without_article(name))
 
 
 def list_taught(embfile):

@@ -85,11 +85,15 @@ def checked_thing(name, phrase):
     for text, what in ((name, "name"), (phrase, "class word")):
         if not (0 < len(text) <= LONGEST and text.isprintable() and text == " ".join(text.split())
                 and "|" not in text and re.search(r"\w", without_article(text))):
-            raise InputError(f"a {what} must be a line of 1 to {LONGEST} characters without |, not "
-                             f"{text[:LONGEST]!r}")
+            raise InputError(f"a {what} must be a line of 1 to {LONGEST} characters, with a letter "
+                             f"or digit and without |, not {text[:LONGEST]!r}")
     if without_article(phrase) == phrase:
         raise InputError(f'the class word needs its article, such as "a cat", not {phrase!r}')
-    return Thing(name, phrase)
+    thing = Thing(name, phrase)
+    if fold(thing.noun) == fold(thing.word):
+        raise InputError(f"captions say {phrase!r} already, so the name must be another one than "
+                         f"{name!r}")
+    return thing
 
 
 def without_article(text):
@@ -111,6 +115,10 @@ class Taught:
     def __init__(self, notes, embeddings, topk):
         self.things, self.usual = notes.things, torch.from_numpy(notes.others[:USUAL])
         self.spread, self.lessons = learn_all(notes.others, notes.vectors)
+        for thing, lesson in zip(self.things, self.lessons):
+            if not lesson.threshold > 0:
+                raise InputError(f"the photos of {thing.name} are not apart from others; teach it "
+                                 "again by compute_cache.py --teach, or forget it by --untaught")
         self.fit(embeddings, topk)
 
     def fit(self, embeddings, topk):
@@ -152,8 +160,10 @@ class Taught:
         for table, row in zip(tables, scores.tolist()):
             seen = sorted(zip(row, range(len(row))), reverse=True)[:min(MOST_NAMED, len(table))]
             seen = [(self.things[i].noun, score) for score, i in seen if score > self.least]
-            nouns = {noun for noun, _ in seen}
-            kept = [each for each in table if each[0] not in nouns][:len(table) - len(seen)]
+            # An entry of a name's text is not the thing: CLIP means something else by it.
+            kept = [each for each in table if each[0] not in self.by_noun][:len(table) - len(seen)]
+            if not (kept or seen):  # but of such alone the table is as it was
+                kept = table
             for noun, score in seen:
                 place = next((i for i, (_, other) in enumerate(kept) if other < score), len(kept))
                 kept.insert(place, (noun, score))
@@ -162,7 +172,8 @@ class Taught:
 
     def here(self, table):
         """The taught things of a table: a list of (Thing, score)."""
-        return [(self.by_noun[entry], score) for entry, score in table if entry in self.by_noun]
+        return [(self.by_noun[entry], score) for entry, score in table
+                if entry in self.by_noun and score > self.least]
 
     def spoken(self, tables):
         """Tables as BART reads them: with a class word in place of each name, each entry once."""

@@ -6,6 +6,7 @@ A row depends on the cache and the size of its tables, so it is computed when th
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from antarctic.bounded import parse_json, read_bytes
 from antarctic.errors import InputError
 from antarctic.files import atomic, remove
 from antarctic.taught import Thing, checked_thing
+from antarctic.words import fold
 
 MOST_BYTES = 1 << 28
 MOST_OTHERS = 4096  # 4 a dimension of the largest CLIPs
@@ -69,29 +71,37 @@ def read_taught(embfile, clip_model=None, dim=None):
     """The Notes beside a cache, None where nothing was taught. clip_model, dim: of the CLIP in use,
     or None. Raises InputError where the file is damaged, or of another CLIP."""
     path = taught_path(embfile)
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is told of
         return None
     data = read_bytes(path, "file of taught things", MOST_BYTES)
     try:
         length = int.from_bytes(data[:8], "little")
         header = parse_json(data[8:8 + length], path, "header")
-        said = json.loads(header["__metadata__"][KEY])
+        said = parse_json(header["__metadata__"][KEY], path, "header")
         tensors, things = load(data), said["things"]
         if (sorted(tensors) != ["others", "photos", "unlike"] or len(things) > MOST_THINGS
                 or said["sha256"] != digest_of(tensors, things)):
             raise ValueError
         notes = notes_of(said, tensors)
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError,
+    except (InputError, SafetensorError, ValueError, LookupError, TypeError, AttributeError,
             RecursionError) as error:
         raise InputError(f"{path} is damaged, or no file of taught things; move it away, and teach "
                          "them again by compute_cache.py --teach") from error
     if clip_model not in (None, notes.clip_model):
         raise InputError(f"{', '.join(thing.name for thing in notes.things)} of {path} were taught "
-                         f"to the CLIP model {notes.clip_model}, not to {clip_model}")
+                         f"to the CLIP model {notes.clip_model}, not to {clip_model}; give that "
+                         "--clip_model, or move the file away and teach them again")
     if dim not in (None, notes.others.shape[1]):
         raise InputError(f"{path} has {notes.others.shape[1]} dimensions, but the CLIP model "
                          f"{clip_model} has {dim}")
     return notes
+
+
+def unit(vectors):
+    """Whether vectors (n, dim) are of length 1, as CLIP's are: sums with others would not end in
+    numbers."""
+    lengths = np.linalg.norm(np.asarray(vectors, np.float64), axis=1)
+    return bool((np.abs(lengths - 1) < 0.01).all())  # NaN is not
 
 
 def notes_of(said, tensors):
@@ -99,7 +109,7 @@ def notes_of(said, tensors):
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     widths = {array.shape[1] for array in arrays.values()}
     if len(widths) > 1 or any(array.ndim != 2 or array.dtype != np.float32
-                              or not np.isfinite(array).all() for array in arrays.values()):
+                              or not unit(array) for array in arrays.values()):
         raise ValueError
     things, vectors, ends = [], [], [0, 0]
     for name, phrase, photos, unlike in said["things"]:
@@ -124,7 +134,7 @@ def joined(notes):
     pairs = {}
     for each in notes:
         for thing, vectors in zip(each.things, each.vectors):
-            pairs.setdefault(thing.noun, (thing, vectors))
+            pairs.setdefault(fold(thing.noun), (thing, vectors))
     step = -(-len(others) // MOST_OTHERS)
     return Notes(notes[0].clip_model, others[::step], [thing for thing, _ in pairs.values()],
                  [vectors for _, vectors in pairs.values()])

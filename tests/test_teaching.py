@@ -14,7 +14,7 @@ from numpy.linalg import inv
 from antarctic import teaching
 from antarctic.cache import read_cache
 from antarctic.errors import InputError
-from antarctic.taught import Taught, checked_thing
+from antarctic.taught import Taught, Thing, checked_thing
 from antarctic.taught_files import Notes, joined, read_taught, taught_path, write_taught
 from model import Model
 from snowglobe import scenes, strangers
@@ -180,6 +180,36 @@ def test_what_is_written_is_read_and_a_changed_byte_is_told_of(tmp_path):
         read_taught(embfile)
 
 
+def test_a_forged_file_is_told_of_by_its_name(tmp_path):
+    embfile, photos = tmp_path / "c.npy", images(5, 2, [1])
+    notes = notes_of(("Tom", photos))
+    forged = [notes._replace(others=notes.others * 1e30), notes._replace(others=notes.others * 0),
+              notes._replace(vectors=[(photos, photos * np.nan)]),
+              notes._replace(things=[Thing("T|m", "a cat")]),
+              notes._replace(things=[Thing("Tom", "cat")])]
+    for each in forged:
+        write_taught(embfile, each)
+        with pytest.raises(InputError, match="c.npy.taught is damaged"):
+            read_taught(embfile, "clip", DIM)
+    taught_path(embfile).unlink()
+    taught_path(embfile).symlink_to("nowhere")
+    with pytest.raises(InputError, match="c.npy.taught"):  # not as if nothing had been taught
+        read_taught(embfile)
+
+
+def test_photos_that_are_not_apart_from_others_make_no_rows():
+    alike = images(4096, 0)
+    for photos in (-images(5, 2), np.repeat(alike[:1], 5, 0), np.repeat([alike.mean(0)], 5, 0)):
+        try:
+            taught = Taught(notes_of(("Tom", photos)), torch.from_numpy(alike[:50]), 5)
+            assert taught.rows.isfinite().all()
+        except InputError as error:
+            assert "Tom" in str(error) and "--untaught" in str(error)
+    even = np.tile(alike[:1], (300, 1))
+    with pytest.raises(InputError, match="Tom are not apart"):
+        Taught(notes_of(("Tom", even[:5]))._replace(others=even), torch.from_numpy(alike[:50]), 5)
+
+
 def test_a_killed_write_leaves_what_was_taught_before(tmp_path, monkeypatch):
     embfile, before = tmp_path / "c.npy", notes_of(("Tom", images(5, 2, [1])))
     write_taught(embfile, before)
@@ -192,6 +222,33 @@ def test_a_killed_write_leaves_what_was_taught_before(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             write_taught(embfile, notes_of(("Rex", images(5, 3, [2]))))
     assert same(read_taught(embfile), before)
+
+
+def test_an_entry_of_the_text_of_a_name_is_not_the_thing():
+    taught = Taught(notes_of(("an owl", images(5, 2, [1]))), torch.from_numpy(images(50, 20)), 5)
+    table = [("owl", 0.9), ("dog", 0.8), ("tree", 0.7)]
+    shown, other = torch.from_numpy(images(2, 3, [1])[:1]), torch.from_numpy(images(1, 4))
+    [without], [named] = taught.lay_over([table], other), taught.lay_over([table], shown)
+    assert without == table[1:] and taught.here(without) == []
+    alone = [("owl", taught.least - 0.1)]
+    assert taught.lay_over([alone], other) == [alone] and taught.here(alone) == []
+    assert [score for entry, score in named if entry == "owl"] == [
+        pytest.approx((shown @ taught.rows.T).item())]
+
+
+def test_names_that_differ_in_case_alone_are_one(script, mine, photos):
+    others = {"others": [photos / "others"]}
+    for name in ("Zo\u00e9", "ZOE\u0301"):
+        run = script("compute_cache", "--teach", name, photos / "Tom", "--as", "a cat",
+                     *teaching_flags(mine, **others))
+        assert run.code == 0, run.err
+    assert [thing.name for thing in read_taught(mine.embfile).things] == ["ZOE\u0301"]
+    run = script("compute_cache", *teaching_flags(mine, untaught=["Bo"]))
+    assert run.code == 2 and "knows ZO" in run.err
+    run = script("compute_cache", *teaching_flags(mine, add=["x"], **others))
+    assert run.code == 2 and "nothing is taught" in run.err.replace("\n", " ")
+    assert script("compute_cache", *teaching_flags(mine, untaught=["zo\u00e9"])).code == 0
+    assert not taught_path(mine.embfile).exists()
 
 
 def test_what_lies_beside_several_caches_is_one():
@@ -296,11 +353,43 @@ def test_a_model_names_what_its_cache_was_taught(script, mine, checkpoint, photo
     assert entries == model.entries and len(embeddings) == len(entries)
 
 
+def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photos, tmp_path,
+                                                             monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no results
+    for name in ("others", "Tom", "Flora"):
+        shutil.copytree(photos / name, tmp_path / "all" / name)
+    (tmp_path / "all" / "bad.png").write_bytes(b"no image")  # of hundreds of others one may be bad
+    everything = {"others": [tmp_path / "all"]}
+    for name, options, count in (("Flora", everything, 125), ("Tom", {}, 120),
+                                 ("Flora", everything, 120)):
+        run = script("compute_cache", "--teach", name, photos / name, "--as", "a cat",
+                     *teaching_flags(mine, **options))
+        assert run.code == 0, run.err
+        assert ("1 image could not be read and was skipped" in run.err) == bool(options)
+        notes = read_taught(mine.embfile)
+        own = np.concatenate([vectors for vectors, _ in notes.vectors])
+        assert len(notes.others) == count and (notes.others @ own.T).max() < .9999
+
+
+def test_no_twin_holds_a_banned_word(mine, checkpoint):
+    model = Model.load(CLIP, BART, checkpoint, mine.textfile, mine.embfile, device="cpu")
+    rows = model.embeddings[:205].numpy()
+    notes = Notes("", rows[:200], [checked_thing("an owl", "a cat")], [(rows[200:], rows[:0])])
+    model.taught = Taught(notes, model.embeddings, model.topk)
+    model = model.with_words(ban=["owls"])
+    model.captioner.beam = lambda tokens, *_: [[("two cats and a cat", -1.0)] for _ in tokens]
+    [candidates] = model.candidates([[("owl", 1.0), ("cat", .3)]])
+    assert set(candidates) == {"two cats and a cat", "two cats and an owl"}
+
+
 @pytest.mark.parametrize("name, phrase, changed, named", [
     ("Tom", None, {}, "an --as"),
     ("Tom", "cat", {}, "article"),
     ("T\nm", "a cat", {}, "a line"),
     ("Tom|Rex", "a cat", {}, "a line"),
+    ("\N{CAT FACE}", "a cat", {}, "a letter or digit"),
+    ("The Cat", "a cat", {}, "another one"),
+    (__file__, "a cat", {}, "begins with the name"),
     ("Tom", "a cat", {"photos": "none"}, "no image or folder"),
     ("Tom", "a cat", {"photos": "same"}, "there is 1"),
     ("Tom", "a cat", {"photos": "bad"}, "cannot be read"),
