@@ -153,7 +153,8 @@ class Model:
         textfile, embfile = choose_cache(as_list(textfile), as_list(embfile), is_cache_file)
         ckpt = choose_checkpoint(ckpt, isfile)
         device = choose_device(device)
-        settings = {"topk": topk or TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC}
+        settings = {"topk": topk or TOPK, "maxlen_enc": MAXLEN_ENC, "maxlen_dec": MAXLEN_DEC,
+                    "table": table or "topk"}
         if ckpt:  # it holds the sizes of the tables and texts that it was trained with
             settings = checkpoint_settings(existing_file(ckpt, "checkpoint"))
         table = table or settings.get("table", "topk")

@@ -4,6 +4,8 @@ their kind. They are in no world; taught.py draws them, to teach them from a few
 Each has two halves: recipes were tuned on TUNING, and REPORTED is measured.
 """
 
+from contextlib import contextmanager
+
 from snowglobe.kinds import (
     COLOURS,
     GLASS,
@@ -286,6 +288,12 @@ TUNING = NAMES[:6], NAMES[12:18]  # kinds, things with a name
 REPORTED = NAMES[6:12], NAMES[18:]
 
 
-def move_in():
-    """Lets scenes.draw_scene draw them."""
+@contextmanager
+def moved_in():
+    """Lets scenes.draw_scene draw them in the body of a with, or in a function that this wraps."""
     KINDS.update(STRANGERS)
+    try:
+        yield
+    finally:
+        for name in STRANGERS:
+            KINDS.pop(name, None)

@@ -116,6 +116,7 @@ def cider(captions, world):
     return coco_scores(captions, world["references"])[0]
 
 
+@strangers.moved_in()
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,7 +134,6 @@ def main():
                         "tuned on")
     args = parser.parse_args()
     from model import Model
-    strangers.move_in()
     output_folder(args.savedir)
     model = Model.load(str(WEIGHTS / "clip"), str(WEIGHTS / "bart"), args.ckpt, args.textfile,
                        args.embfile)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from antarctic.datasets import read_coco
 from antarctic.runtime import run
-from snowglobe import scenes
+from snowglobe import scenes, strangers
 from snowglobe.measure import WEIGHTS, read_scenes
 
 BATCH = 16  # images at a time, as the sampler has
@@ -91,7 +91,6 @@ def measure(clip, datadir, split, entries, embeddings, topk):
 
 def draw(rng, name, alone):
     """A scene with a stranger, alone or beside known kinds."""
-    from snowglobe import strangers
     known = [kind for kind in scenes.KINDS if kind not in (*strangers.STRANGERS, *scenes.HELD_OUT)]
     return scenes.make_scene(rng, [name] if alone else known, (name,), 1 if alone else 3)
 
@@ -124,9 +123,8 @@ def rows_of_taught(clip, rng, names, others, embeddings, topk):
 
 
 def measure_taught(clip, embeddings, topk, seed, images=20):
-    """Yields (group, images, share by rows, by class words, chance) of one draw."""
-    from snowglobe import strangers
-    strangers.move_in()
+    """Yields (group, images, share by rows, by class words, chance) of one draw. The strangers must
+    have moved in."""
     rng = random.Random(seed)
     known = [kind for kind in scenes.KINDS if kind not in (*strangers.STRANGERS, *scenes.HELD_OUT)]
     others, _ = encode(clip, [scenes.make_scene(rng, known) for _ in range(400)])
@@ -146,6 +144,7 @@ def measure_taught(clip, embeddings, topk, seed, images=20):
             yield f"{group}, {where}", len(hits), *(sum(way) / len(hits) for way in zip(*hits))
 
 
+@strangers.moved_in()
 def print_taught(clip, embeddings, topk):
     """Prints the table of measure_taught(), means of three draws."""
     draws = zip(*(measure_taught(clip, embeddings, topk, seed) for seed in range(3)))

@@ -83,7 +83,8 @@ def test_two_commands_caption_a_photo(script, originals, cache, checkpoint, phot
 
     # The results are those of this project's own files.
     succeed("sampler", "--images", photo, *MODELS, "--textfile", cache.textfile,
-            "--embfile", cache.embfile, "--ckpt", checkpoint, "--savedir", here / "ours")
+            "--embfile", cache.embfile, "--ckpt", checkpoint, "--table", "topk", "--savedir",
+            here / "ours")
     ours, theirs = (here / folder / "details.jsonl" for folder in ("ours", "results"))
     assert ours.read_bytes() == theirs.read_bytes()
 
@@ -245,5 +246,5 @@ def test_a_stopped_run_goes_on_with_equal_weights_in_another_file(
 
     monkeypatch.setattr("model.rescore", stopped_rescore)
     assert script(*sampler).code == 130
-    run = script(*sampler, "--ckpt", checkpoint)
+    run = script(*sampler, "--ckpt", checkpoint, "--table", "topk")
     assert run.code == 0 and calls == [3, 3, 3, 2], run.err

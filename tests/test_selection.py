@@ -132,3 +132,9 @@ def test_an_unknown_choice_is_refused_in_a_checkpoint_and_in_python(checkpoint, 
         checkpoint_settings(tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="table must be one of topk, mmr"):
         Model.load(table=table)
+
+
+def test_a_new_training_is_no_reason_for_a_warning(script, world, cache, tmp_path):
+    arguments = commands(world, cache, None)["trainer"](tmp_path, tmax=1)
+    run = script("trainer", *arguments)
+    assert run.code == 0 and "warning: tables are by" not in run.err, run.err

@@ -43,6 +43,8 @@ from antarctic.seen import add_maps, seen, where_of
 from antarctic.studio import Studio, Words
 from antarctic.where import contributions, map_box, maps, require_maps
 from model import Caption, Model, rescore
+from snowglobe import strangers
+from snowglobe.kinds import KINDS
 from snowglobe.where import inside, measure, measure_taught
 
 MEANS = OpenAIPreprocessor(1, (1, 1))[2:]
@@ -441,7 +443,7 @@ def test_an_image_that_is_not_what_was_captioned_gets_no_map(clip, world, tmp_pa
     records, later = Records(tmp_path, "0", True), []
     records.append(pictures, [CAPTION] * 3)
     rows = clip.encode_texts(["dog"])
-    model = SimpleNamespace(clip=clip, entries=["dog"], embeddings=Embeddings([rows]))
+    model = SimpleNamespace(clip=clip, entries=["dog"], embeddings=Embeddings([rows]), taught=None)
     add_maps(model, pictures, records, 2, later)
     assert [path for path, _ in later] == [paths[1], tmp_path / "gone.png"]
     assert "changed" in later[0][1] and "No such file" in later[1][1]
@@ -556,9 +558,10 @@ def test_most_peaks_lie_in_a_box_of_the_named_kind(clip, world, cache):
 
 
 def test_taught_things_are_seen_where_they_are(clip, cache):
-    pytest.importorskip("snowglobe.strangers")
-    rows = torch.from_numpy(np.load(cache.embfile)).float()
-    [_, (group, count, shares, words, chance), *_] = measure_taught(clip, rows, 10, 0, images=3)
+    rows, kinds = torch.from_numpy(np.load(cache.embfile)).float(), list(KINDS)
+    with strangers.moved_in():
+        [_, (group, count, shares, words, chance), *_] = measure_taught(clip, rows, 10, 0, images=3)
+    assert list(KINDS) == kinds
     assert group == "new kinds, beside others" and count == 18
     assert shares > 0.7 and shares > words and shares > chance + 0.3
 
