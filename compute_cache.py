@@ -123,7 +123,7 @@ def check(args):
     changes = bool(args.add or args.add_from or args.remove)
     tasks = len(sources(args)) + changes + args.check + teaches
     if tasks > 1 or not tasks and not args.index:
-        raise InputError("a new cache needs one of --datadir, --corpus and --entries, an existing "
+        raise InputError("a new cache needs exactly one of --datadir, --corpus, --entries; an old "
                          "one --add, --remove, --teach, --untaught, --taught, --check or --index")
     if len(args.teach) != len(args.phrases) or any(len(each) < 2 for each in args.teach):
         raise InputError('each --teach needs a name, photos and an --as, such as --teach Tom '
