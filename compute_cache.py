@@ -123,19 +123,15 @@ def check(args):
     changes = bool(args.add or args.add_from or args.remove)
     tasks = len(sources(args)) + changes + args.check + teaches
     if tasks > 1 or not tasks and not args.index:
-        raise InputError("a new cache needs exactly one of --datadir, --corpus and --entries; an "
-                         "existing one is changed by --add, --add_from and --remove, or taught by "
-                         "--teach, or forgets by --untaught, lists by --taught, is indexed by "
-                         "--index, or checked by --check alone")
+        raise InputError("a new cache needs exactly one of --datadir, --corpus, --entries; an old "
+                         "one --add, --remove, --teach, --untaught, --taught, --check or --index")
     if len(args.teach) != len(args.phrases) or any(len(each) < 2 for each in args.teach):
         raise InputError('each --teach needs a name, photos and an --as, such as --teach Tom '
                          'tom/*.jpg --as "a cat"')
     if (args.unlike or args.features or args.others) and not args.teach:
-        raise InputError("--not, --features and --others are photos for --teach, and nothing is "
-                         "taught")
+        raise InputError("--not, --features and --others are for --teach, and nothing is taught")
     if (args.check or teaches) and args.index:
-        raise InputError("--index is built over entries alone; give it without --check, --teach, "
-                         "--untaught and --taught")
+        raise InputError("--index goes without --check, --teach, --untaught and --taught")
     require_at_least(1, args, "topk", "batch_size")
     require_at_least(0, args, "ncaptions")
     if args.queries and not args.index:
