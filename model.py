@@ -25,7 +25,7 @@ from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
 from antarctic.selection import METHODS, choose_entries, shortlist_size
-from antarctic.taught import Taught
+from antarctic.taught import Taught, entries_of
 from antarctic.taught_files import joined, read_taught
 from antarctic.texts import one_line, read_words
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
@@ -170,8 +170,7 @@ class Model:
         notes = joined([read_taught(path, clip.identity, clip.dim) for path in embfile])
         taught = Taught(notes, embeddings, topk) if notes else None
         if only or banned:
-            lines = taught.untaught(only) or only if taught and only else only
-            entries, embeddings = restrict(entries, embeddings, lines, banned)
+            entries, embeddings = restrict(entries, embeddings, entries_of(only, taught), banned)
             taught = taught and taught.fitted(embeddings, topk, only, banned)
         warn_of_settings(settings, clip.identity, topk, table, len(entries))
         index_search = open_indexes(as_list(index), embeddings) if index else search
@@ -221,7 +220,7 @@ class Model:
         model = copy(self)
         model.topk = topk or self.topk
         words, only = as_list(words), as_list(only)
-        lines = self.taught.untaught(only) or only if self.taught and only else only
+        lines = entries_of(only, self.taught)
         if only:
             folded = set(map(fold, self.entries))
             words = [*words, *(word for word in lines if fold(word) not in folded)]

@@ -93,7 +93,7 @@ def used_entries(caption, table):
     """The entries of a table all of whose words are in the caption. table: a list of (entry,
     cosine)."""
     said = stems(caption)
-    return [entry for entry, _ in table if stems(entry) and stems(entry) <= said]
+    return [entry for entry, _ in table if (own := stems(entry)) and own <= said]
 
 
 def graded(table, caption):

@@ -104,6 +104,12 @@ def replace(pattern, words, text):
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda _: words, text)
 
 
+def entries_of(only, taught):
+    """The lines of --only that are entries: those that are no taught name, or all where each is
+    one. only: a list, or None. taught: a Taught, or None."""
+    return only and taught and taught.untaught(only) or only
+
+
 class Taught:
     """What captions may name, fitted to a cache and a size of tables.
 
