@@ -127,10 +127,12 @@ def test_every_script_runs_by_the_default_names_then_without_a_network(served, w
     offline = online | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     command(*runs[2], **offline)
     assert (results / "preds.txt").read_text() == first
-    other = ("--dtype", "int8", "--table", "topk", "--workers", "2", "--batch_size", "auto")
+    other = ("--dtype", "int8", "--table", "topk", "--workers", "2", "--batch_size", "auto",
+             "--where")
     output = command(*runs[2], *other, **offline)
     assert f"{BART_LARGE} on cpu, int8" in output and "trained on tables by mmr" in output
     assert len((results / "preds.txt").read_text().splitlines()) == VAL
+    assert (results / "details.jsonl").read_text().count('"where": {') == VAL
 
 
 @pytest.mark.slow
