@@ -29,22 +29,18 @@ from antarctic.datasets import read_split
 from antarctic.distributed import on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import existing_file, fingerprint, made_by_runs, output_folder, remove
-from antarctic.locks import locked
-from antarctic.runtime import cleanup, run
-from antarctic.texts import LONGEST_TEXT, read_lines
-from utils import (
+from antarctic.flags import (
     Renamed,
     add_clip_flag,
     add_device_flags,
     add_teaching_flags,
-    choose_device,
-    choose_dtype,
-    find_outputs,
-    refuse_overwriting,
     require_at_least,
-    same_file,
     warn_renamed,
 )
+from antarctic.locks import locked
+from antarctic.runtime import cleanup, run
+from antarctic.texts import LONGEST_TEXT, read_lines
+from utils import choose_device, choose_dtype, find_outputs, refuse_overwriting, same_file
 
 # torch, transformers and NLTK take seconds to load, so the functions that need them import them.
 

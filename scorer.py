@@ -19,6 +19,7 @@ from antarctic import chair, pairs
 from antarctic.annotations import DOMAINS
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import output_folder, write_json
+from antarctic.flags import Renamed, add_clip_flag, add_device_flag, require_at_least
 from antarctic.folders import Picture
 from antarctic.metrics import (
     BY_WORDS,
@@ -30,14 +31,7 @@ from antarctic.metrics import (
     word_statistics,
 )
 from antarctic.runtime import run
-from utils import (
-    Renamed,
-    add_clip_flag,
-    add_device_flag,
-    choose_device,
-    refuse_overwriting,
-    require_at_least,
-)
+from utils import choose_device, refuse_overwriting
 
 PROMPT = "A photo depicts "  # before every text for CLIP, as CLIPScore's authors have it
 BY_CLIP = ("CLIPScore", "RefCLIPScore")

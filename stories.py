@@ -29,17 +29,10 @@ from antarctic.files import (
     remove,
     write_lines,
 )
+from antarctic.flags import add_device_flags, add_sampling_flags, check_sampling, require_at_least
 from antarctic.runtime import run
 from antarctic.sealed import read_sealed, resume, seal
-from utils import (
-    add_device_flags,
-    add_sampling_flags,
-    check_sampling,
-    refuse_overwriting,
-    require_at_least,
-    seed_of,
-    start_run,
-)
+from utils import refuse_overwriting, seed_of, start_run
 
 PARTS = f"stories-{'[0-9a-f]' * 16}.jsonl.part"  # of unfinished runs
 REQUEST = f"Write a short story for children that begins with: {OPENING}"  # to an instruct model

@@ -21,20 +21,16 @@ from antarctic.datasets import DataSet
 from antarctic.distributed import all_reduce_sum, on_rank0, rank_and_world
 from antarctic.errors import InputError, escape_control, print_safely
 from antarctic.files import fingerprint, made_by_runs, remove
-from antarctic.runtime import run
-from utils import (
-    MAXLEN_DEC,
-    MAXLEN_ENC,
-    TOPK,
+from antarctic.flags import (
     add_cache_flags,
     add_clip_flag,
     add_device_flags,
     add_lm_flag,
     add_table_flag,
-    find_inputs,
     require_at_least,
-    start_run,
 )
+from antarctic.runtime import run
+from utils import MAXLEN_DEC, MAXLEN_ENC, TOPK, find_inputs, start_run
 
 # torch and transformers take seconds to load, so the functions that need them import them.
 

@@ -27,11 +27,11 @@ from torch.nn.functional import embedding_bag, normalize
 from antarctic.cache import read_cache, search
 from antarctic.cache_changes import write_cache
 from antarctic.errors import InputError
+from antarctic.flags import Renamed
 from antarctic.index import open_indexes
 from antarctic.index_build import build_index, made_queries
 from antarctic.runtime import run
 from benchmarks.measure import resident, seconds, timed
-from utils import Renamed
 
 CPU, DIM, WORDS = torch.device("cpu"), 512, 20000
 
