@@ -2,13 +2,15 @@
 
     python -m snowglobe.choices --folder demo
     python -m snowglobe.choices --folder demo --worlds 2 --caches "17,000" --trainings 0
+    python -m snowglobe.choices --folder demo --samples 100
 
 For each world, cache and way, layernorms are trained on such tables, two epochs on 2,400 images,
-once for each seed of --trainings. Then 500 images of val2017 are captioned by beam search, and 500
-of near with the held-out words added. Prints the means, half the spread of CIDEr-D over trainings,
-how well cover (see antarctic/evidence.py) and CLIP's score tell captions that name a kind which is
-not in the image, and what share of the kinds that captions name is wrong, of those in the table and
-of others. Writes FOLDER/choices/choices.json. Rerunning skips finished runs.
+once for each seed of --trainings. Then 500 images of val2017 are captioned by beam search, or the
+best of --samples, and 500 of near with the held-out words added. Prints the means, half the spread
+of CIDEr-D over trainings, how well cover (see antarctic/evidence.py) and CLIP's score tell captions
+that name a kind which is not in the image, and what share of the kinds that captions name is wrong,
+of those in the table and of others. Writes FOLDER/choices/choices.json, of samples
+choices-100.json. Rerunning skips finished runs.
 """
 
 import argparse
@@ -96,9 +98,11 @@ def evidence_scores(captions, records, described):
     return {"cover_area": area(covers, wrong), "score_area": area(cosines, wrong), **shares}
 
 
-def measure(folder, world, cache, method, seed, topk):
+def measure(folder, world, cache, method, seed, topk, samples):
     """Trains and captions: {split: scores}, as of measure.score_run, with those of the tables."""
-    scores = {}
+    scores, drawn = {}, []
+    if samples:
+        drawn = ["--do_sample", "--num_return_sequences", samples, "--top_p", 0.9]
     trained = folder / f"{cache.name}-{method}-{seed}"
     files = ["--textfile", f"{cache}.txt", "--embfile", f"{cache}.npy"]
     if not (trained / "loss.csv").exists() or list(trained.glob("state-*")):
@@ -106,11 +110,12 @@ def measure(folder, world, cache, method, seed, topk):
                method, "--topk", topk, "--lrate", "7e-2", "--epochs", 2, "--seed", seed)
     for split, ending in (("val2017", ""), ("near", "-added")):
         files = ["--textfile", f"{cache}{ending}.txt", "--embfile", f"{cache}{ending}.npy"]
-        if not (trained / split / "gallery.html").exists():  # the last file that a run writes
+        savedir = trained / (f"{split}-{samples}" if samples else split)
+        if not (savedir / "gallery.html").exists():  # the last file that a run writes
             script("sampler.py", "--datadir", world, "--split", split, *files, *MODELS, "--ckpt",
-                   trained / "best.safetensors", "--savedir", trained / split, "--features",
-                   folder, "--gallery", 0, "--batch_size", 64)
-        captions, records = read_captions(trained / split), read_details(trained / split)
+                   trained / "best.safetensors", "--savedir", savedir, "--features", folder,
+                   "--gallery", 0, "--batch_size", 64, *drawn)
+        captions, records = read_captions(savedir), read_details(savedir)
         tables = {i: [entry for entry, _ in record["table"]] for i, record in records.items()}
         references = {each.id: list(each.captions) for each in read_coco(world, split)}
         described = read_scenes(world, split)
@@ -152,6 +157,8 @@ def main():
                         help="seeds of the trainings (default 0 1 2)")
     parser.add_argument("--topk", type=int, default=10, help="entries of a table (default "
                         "%(default)s)")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="samples of an image, "
+                        "of which CLIP chooses; 0: beam search (default %(default)s)")
     args = parser.parse_args()
     folder, results = (args.folder / "choices").resolve(), {}
     widths = [max(14, len(heading) + 2) for heading in COLUMNS]
@@ -170,11 +177,13 @@ def main():
             for method in args.tables:
                 key = f"{seed}, {name}, {method}"
                 results[key] = [measure(folder / str(seed), world, cache, method, training,
-                                        args.topk) for training in args.trainings]
+                                        args.topk, args.samples)
+                                for training in args.trainings]
                 print(f"{key:24}" + "".join(f"{text:>{width}}" for text, width in zip(
                     cells(results[key]), widths)), flush=True)
-    write_json(folder / "choices.json", results, indent=1)
-    print(f"\nscores: {folder / 'choices.json'}")
+    path = folder / (f"choices-{args.samples}.json" if args.samples else "choices.json")
+    write_json(path, results, indent=1)
+    print(f"\nscores: {path}")
 
 
 if __name__ == "__main__":
