@@ -14,28 +14,32 @@ import os
 import shlex
 import threading
 from dataclasses import asdict
+from functools import partial
 from os.path import isfile
 from pathlib import Path
 
 from antarctic.distributed import warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
+from antarctic.flags import (
+    CAPTIONING,
+    add_captioner_flags,
+    add_decoding_flags,
+    add_device_flags,
+    add_others_flags,
+    require_at_least,
+)
 from antarctic.folders import list_images
 from antarctic.leftovers import scratch_folder
 from antarctic.runtime import cleanup, run
 from antarctic.texts import read_words
 from utils import (
-    CAPTIONING,
     CHECKPOINTS,
     ORIGINAL_CACHE,
     OWN_CACHE,
     Decoding,
-    add_captioner_flags,
-    add_decoding_flags,
-    add_device_flags,
     choose_device,
     choose_dtype,
     find_inputs,
-    require_at_least,
 )
 
 DEMOS = "demo", "demo/small"  # folders of ./demo.sh
@@ -60,6 +64,7 @@ def parse():
     group.add_argument("--examples", nargs="+", metavar="PATH", help=f"image files and folders, of "
                        f"which the first {EXAMPLES} are examples (default: none, or the "
                        "snowglobe's drawings)")
+    add_others_flags(group, "; who teaches the page a name sees some that look like it")
     group.add_argument("--savedir", default="words", metavar="DIR", help="folder that the button "
                        "Save writes words to (default %(default)s)")
     group.add_argument("--max_pixels", type=int, default=64_000_000, help="pixels of an image at "
@@ -97,6 +102,8 @@ def find_demo(args):
         args.examples = args.examples or [
             str(path) for split, number in EXAMPLE_SPLITS.items()
             for path in sorted(Path(f"{demo}/world/{split}").glob("*.png"))[:number]]
+        if not (args.others or args.features):  # vectors of these the trainer has kept
+            args.others, args.features = [f"{demo}/world/train2017"], [f"{demo}/checkpoints"]
         print_safely(escape_control(f"by default: the snowglobe of ./demo.sh, {demo}/cache.txt and "
                                     f"{files[2]}, with the models of {SNOWGLOBE}"))
         return
@@ -178,6 +185,7 @@ def command_of(args):
 def load_page(args, decoding, folder, device, dtype):
     """The page_layout.Page."""
     from antarctic.answers import Answers
+    from antarctic.lessons import other_photos
     from antarctic.page_layout import Page
     from antarctic.studio import Studio
     from antarctic.uploads import Folder, examples_of
@@ -188,8 +196,11 @@ def load_page(args, decoding, folder, device, dtype):
                        table=args.table, **asdict(decoding))
     folder = Folder(folder)
     examples = examples_of(folder, example_paths(args))
-    answers = Answers(Studio(model, args.max_pixels), folder, args.savedir, command_of(args),
-                      story_teller(args, device))
+    others = partial(other_photos, model.clip, args.features, args.others)
+    studio = Studio(model, args.max_pixels, others)
+    if args.others or args.features:  # else the first lesson looks into the usual folders
+        studio.classroom.others()
+    answers = Answers(studio, folder, args.savedir, command_of(args), story_teller(args, device))
     print_safely(escape_control(f"{model}, with {counted(len(model.entries), 'line')} of words"))
     return Page(answers, examples)
 

@@ -10,24 +10,25 @@ from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL.Image import Image
 
 from antarctic.cache import Embeddings, read_cache, search, to_bfloat16
 from antarctic.cache_files import is_cache_file
 from antarctic.captioner import Captioner
-from antarctic.checkpoints import checkpoint_settings, load_checkpoint
+from antarctic.checkpoints import checkpoint_settings, load_checkpoint, warn_of_settings
 from antarctic.clip import Clip
-from antarctic.distributed import warn
 from antarctic.errors import InputError
 from antarctic.evidence import repeats
 from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
 from antarctic.selection import METHODS, choose_entries, shortlist_size
-from antarctic.taught import Taught, entries_of
+from antarctic.taught import Taught
 from antarctic.taught_files import joined, read_taught
 from antarctic.texts import one_line, read_words
+from antarctic.verdicts import judge, notes_with, pupil_of
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
 from utils import (
     MAXLEN_DEC,
@@ -47,7 +48,7 @@ MANY = 4096  # images whose tables are worth a bfloat16 copy of the embeddings
 
 def as_list(values):
     """A list of values; None stays None. A text, a path or an image is one value."""
-    if values is None or isinstance(values, list):
+    if values is None or isinstance(values, list | torch.Tensor):
         return values
     return [values] if isinstance(values, str | Path | Image) else list(values)
 
@@ -85,27 +86,6 @@ class Caption(NamedTuple):
     candidates: list  # (text, cosine, likelihood), best first
 
 
-def warn_of_settings(settings, clip_model, topk, table, entries):
-    """Warns where tables are not those that a checkpoint was trained on.
-
-    settings: of checkpoint_settings(). clip_model: the CLIP's identity. topk, table: as of Model.
-    entries: how many there are in all.
-    """
-    trained_with = settings.get("clip_model") or clip_model  # the original's does not say
-    if trained_with != clip_model:
-        warn(f"the checkpoint was trained with the CLIP model {trained_with}, not with "
-             f"{clip_model}")
-    trained_on = settings.get("table", "topk")
-    if table != trained_on:
-        warn(f"tables are by --table {table}, but the checkpoint was trained on tables by "
-             f"{trained_on}")
-    if topk != settings["topk"]:
-        warn(f"tables have --topk {topk} entries, but the checkpoint was trained on "
-             f"{settings['topk']}")
-    if entries < topk:
-        warn(f"tables have {entries} entries, not --topk {topk}: there are no more")
-
-
 class Model:
     """The method: a frozen CLIP, a cache of entries, and BART, of which the layernorms are trained.
 
@@ -125,11 +105,12 @@ class Model:
                  banned=None, prefix="", search=search, table="topk", taught=None):
         """banned: a WholeWords that no caption may hold, or None. prefix: the text before each
         entry when CLIP encodes it. search: cache.search, or an Indexes. table: one of
-        selection.METHODS. taught: a Taught of things that captions name, or None."""
+        selection.METHODS. taught: a Taught of this cache and topk, or None."""
         self.clip, self.captioner = clip, captioner
         self.entries, self.embeddings, self.search = entries, embeddings, search
         self.topk, self.table, self.decoding = topk, table, decoding or Decoding()
-        self.banned, self.prefix, self.taught = banned, prefix, taught
+        self.banned, self.prefix = banned, prefix
+        self.taught = taught or Taught().fitted(embeddings, topk)
 
     @classmethod
     def load(cls, clip_model="ViT-B/16", lm="facebook/bart-large", ckpt=None, textfile=None,
@@ -167,11 +148,10 @@ class Model:
         clip = Clip(clip_model, device, image_dtype=dtype if encodes else None)
         entries, embeddings = read_cache(textfile, embfile, clip.identity, clip.dim)
         banned = WholeWords(ban) if ban else None
-        notes = joined([read_taught(path, clip.identity, clip.dim) for path in embfile])
-        taught = Taught(notes, embeddings, topk) if notes else None
+        taught = Taught(joined([read_taught(path, clip.identity, clip.dim) for path in embfile]))
         if only or banned:
-            entries, embeddings = restrict(entries, embeddings, entries_of(only, taught), banned)
-            taught = taught and taught.fitted(embeddings, topk, only, banned)
+            entries, embeddings = restrict(entries, embeddings, taught.entries_among(only), banned)
+        taught = taught.fitted(embeddings, topk, only, banned)
         warn_of_settings(settings, clip.identity, topk, table, len(entries))
         index_search = open_indexes(as_list(index), embeddings) if index else search
         captioner = Captioner(lm, device, dtype, maxlen_enc, maxlen_dec)
@@ -209,18 +189,42 @@ class Model:
             self.embeddings = Embeddings([*self.embeddings.parts, vectors])
         return words
 
-    def with_words(self, words=(), only=(), ban=(), topk=None):
+    def teach(self, name, phrase, photos, others=None):
+        """Teaches a name from photos, in memory only. Returns a verdicts.Verdict, whose `wrong` are
+        numbers of the others.
+
+        name: as captions shall say it, "Tom", of a kind "an owl". phrase: a word for it that CLIP
+        knows, with its article, "a cat". photos: three or more paths or PIL images. others: 100 or
+        more of other things, better 400, or their features (n, dim) (default: those of the names
+        that the cache was taught). Raises InputError where a name cannot be made of these.
+        """
+        if self.banned and self.banned.search(name):
+            raise InputError(f'"{name}" is banned')
+        own, others = (
+            images if isinstance(images, torch.Tensor) else torch.cat([self.features([])] + [
+                self.features(images[i:i + 64]) for i in range(0, len(images), 64)])
+            for images in (as_list(photos), [] if others is None else as_list(others)))
+        pupil = pupil_of(name, phrase, np.unique(own.numpy(), axis=0))
+        notes, numbers = notes_with(self.clip, [pupil], list(enumerate(others.numpy())),
+                                    self.taught.notes)
+        taught = Taught(notes)
+        verdict = judge(taught, 0)
+        self.taught = taught.fitted(self.embeddings, self.topk, (), self.banned)
+        return verdict._replace(wrong=[numbers[row] for row in verdict.wrong])
+
+    def with_words(self, words=(), only=(), ban=(), topk=None, taught=None):
         """A Model of another vocabulary, which shares the weights; this one stays as it is.
 
         words: entries that lie over the cache, as by add_words(). only: the only entries that are
         left; those of them that are in no cache are added. ban: words that no entry, also of words,
         and no caption may hold, beside those that this Model bans. topk: entries of a table
-        (default: as here). Raises InputError as add_words() does, and where no entry is left.
+        (default: as here). taught: a Taught in place of this one's. Raises InputError as
+        add_words() does, and where no entry is left.
         """
         model = copy(self)
-        model.topk = topk or self.topk
+        model.topk, model.taught = topk or self.topk, taught or self.taught
         words, only = as_list(words), as_list(only)
-        lines = entries_of(only, self.taught)
+        lines = model.taught.entries_among(only)
         if only:
             folded = set(map(fold, self.entries))
             words = [*words, *(word for word in lines if fold(word) not in folded)]
@@ -232,22 +236,26 @@ class Model:
             model.entries, model.embeddings = restrict(model.entries, model.embeddings, lines,
                                                        model.banned if ban else None)
             model.search = search  # an index may hold entries that are not left
-        if model.taught and (only or ban or topk):  # a few more words change no usual table
+        if only or ban or topk or taught:  # a few more words change no usual table
             model.taught = model.taught.fitted(model.embeddings, model.topk, only, model.banned)
         return model
 
     def places(self, feature, texts):
         """Where texts stand among the entries for one image: a list of (cosine, rank), rank 1 the
-        nearest. A text that is no entry gets the rank that it would have.
+        nearest. A text that is no entry gets the rank that it would have. A name that was taught
+        has the score and the rank of what it was taught for.
 
         feature: the image's unit vector, float32 (dim,).
         """
         chunks = range(0, len(self.embeddings), 65536)
         cosines = torch.cat([self.embeddings[at:at + 65536] @ feature for at in chunks])  # (N,)
         rows = {entry: row for row, entry in enumerate(self.entries)}
+        taught = dict(zip(self.taught.by_noun, self.taught.scores(feature)))
         places = []
         for text in texts:
-            if text in rows:
+            if text in taught:
+                cosine = taught[text]
+            elif text in rows:
                 cosine = cosines[rows[text]]
             else:
                 cosine = self.clip.encode_texts([self.prefix + text])[0] @ feature
@@ -287,7 +295,7 @@ class Model:
             cosines, indices = find(rows, self.embeddings, self.shortlist_size())
             for table in choose_entries(self.table, self.embeddings, cosines, indices, self.topk):
                 tables.append([(self.entries[row], cosine) for row, cosine in table])
-        return self.taught.lay_over(tables, features) if self.taught else tables
+        return self.taught.lay_over(tables, features)
 
     def shortlist_size(self):
         """How many of the nearest entries a table is chosen from."""
@@ -295,8 +303,7 @@ class Model:
 
     def tokenize(self, tables):
         """Token ids of each linearized table, cut at maxlen_enc: n lists."""
-        tables = self.taught.spoken(tables) if self.taught else tables
-        texts = [linearize(entry for entry, _ in table) for table in tables]
+        texts = [linearize(entry for entry, _ in table) for table in self.taught.spoken(tables)]
         tokens = []
         for start in range(0, len(texts), 256):  # the tokenizer takes 10 kB for each text of a call
             tokens += self.captioner.tokenize(texts[start:start + 256], self.captioner.maxlen_enc)
@@ -323,10 +330,7 @@ class Model:
             drafts = self.captioner.beam(tokens, decoding.num_beams, n) if tokens else []
         if self.banned:
             drafts = [self.without_banned(*each) for each in zip(drafts, tokens, seeds)]
-        candidates = [likeliest(draft) for draft in drafts]
-        if not self.taught:
-            return candidates
-        twins = self.taught.with_twins(tables, candidates)
+        twins = self.taught.with_twins(tables, map(likeliest, drafts))
         return [{text: likelihood for text, likelihood in each.items()
                  if not (self.banned and self.banned.search(text))} for each in twins]
 
@@ -369,8 +373,6 @@ class Model:
     def scores(self, features, tables, candidates):
         """How well each candidate fits its image: CLIP's cosine, and what taught names add to it.
         The arguments are those of choose()."""
-        if not self.taught:
-            return rescore(self.clip, features, candidates)
         texts, added = self.taught.plain(tables, candidates)
         cosines = rescore(self.clip, features, texts)
         return [[cosine + more for cosine, more in zip(*each)] for each in zip(cosines, added)]

@@ -23,22 +23,20 @@ from antarctic.datasets import read_split
 from antarctic.distributed import gather_lists, on_rank0, rank_and_world, warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.files import fingerprint, output_folder
+from antarctic.flags import (
+    CAPTIONING,
+    add_captioner_flags,
+    add_decoding_flags,
+    add_device_flags,
+    require_at_least,
+    size_or_auto,
+)
 from antarctic.folders import IMAGE_SUFFIXES, list_images, read_paths
 from antarctic.records import Records
 from antarctic.results import write_results
 from antarctic.runtime import run
 from antarctic.texts import read_words
-from utils import (
-    CAPTIONING,
-    Decoding,
-    add_captioner_flags,
-    add_decoding_flags,
-    add_device_flags,
-    find_inputs,
-    require_at_least,
-    size_or_auto,
-    start_run,
-)
+from utils import Decoding, find_inputs, start_run
 
 ON_SCREEN = 20  # captions
 
@@ -129,7 +127,7 @@ def settings_of(args, model):
               args.ckpt and trained_sha256(captioner), str(captioner.dtype)]
     words = [model.entries, [rows.file.content_key() for rows in model.embeddings.files()],
              args.index and model.search.sha256, model.banned and model.banned.lines]
-    if model.taught:
+    if model.taught.things:
         words.append(model.taught.key())
     sizes = [model.topk, model.table, captioner.maxlen_enc, captioner.maxlen_dec]
     return fingerprint([models, words, sizes, asdict(model.decoding)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import gradio as gr
 
 from antarctic import page
+from antarctic.classroom import without_lesson
 from antarctic.errors import InputError
 from antarctic.studio import AS_IT_IS, Stopped, Words, lines_of
 from antarctic.uploads import MOST_IMAGES, list_html, names_of, write_downloads
@@ -16,8 +17,8 @@ DIALS = ("topk", "do_sample", "num_beams", "num_return_sequences", "temperature"
 SHOWN_BY_BROWSERS = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif"
 
 
-def as_words(words, only, ban):
-    return Words(*map(lines_of, (words, only, ban)))
+def as_words(words, only, ban, lessons=()):
+    return Words(*map(lines_of, (words, only, ban)), lessons)
 
 
 def answer(function, *args):
@@ -48,52 +49,73 @@ class Answers:
         self.studio, self.folder = studio, folder
         self.save_to, self.command, self.story = save_to, command, story
 
-    def record(self, photo, words, only, ban, *dials, visitor=None):
-        """(the Caption without the visitor's words, or None; the Caption; seconds)."""
+    def record(self, photo, words, dials, visitor):
+        """(the Caption without the visitor's words, or None; the Caption; seconds). words: a Words.
+        dials: values of DIALS."""
         self.folder.sweep()
-        words, dials = as_words(words, only, ban), dict(zip(DIALS, dials))
+        dials = dict(zip(DIALS, dials))
         result, seconds = self.studio.caption(photo, words, dials, visitor)
         before = None
         if any(words):
             before, _ = self.studio.caption(photo, AS_IT_IS, dials, visitor)
         return before, result, seconds
 
-    def show(self, photo, words, only, ban, *dials, request: gr.Request = None):
+    def show(self, photo, words, only, ban, lessons, *dials, request: gr.Request = None):
         def html_of():
             if not photo:
                 return page.WAITING
-            visitor = request and request.session_hash
-            before, result, seconds = self.record(photo, words, only, ban, *dials, visitor=visitor)
-            where = [one and self.studio.where(photo, one.table, own, visitor) for one, own in (
-                (result, as_words(words, only, ban)), (before, AS_IT_IS))]
+            visitor, own = request and request.session_hash, as_words(words, only, ban, lessons)
+            before, result, seconds = self.record(photo, own, dials, visitor)
+            where = [one and self.studio.where(photo, one.table, words, visitor)
+                     for one, words in ((result, own), (before, AS_IT_IS))]
             return page.caption_html(result, seconds, before, where)
         return answer(html_of)
 
-    def look_up(self, text, photo, words, only, ban, topk):
+    def teach(self, lessons, photos, name, phrase, request: gr.Request = None):
+        """(the visitor's Lessons, what was made of them as HTML). photos: uploads, or None."""
+        try:
+            lessons, verdicts, wrong = self.studio.teach(
+                name, phrase, photos or [], lessons, request and request.session_hash)
+            return lessons, page.lessons_html(verdicts, wrong)
+        except InputError as error:
+            return lessons, page.problem(error)
+        except Stopped:
+            return lessons, page.problem("stopped; nothing was taught")
+
+    def forget(self, lessons, name):
+        """As teach(): without the name, or where it is empty without any."""
+        kept = without_lesson(lessons, name) if name else ()
+        names = ", ".join(lesson.name for lesson in kept) or "nothing"
+        if not lessons or len(kept) == len(lessons):
+            return lessons, page.problem(f"{name or 'a name'} was not taught here, but {names}")
+        return kept, page.told_html(f"What was taught here now: {names}.")
+
+    def look_up(self, text, photo, words, only, ban, lessons, topk):
         def html_of():
             if not photo:
                 raise InputError("give the page an image first")
-            found = self.studio.search(photo, text, as_words(words, only, ban), topk)
+            found = self.studio.search(photo, text, as_words(words, only, ban, lessons), topk)
             return page.search_html(found)
         return answer(html_of)
 
-    def save(self, words, only, ban):
+    def save(self, words, only, ban, lessons):
         def html_of():
-            files = self.studio.save(as_words(words, only, ban), self.save_to)
+            files = self.studio.save(as_words(words, only, ban, lessons), self.save_to)
             return page.saved_html(files.values(), self.command(files))
         return answer(html_of)
 
-    def tell(self, photo, *settings, request: gr.Request = None):
+    def tell(self, photo, words, only, ban, lessons, *dials, request: gr.Request = None):
         def html_of():
             if not photo:
                 raise InputError("give the page an image first")
             visitor = request and request.session_hash
-            _, result, _ = self.record(photo, *settings, visitor=visitor)
+            own = as_words(words, only, ban, lessons)
+            _, result, _ = self.record(photo, own, dials, visitor)
             if not result.caption:
                 raise InputError("there is no caption to continue")
             with self.studio.turn(visitor):
                 story = self.story(result.caption)
-            return f'<div class="ac-card" role="status">{page.as_text(story)}</div>'
+            return page.told_html(story)
         return answer(html_of)
 
     def preview(self, photo):
@@ -109,10 +131,10 @@ class Answers:
     def leave(self, request: gr.Request):
         self.studio.stop(request.session_hash)
 
-    def many(self, files, words, only, ban, *dials, request: gr.Request = None):
+    def many(self, files, words, only, ban, lessons, *dials, request: gr.Request = None):
         """Captions uploads one after the other: (state, gallery, downloads) again and again."""
         try:
-            words, dials = as_words(words, only, ban), dict(zip(DIALS, dials))
+            words, dials = as_words(words, only, ban, lessons), dict(zip(DIALS, dials))
             files = files or []
             if not 0 < len(files) <= MOST_IMAGES:
                 raise InputError(f"give from 1 to {MOST_IMAGES} images, not {len(files)}; "

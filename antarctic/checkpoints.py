@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from antarctic.bounded import MOST_SETTINGS, MissingError, cannot_be_read
-from antarctic.distributed import on_rank0
+from antarctic.distributed import on_rank0, warn
 from antarctic.errors import InputError
 from antarctic.files import atomic
 from antarctic.held import held
@@ -59,6 +59,27 @@ def checkpoint_settings(path):
     where the file is neither."""
     with held(path, "checkpoint") as file:
         return read_settings(file)
+
+
+def warn_of_settings(settings, clip_model, topk, table, entries):
+    """Warns where tables are not those that a checkpoint was trained on.
+
+    settings: of checkpoint_settings(). clip_model: the CLIP's identity. topk, table: as of Model.
+    entries: how many there are in all.
+    """
+    trained_with = settings.get("clip_model") or clip_model  # the original's does not say
+    if trained_with != clip_model:
+        warn(f"the checkpoint was trained with the CLIP model {trained_with}, not with "
+             f"{clip_model}")
+    trained_on = settings.get("table", "topk")
+    if table != trained_on:
+        warn(f"tables are by --table {table}, but the checkpoint was trained on tables by "
+             f"{trained_on}")
+    if topk != settings["topk"]:
+        warn(f"tables have --topk {topk} entries, but the checkpoint was trained on "
+             f"{settings['topk']}")
+    if entries < topk:
+        warn(f"tables have {entries} entries, not --topk {topk}: there are no more")
 
 
 def read_settings(file):

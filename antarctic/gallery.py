@@ -189,11 +189,11 @@ def box_attributes(where):
 
 def folded(entries, candidates, references):
     """What opens at a click on the numbers of it, as HTML: the items of more entries, candidates
-    (text, CLIP's cosine, likelihood), of which the first ten are shown, and references."""
+    (text, score, likelihood), of which the first ten are shown, and references."""
     lists = [
         (f"{len(entries)} more of the table", "ol", entries),
         (counted(len(candidates), "candidate"), "ul",
-         [f"<li>{as_text(text)} · CLIP {cosine:.3f}" for text, cosine, _ in candidates[:10]]),
+         [f"<li>{as_text(text)} · {score:.3f}" for text, score, _ in candidates[:10]]),
         (counted(len(references), "reference"), "ul",
          [f"<li>{as_text(text)}" for text in references])]
     lists = [(name, tag, "".join(items)) for name, tag, items in lists if items]
@@ -228,7 +228,7 @@ def gallery_card(number, record, references, source=data_uri, read=read_image):
     return (f'<div class="card" data-score="{record["score"]:.5f}"{box_attributes(where)}>'
             f'<figure popover id="i{number}"><button popovertarget="i{number}">{image}</button>'
             f'<figcaption><div class="caption">{caption}</div>'
-            f'<div class="small">{as_text(name)} · CLIP {record["score"]:.3f}'
+            f'<div class="small">{as_text(name)} · score {record["score"]:.3f}'
             f'{cover_text(record["caption"], record["table"])}</div></figcaption>'
             f'</figure><ol>{"".join(entries[:ENTRIES])}</ol>'
             f'{folded(entries[ENTRIES:], record["candidates"], references)}</div>\n')

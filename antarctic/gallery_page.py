@@ -17,14 +17,15 @@ HEAD = """<!doctype html>
 <h1>%s</h1>
 <p class="small">Under each caption are the cache entries that it was written from, as they were
 chosen, with the cosine of each with the image. Green entries have their words in the caption; words
-that no entry says are underlined. A click on an image enlarges it.</p>
+that no entry says are underlined. A caption's score is its cosine with the image, to which names
+from photos add. A click on an image enlarges it.</p>
 <div class="tools" role="search" hidden>
 <input type="search" aria-label="Search" autocomplete="off" spellcheck="false"
  placeholder="Words of captions, entries and names">
 <select aria-label="Order" autocomplete="off">
 <option value="0">order of the images</option>
-<option value="1">CLIP score, highest first</option>
-<option value="-1">CLIP score, lowest first</option>
+<option value="1">score, highest first</option>
+<option value="-1">score, lowest first</option>
 </select>
 <output></output>
 </div>

@@ -3,6 +3,7 @@
 Every text of a user, an entry or a model goes through as_text(), so that it is shown as text.
 """
 
+import html
 from itertools import zip_longest
 
 from antarctic.evidence import graded, words_of
@@ -18,13 +19,15 @@ keeps the one that fits best. What it cannot name, you can teach it: write the w
 WAITING = """<div class="ac-card ac-empty"><p>The caption appears here, with the words that it was
 made of. Drop an image, paste one, use the camera, or choose an example.</p></div>"""
 LEGEND = """<p class="ac-small">Bars show how well an entry fits the image (CLIP's cosine: higher is
-better). ✓ marks entries whose words are in the caption; words of the caption that no entry says are
-underlined.%s</p>"""
-POINTING = """ Point at an entry, and the image is dark where its score did not come from."""
+better; names from photos add to a caption's score). ✓ marks entries whose words are in the caption;
+words of the caption that no entry says are underlined.%s</p>"""
+POINTING = """ Point at an entry, or at a word that an entry spells, and the image is dark where its
+score did not come from."""
 CHANGES = " Yellow is what your words brought; struck out is what they drove out of the table."
 HELP = """<div class="ac-card"><h3>What the page does with your images</h3>
 <p>Images are read on the machine that runs this page, in a folder that is deleted when it stops.
-Your words count for you alone, and are gone when you close the page, unless you save them.</p>
+Your words, and names from photos, count for you alone. They are gone when you close the page,
+unless you save them: then CLIP's vectors of the photos are kept, no photos.</p>
 <h3>What the captions are worth</h3>
 <p>The models know what they were trained on. Captions can be wrong, and can name what is not in
 the image: look at the words and scores beside them.</p></div>"""
@@ -54,9 +57,12 @@ CSS = """
 .ac-caption u { text-decoration: underline dotted }
 .ac-number { text-align: right !important; font-variant-numeric: tabular-nums; width: 1%;
   white-space: nowrap; overflow-wrap: normal }
-.ac-bars [data-map] { cursor: crosshair; border-radius: 4px }
-.ac-bars .ac-lit { outline: 2px solid #2e9463; outline-offset: 1px }
+.ac-card [data-map], .ac-card [data-of] { cursor: crosshair; border-radius: 4px }
+.ac-card .ac-lit { outline: 2px solid #2e9463; outline-offset: 1px }
 #photo canvas.ac-veil { position: absolute; object-fit: contain; pointer-events: none }
+.ac-wrong { display: flex; flex-wrap: wrap; gap: 6px }
+.ac-wrong img { width: 84px; height: 84px; object-fit: contain; border-radius: 6px;
+  background: var(--background-fill-secondary) }
 .ac-gone .ac-entry { text-decoration: line-through; opacity: .75 }
 .ac-card table { width: 100%; border-collapse: collapse; font-size: .88rem; border: 0 !important;
   margin: .8rem 0 0 !important }
@@ -113,8 +119,9 @@ def candidate_rows(candidates, first=0):
 def candidates_html(candidates):
     """The candidates as an HTML table, best first. candidates: (text, cosine, likelihood)."""
     head = ('<tr><th scope="col">candidates</th><th scope="col" class="ac-number" '
-            'title="the cosine with the image">CLIP</th><th scope="col" class="ac-number" title='
-            '"the mean log-probability of a token">BART</th></tr>')
+            'title="CLIP\'s cosine with the image; names from photos add to it">score</th>'
+            '<th scope="col" class="ac-number" title="the mean log-probability of a token">BART'
+            '</th></tr>')
     table = f"<table>{head}{candidate_rows(candidates[:SHOWN])}</table>"
     if len(candidates) > SHOWN:
         more = candidate_rows(candidates[SHOWN:], SHOWN)
@@ -127,11 +134,10 @@ def side(result, heading, where=None, other=None, after=False):
     """One caption with its evidence, as HTML. result: a model.Caption. where: the maps of its
     table, or None. other: the Caption beside it, or None. after: whether this one is with the
     visitor's words."""
-    caption = caption_text(result.caption, result.table)
+    known = words_of(other.caption) if after and other else None
+    caption = caption_text(result.caption, result.table, known, pointing=bool(where))
     if not result.caption:
         caption = "no caption: every candidate held a banned word"
-    elif after and other:
-        caption = caption_text(result.caption, result.table, words_of(other.caption))
     new = gone = ()
     if other:
         changed = {entry for entry, _ in result.table} - {entry for entry, _ in other.table}
@@ -140,7 +146,7 @@ def side(result, heading, where=None, other=None, after=False):
     maps = where["maps"] if where else ()
     return (f'<section class="ac-card"{box_attributes(where)}><h3>{as_text(heading)}</h3>'
             f'<p {name}>{caption}</p>'
-            f'<p class="ac-small">CLIP\'s score {result.score:.3f}'
+            f'<p class="ac-small">score {result.score:.3f}'
             f'{cover_text(result.caption, result.table)}</p>'
             f'{bars(result.table, result.caption, new, gone, maps)}'
             f'{candidates_html(result.candidates)}</section>')
@@ -185,6 +191,25 @@ def search_html(found):
     return (f'<div class="ac-card"><p>{verdict}</p><p class="ac-small">cosine '
             f'{found["cosine"]:.3f}; the last entry of the table has {found["last"]:.3f}</p>'
             f'{listed}</div>')
+
+
+def told_html(text):
+    """A text that answers a click, as HTML."""
+    return f'<div class="ac-card" role="status">{as_text(text)}</div>'
+
+
+def lessons_html(verdicts, wrong):
+    """What the visitor's names are worth, as HTML. verdicts: a verdicts.Verdict each, the new one
+    first. wrong: data: URIs of other photos that would wrongly get the new name."""
+    lines = "".join(f"<p>{as_text(str(verdict))}.</p>" for verdict in verdicts)
+    remarks = dict.fromkeys(remark for verdict in verdicts for remark in verdict.remarks)
+    lines += "".join(f'<p class="ac-small">{as_text(remark)}</p>' for remark in remarks)
+    if wrong:
+        name = html.escape(verdicts[0].thing.name)
+        pictures = "".join(f'<img src="{uri}" alt="wrongly {name}">' for uri in wrong)
+        lines += (f'<p class="ac-small">These would wrongly be <bdi>{name}</bdi>, the most alike '
+                  f'first:</p><div class="ac-wrong">{pictures}</div>')
+    return f'<div class="ac-card" role="status">{lines}</div>'
 
 
 def saved_html(files, command):

@@ -36,23 +36,27 @@ addEventListener("input", event => {
   pause = setTimeout(() => document.querySelector("#use-words")?.click(), 500);
 });
 </script>"""
-# Pointing at an entry, or moving to it by Tab, darkens the image where its map has no share.
-POINTING = f"""<script>{VEIL}
-let lit, veil;
-const light = event => {{
-  const entry = event.target.closest(".ac-bars [data-map]");
-  const image = document.querySelector("#photo img");
-  lit?.classList.remove("ac-lit");
+# Pointing at an entry, or at a word of the caption that one spells, darkens the image where the map
+# has no share. So does moving to an entry by Tab.
+POINTING = "<script>" + VEIL + """
+let lit = [], veil;
+const light = event => {
+  const source = event.target.closest("[data-map], [data-of]");
+  const side = source?.closest("[data-box]"), image = document.querySelector("#photo img");
+  lit.forEach(part => part.classList.remove("ac-lit"));
+  lit = [];
   veil?.remove();
-  lit = entry;
-  if (!entry || !image?.naturalWidth) return;
-  entry.classList.add("ac-lit");
-  veil = veilOver(image, entry.closest("[data-box]"), entry);
+  const entry = source?.dataset.of ? side.querySelectorAll(".ac-bars li")[source.dataset.of]
+    : source;
+  if (!entry?.dataset.map || !image?.naturalWidth) return;
+  lit = [entry, source];
+  lit.forEach(part => part.classList.add("ac-lit"));
+  veil = veilOver(image, side, entry);
   veil.className = "ac-veil";
   for (const [name, size] of [["left", image.offsetLeft], ["top", image.offsetTop],
                               ["width", image.offsetWidth], ["height", image.offsetHeight]])
     veil.style[name] = size + "px";
-}};
+};
 addEventListener("pointerover", light);
 addEventListener("focusin", light);
 </script>"""
@@ -103,12 +107,12 @@ class Page:
                 self.many_tab(settings[1:])
             with gr.Tab("About"):
                 gr.HTML(page.HELP)
-            self.add_api(settings)
+            self.add_api([*settings[:4], *settings[5:]])
             blocks.unload(self.answers.leave)
         return blocks
 
     def caption_tab(self):
-        """Returns the components of photo, words, only, ban and the dials."""
+        """Returns the components of photo, words, only, ban, the lessons and the dials."""
         with gr.Row(elem_id="ac-grid"):
             with gr.Column(elem_id="ac-photo"):
                 photo = uploads_only(gr.Image(
@@ -132,10 +136,12 @@ class Page:
                     find = gr.Button("Search", elem_id="find", size="sm")
                     found = gr.HTML(elem_id="found", padding=False)
             with gr.Column(elem_id="ac-words"):
-                words, only, ban, use = self.word_boxes()
+                lessons = gr.State(())
+                words, only, ban, use = self.word_boxes(lessons)
+                learned = self.lesson_boxes(lessons)
                 dials = self.dials()
-        settings = [photo, words, only, ban, *dials]
-        changes = [photo.change, use.click, *(dial.change for dial in dials)]
+        settings = [photo, words, only, ban, lessons, *dials]
+        changes = [photo.change, use.click, learned.change, *(dial.change for dial in dials)]
         running = [gr.on(changes, self.answers.show, settings, result, show_progress="minimal",
                          trigger_mode="always_last", **DEVICE, **PRIVATE)]
         photo.upload(self.answers.preview, photo, photo, show_progress="hidden", **DEVICE,
@@ -143,11 +149,11 @@ class Page:
         if self.answers.story:
             running.append(tell.click(self.answers.tell, settings, story, **DEVICE, **PRIVATE))
         gr.on([find.click, text.submit], self.answers.look_up,
-              [text, photo, words, only, ban, dials[0]], found, **DEVICE, **PRIVATE)
+              [text, photo, words, only, ban, lessons, dials[0]], found, **DEVICE, **PRIVATE)
         stop.click(self.answers.leave, cancels=running, queue=False, **PRIVATE)
         return settings
 
-    def word_boxes(self):
+    def word_boxes(self, lessons):
         with gr.Accordion("Your words", open=True):
             words = gr.Textbox("", label="Add, a word or phrase a line", lines=3, max_lines=12,
                                placeholder="penguin\npenguins", max_length=20_000,
@@ -163,8 +169,29 @@ class Page:
                 use = gr.Button("Caption again", variant="primary", elem_id="use-words", size="sm")
                 save = gr.Button("Save", elem_id="save", size="sm")
             saved = gr.HTML(elem_id="saved", padding=False)
-        save.click(self.answers.save, [words, only, ban], saved, **DEVICE, **PRIVATE)
+        save.click(self.answers.save, [words, only, ban, lessons], saved, **DEVICE, **PRIVATE)
         return words, only, ban, use
+
+    def lesson_boxes(self, lessons):
+        """Names from photos. Returns the component that changes with them. lessons: their gr.State.
+        """
+        with gr.Accordion("A name from photos", open=False, elem_id="teaching"):
+            photos = uploads_only(gr.File(
+                file_count="multiple", elem_id="teach-photos", height=140,
+                label="Three to five photos of it"))
+            with gr.Row():
+                name = gr.Textbox("", label="Name", placeholder="Tom", max_length=100,
+                                  elem_id="teach-name")
+                phrase = gr.Textbox("", label="A word for it, with its article", max_length=100,
+                                    placeholder="a cat", elem_id="teach-phrase")
+            with gr.Row():
+                teach = gr.Button("Teach", variant="primary", elem_id="teach", size="sm")
+                forget = gr.Button("Forget", elem_id="forget", size="sm")
+            learned = gr.HTML(elem_id="taught", padding=False)
+        teach.click(self.answers.teach, [lessons, photos, name, phrase], [lessons, learned],
+                    **DEVICE, **PRIVATE)
+        forget.click(self.answers.forget, [lessons, name], [lessons, learned], **PRIVATE)
+        return learned
 
     def dials(self):
         """The components of answers.DIALS."""

@@ -95,9 +95,8 @@ def vectors_of(model, tables):
     numbers = [row for row, entry in enumerate(model.entries) if entry in texts]
     rows = model.embeddings.only(numbers)[:]
     vectors = {model.entries[number]: row for number, row in zip(numbers, rows)}
-    if taught := model.taught:
-        vectors |= {thing.noun: row for thing, row in zip(taught.things, taught.rows)}
-    return vectors
+    taught = model.taught
+    return vectors | {thing.noun: row for thing, row in zip(taught.things, taught.rows)}
 
 
 def where_of(box, c, table, vectors):

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 from antarctic.cache import search
 from antarctic.cache_files import cache_lock, finish_cache
+from antarctic.classroom import MOST_PHOTOS, Classroom, with_lesson
 from antarctic.errors import InputError
 from antarctic.files import file_sha256, output_folder, write_lines
 from antarctic.images import MOST_PIXELS, read_image
 from antarctic.locks import locked
 from antarctic.scan import kept_in_memory
 from antarctic.seen import vectors_of, where_of
+from antarctic.taught_files import write_taught
 from antarctic.texts import one_line
 from antarctic.where import contributions, map_box, require_maps
 
@@ -33,14 +35,16 @@ class Stopped(Exception):
 
 
 class Words(NamedTuple):
-    """A visitor's vocabulary: three tuples of lines."""
+    """A visitor's vocabulary: three tuples of lines, and one of Lessons."""
 
     words: tuple = ()  # entries that lie over the cache
     only: tuple = ()  # the only entries
     ban: tuple = ()  # what no entry and no caption may hold
+    lessons: tuple = ()  # names from photos: classroom.Lessons
 
 
 AS_IT_IS = Words()
+
 
 def lines_of(text):
     """The distinct lines of a box, a tuple. Raises InputError where they are too many, or one is
@@ -94,18 +98,20 @@ class Recent(OrderedDict):
 class Studio:
     """A Model as many visitors use it at once.
 
-    model: a model.Model, which stays as it is. max_pixels: of an image at most. What was computed
+    model: a model.Model, which stays as it is. max_pixels: of an image at most. others: a function
+    that gives photos of other things for teaching names, see classroom. What was computed
     last is kept: an image's vector, so that another word or dial does not wait for CLIP, and
     vocabularies, so that a new line is encoded alone. Attributes: model, dials, those that the
     model begins with. Raises InputError where one of these is out of BOUNDS.
     """
 
-    def __init__(self, model, max_pixels=MOST_PIXELS):
+    def __init__(self, model, max_pixels=MOST_PIXELS, others=list):
         if model.search is search:
             model = copy(model)
             model.search = kept_in_memory(model.embeddings)
         self.model, self.max_pixels = model, max_pixels
         self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
+        self.classroom = Classroom(model.clip, model.taught.notes, self.vector, others, Recent(8))
         self.shares, self.has_maps = Recent(32), True
         try:
             require_maps(model.clip)
@@ -159,13 +165,13 @@ class Studio:
             key = file_sha256(path)
         except InputError as error:
             raise InputError("the image is not here any more; upload it again") from error
-        return key, self.features.find(key, lambda: self.encode(key, path))
+        return key, self.vector(key, path)
 
-    def encode(self, key, path):
+    def vector(self, key, path):
         """CLIP's unit vector of an image, float32 (1, dim). The shares of its patches are computed
-        with it, where they are known for this CLIP."""
-        return (self.decompose(key, path)[0] if self.has_maps else
-                self.model.features(self.picture(path)))
+        with it, where they are known for this CLIP. key: the file's sha256."""
+        return self.features.find(key, lambda: self.decompose(key, path)[0] if self.has_maps else
+                                  self.model.features(self.picture(path)))
 
     def decompose(self, key, path):
         """(CLIP's unit vector of an image, float32 (1, dim); c, see contributions, of it alone; the
@@ -194,16 +200,32 @@ class Studio:
 
         def make():
             model, known = self.model, 0  # lines that were encoded for a shorter list
+            if words.lessons:
+                model = model.with_words(taught=self.classroom.taught(words.lessons))
             for length in range(len(words.words) - 1, 0, -1):
-                shorter = self.models.get(Words(words.words[:length]))
+                shorter = self.models.get(Words(words.words[:length], lessons=words.lessons))
                 if shorter is not None:
                     model, known = shorter, length
                     break
             if known or not (words.only or words.ban):
                 model = model.with_words(words.words[known:])
-                return model.with_words((), words.only, words.ban) if any(words[1:]) else model
-            return model.with_words(*words)
+                restricted = words.only or words.ban
+                return model.with_words((), words.only, words.ban) if restricted else model
+            return model.with_words(words.words, words.only, words.ban)
         return self.models.find(words, make)
+
+    def teach(self, name, phrase, paths, lessons=(), visitor=None):
+        """A name that a visitor teaches: (the visitor's classroom.Lessons with the new one first,
+        the Verdict on each, data: URIs of other photos that would wrongly get the new name).
+
+        name, phrase: "Tom" and "a cat". paths: uploads. lessons: what the visitor has taught.
+        Raises InputError, and Stopped.
+        """
+        name, phrase = (" ".join(str(text or "").split()) for text in (name, phrase))
+        with self.turn(visitor):
+            photos = {self.feature(path)[0]: path for path in paths[:MOST_PHOTOS + 1]}
+            lessons = with_lesson(lessons, name, phrase, tuple(photos.items()))
+            return lessons, self.classroom.verdicts(lessons), self.classroom.wrongly(lessons)
 
     def caption(self, path, words=AS_IT_IS, dials=None, visitor=None):
         """(the model.Caption of an image, the seconds that it took).
@@ -228,10 +250,10 @@ class Studio:
 
     def search(self, path, text, words=AS_IT_IS, topk=None, visitor=None):
         """Where a text stands among the entries for an image: a dict with text, known (whether it
-        is an entry), cosine, rank, entries (how many there are), topk, shortlist (how many of the
-        nearest the table is chosen from), kept (whether it is in the table, where it is an entry),
-        last (the least cosine in the table) and others, (entry, cosine, rank) of up to ten entries
-        that hold it. Raises InputError."""
+        is an entry, or a name that was taught), cosine, rank, entries (how many there are), topk,
+        shortlist (how many of the nearest the table is chosen from), kept (whether it is in the
+        table, where it is an entry), last (the least cosine in the table) and others, (entry,
+        cosine, rank) of up to ten entries that hold it. Raises InputError."""
         lines = lines_of(text)
         if len(lines) != 1:
             raise InputError("type one word, or one phrase, to search for")
@@ -239,18 +261,21 @@ class Studio:
         with self.turn(visitor):
             _, feature = self.feature(path)
             model = self.with_words(words)
+            text = model.taught.noun_like(text) or text
+            taught = text in model.taught.by_noun
             folded, holding = text.casefold(), []
             for entry in model.entries:
                 if folded in entry.casefold() and entry != text:
                     holding.append(entry)
                     if len(holding) == 200:
                         break
-            places, known = model.places(feature[0], [text, *holding]), text in model.entries
+            places = model.places(feature[0], [text, *holding])
+            known = taught or text in model.entries
             entries = len(model.entries)
             topk = min(topk or model.topk, len(model.entries))
             banned = model.banned and model.banned.search(text)
             # As a line of the visitor's words.
-            model = model.with_words(() if banned else text, topk=topk)
+            model = model.with_words(() if banned or taught else text, topk=topk)
             [table] = model.tables(feature)
         others = [(entry, *place) for entry, place in zip(holding, places[1:])]
         others.sort(key=lambda other: other[2])
@@ -265,16 +290,21 @@ class Studio:
         InputError, also where another run is writing that cache."""
         if not any(words):
             raise InputError("there is nothing to save yet: write a word into one of the boxes")
-        name = hashlib.sha256(repr(tuple(words)).encode()).hexdigest()[:8]
+        lessons = [(*each[:2], sorted(key for key, _ in each.photos)) for each in words.lessons]
+        parts = words[:3] + (lessons,) if lessons else words[:3]
+        name = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
         folder = output_folder(folder)
         base, files = folder / f"words-{name}", {}
         if len(list(folder.glob("words-*.txt"))) >= MOST_SAVED:
             raise InputError(f"{folder} holds {MOST_SAVED:,} lists of words; remove some of them")
         own = tuple(dict.fromkeys((*words.words, *words.only)))
+        notes = self.classroom.notes_of(words.lessons) if words.lessons else None
+        if notes and not own:  # they lie beside a cache, and each has an entry at least
+            own = tuple(dict.fromkeys(thing.word for thing in notes.things))
         with self.saving:
             if own:
                 files = {"--textfile": f"{base}.txt", "--embfile": f"{base}.npy"}
-                self.save_cache(*files.values(), own)
+                self.save_cache(*files.values(), own, notes)
             for flag, lines in (("--only", words.only), ("--ban", words.ban)):
                 if lines:
                     files[flag] = f"{base}-{flag[2:]}.txt"
@@ -282,9 +312,10 @@ class Studio:
                         write_lines(files[flag], lines)
         return files
 
-    def save_cache(self, textfile, embfile, entries):
-        """Writes a cache of a few entries, unless it is there. Raises InputError where another
-        page, or compute_cache.py, is writing to it."""
+    def save_cache(self, textfile, embfile, entries, notes):
+        """Writes a cache of a few entries, and the Notes beside it unless they are None, where it
+        is not there. Raises InputError where another page, or compute_cache.py, is writing to it.
+        """
         from antarctic.cache_changes import write_cache
         with locked(cache_lock(embfile)):
             finish_cache(textfile, embfile)  # which a killed page had begun
@@ -293,4 +324,6 @@ class Studio:
             clip, prefix = self.model.clip, self.model.prefix
             with self.turn(None):
                 vectors = clip.encode_texts([prefix + entry for entry in entries])  # (n, dim)
+            if notes:
+                write_taught(embfile, notes)
             write_cache(textfile, embfile, entries, vectors.numpy(), clip.identity, prefix)

@@ -100,70 +100,84 @@ def without_article(text):
     return re.sub("^(an?|the) ", "", text, flags=re.IGNORECASE)
 
 
+def noun_of(name):
+    """What two names have in common that are one."""
+    return fold(without_article(name))
+
+
 def replace(pattern, words, text):
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda _: words, text)
 
 
-def entries_of(only, taught):
-    """The lines of --only that are entries: those that are no taught name, or all where each is
-    one. only: a list, or None. taught: a Taught, or None."""
-    return only and taught and taught.untaught(only) or only
-
-
 class Taught:
-    """What captions may name, fitted to a cache and a size of tables.
+    """What captions may name: the things of Notes (see taught_files), or nothing without them.
 
-    notes: a taught_files.Notes. embeddings: the cache's, (N, dim). Attributes: things, a list of
-    Thing; rows, float32 (things, dim), as those of a cache, but longer than 1; least, the score of
-    an entry that is just in a usual table.
+    fitted() makes one for a cache and a size of tables, which has the attributes rows, float32
+    (things, dim), as those of a cache, but longer than 1; least, the score of an entry that is just
+    in a usual table; and by_noun, {noun: Thing}. Attribute of all: things, a list of Thing.
     """
 
-    def __init__(self, notes, embeddings, topk):
-        self.things, self.usual = notes.things, torch.from_numpy(notes.others[:USUAL])
-        self.spread, self.lessons = learn_all(notes.others, notes.vectors)
-        for thing, lesson in zip(self.things, self.lessons):
+    def __init__(self, notes=None):
+        self.notes, self.things, self.lessons = notes, [], []
+        if notes:
+            self.things = notes.things
+            self.spread, self.lessons = learn_all(notes.others, notes.vectors)
+
+    def fitted(self, embeddings, topk, only=(), banned=None):
+        """A Taught whose rows fit the scores in tables of topk entries of a cache. It has the
+        things that --only and --ban leave.
+
+        embeddings: the cache's, (N, dim). only: a list of entries, or none. banned: a WholeWords,
+        or None.
+        """
+        other, only = copy(self), set(map(fold, only or ()))
+        left = [i for i, thing in enumerate(self.things)
+                if (not only or fold(thing.noun) in only)
+                and not (banned and banned.search(thing.name))]
+        other.things = [self.things[i] for i in left]
+        other.lessons = [self.lessons[i] for i in left]
+        for thing, lesson in zip(other.things, other.lessons):
             if not lesson.threshold > 0:
                 raise InputError(f"the photos of {thing.name} are not apart from others; teach it "
                                  "again by compute_cache.py --teach, or forget it by --untaught")
-        self.fit(embeddings, topk)
-
-    def fit(self, embeddings, topk):
-        """Fits the rows to the scores that tables of another cache or size have."""
-        scores, _ = search(self.usual, embeddings, topk)  # (USUAL, topk), best first
-        self.least, most = scores[:, -1].mean().item(), scores[:, 0].mean().item()
-        rows = [row_of(self.spread, lesson, self.least, most) for lesson in self.lessons]
-        self.rows = torch.from_numpy(np.stack(rows))
-        self.by_noun = {thing.noun: thing for thing in self.things}
-
-    def fitted(self, embeddings, topk, only=(), banned=None):
-        """A Taught of another cache or size, of what --only and --ban leave; None where nothing is
-        left. only: a list of entries, or none. banned: a WholeWords, or None."""
-        only = set(map(fold, only or ()))
-        pairs = [(thing, lesson) for thing, lesson in zip(self.things, self.lessons)
-                 if (not only or fold(thing.noun) in only)
-                 and not (banned and banned.search(thing.name))]
-        if not pairs:
-            return None
-        other = copy(self)
-        other.things, other.lessons = map(list, zip(*pairs))
-        other.fit(embeddings, topk)
+        other.by_noun = {thing.noun: thing for thing in other.things}
+        other.least, other.rows = 0.0, torch.empty(0, embeddings[:1].shape[1])
+        if left:
+            other.notes = self.notes._replace(
+                things=other.things, vectors=[self.notes.vectors[i] for i in left])
+            usual = torch.from_numpy(self.notes.others[:USUAL])
+            scores, _ = search(usual, embeddings, topk)  # (USUAL, topk), best first
+            other.least, most = scores[:, -1].mean().item(), scores[:, 0].mean().item()
+            other.rows = torch.from_numpy(np.stack([
+                row_of(self.spread, lesson, other.least, most) for lesson in other.lessons]))
         return other
 
-    def untaught(self, texts):
-        """The texts, a list, that are not the name of a taught thing."""
+    def entries_among(self, only):
+        """The lines of --only that are entries: those that are no taught name, or all where each is
+        one. only: a list, or None."""
         known = {fold(thing.noun) for thing in self.things}
-        return [text for text in texts if fold(text) not in known]
+        return only and [text for text in only if fold(text) not in known] or only
+
+    def noun_like(self, text):
+        """The noun of the thing that a text names, in any case, with or without its article; None
+        where it names none."""
+        wanted = noun_of(text)
+        return next((noun for noun in self.by_noun if fold(noun) == wanted), None)
 
     def key(self):
         """What stands for all of it in a fingerprint."""
         return [self.things, self.least, sha256(self.rows.numpy()).hexdigest()]
 
+    def scores(self, features):
+        """How well the things fit images, (n, things): a cosine has no more than 1, and neither
+        have these. features: (n, dim)."""
+        return (features @ self.rows.T).clamp(max=1)
+
     def lay_over(self, tables, features):
         """Tables with the taught things that an image shows, in place of the last entries. tables:
         n lists of (entry, score). features: (n, dim)."""
         laid = []
-        scores = (features @ self.rows.T).clamp(max=1)  # (n, things): no more than a cosine has
-        for table, row in zip(tables, scores.tolist()):
+        for table, row in zip(tables, self.scores(features).tolist()):
             seen = sorted(zip(row, range(len(row))), reverse=True)[:min(MOST_NAMED, len(table))]
             seen = [(self.things[i].noun, score) for score, i in seen if score > self.least]
             # An entry of a name's text is not the thing: CLIP means something else by it.

@@ -125,8 +125,8 @@ def notes_of(said, tensors):
 
 
 def joined(notes):
-    """The Notes of several files as one, or None. A name that comes again is kept at its first
-    place. notes: a list of Notes and None."""
+    """The Notes of several files as one, or None. Of a name that comes again the last one counts,
+    since a small cache lies over the common one. notes: a list of Notes and None."""
     notes = [each for each in notes if each]
     if len(notes) < 2:
         return notes[0] if notes else None
@@ -134,7 +134,7 @@ def joined(notes):
     pairs = {}
     for each in notes:
         for thing, vectors in zip(each.things, each.vectors):
-            pairs.setdefault(fold(thing.noun), (thing, vectors))
+            pairs[fold(thing.noun)] = thing, vectors
     step = -(-len(others) // MOST_OTHERS)
     return Notes(notes[0].clip_model, others[::step], [thing for thing, _ in pairs.values()],
                  [vectors for _, vectors in pairs.values()])

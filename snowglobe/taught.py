@@ -62,8 +62,8 @@ def teach(model, others, names, seed):
         photos = [draw(kind, i < 3, f"photo {seed} {i}", True) for i in range(5)]
         vectors.append((features(model, photos).numpy(), others[:0]))
     things = [checked_thing(*pair) for pair in names.values()]
-    model.taught = Taught(Notes(model.clip.identity, others, things, vectors), model.embeddings,
-                          model.topk)
+    notes = Notes(model.clip.identity, others, things, vectors)
+    model.taught = Taught(notes).fitted(model.embeddings, model.topk)
 
 
 def caption(model, vectors, **how):
@@ -133,11 +133,12 @@ def main():
     parser.add_argument("--tuning", action="store_true", help="take the things that the recipe was "
                         "tuned on")
     args = parser.parse_args()
+    from antarctic.taught import Taught
     from model import Model
     output_folder(args.savedir)
     model = Model.load(str(WEIGHTS / "clip"), str(WEIGHTS / "bart"), args.ckpt, args.textfile,
                        args.embfile)
-    model.taught = None
+    model.taught = Taught().fitted(model.embeddings, model.topk)
     val = read_coco(args.datadir, "val2017")[:args.val]
     paths = [picture.path for picture in read_coco(args.datadir, "train2017")[:OTHERS]]
     world = {"others": features(model, paths).numpy(),

@@ -133,6 +133,26 @@ def checkpoint(script, world, cache, tmp_path_factory):
     return folder / "best.safetensors"
 
 
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder with others (120 pictures), Tom and Flora (5 each, of what is in no world, three
+    alone and two beside known things) and new, of Tom alone."""
+    from snowglobe import scenes, strangers, taught
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("others", "Tom", "Flora", "new"):
+        (folder / name).mkdir()
+    for i in range(120):
+        scene, _ = scenes.split_scene("train2017", 7, i)
+        scenes.draw_scene(scene).save(folder / "others" / f"{i}.png")
+    with strangers.moved_in():
+        for name in ("Tom", "Flora"):
+            for i in range(5):
+                taught.draw(name, i < 3, i, True).save(folder / name / f"{i}.png")
+        for i in range(4):
+            taught.draw("Tom", True, f"new {i}", True).save(folder / "new" / f"{i}.png")
+    return folder
+
+
 @contextlib.contextmanager
 def running_page(*arguments, **environment):
     """Starts app.py as a user does. Yields its process and its address. In the end it is stopped as
@@ -152,15 +172,15 @@ def running_page(*arguments, **environment):
 
 
 @pytest.fixture(scope="session")
-def served(cache, world, tmp_path_factory):
+def served(cache, world, photos, tmp_path_factory):
     """app.py as a user starts it: address, folder (its own temporary files), saved (where "Save"
     writes) and penguin (a drawing of one). BART as pretrained repeats the table, so captions hold
-    the nearest entries."""
+    the nearest entries. Photos of other things are photos/others."""
     folder = tmp_path_factory.mktemp("page")
     arguments = flags({
         "port": "0", "clip_model": CLIP, "lm": BART, "ckpt": "none", "textfile": cache.textfile,
         "embfile": cache.embfile, "examples": world / "near", "savedir": folder / "saved",
-        "story_lm": GPT, "device": "cpu", "max_mb": "1"})
+        "others": photos / "others", "story_lm": GPT, "device": "cpu", "max_mb": "1"})
     with running_page(*arguments, TMPDIR=str(folder), GRADIO_SHARE="True",
                       GRADIO_ALLOWED_PATHS="/") as (process, address):
         yield SimpleNamespace(address=address, folder=folder, process=process,

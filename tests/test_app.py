@@ -8,6 +8,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +19,15 @@ from PIL import Image
 import app
 from antarctic import cache_files, page, scan
 from antarctic.cache import search
+from antarctic.classroom import without_lesson
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
+from antarctic.lessons import other_photos
 from antarctic.locks import locked
 from antarctic.studio import MOST_WORDS, Stopped, Studio, Words, checked_dials, lines_of
+from antarctic.taught import Thing
 from antarctic.uploads import KEPT_SECONDS, Folder, examples_of, names_of, write_downloads
+from antarctic.verdicts import Verdict
 from model import Caption, Model
 
 HOSTILE = '<img src=x onerror="document.title=1">${document.title=2}{{3}}</style><script>'
@@ -155,6 +160,88 @@ def test_saved_words_are_a_cache_that_the_command_uses(script, studio, cache, pe
         studio.save(Words(), tmp_path / "saved")
 
 
+@pytest.fixture(scope="module")
+def tuned(cache, checkpoint):
+    """A Model whose captions are sentences, in which a name can stand."""
+    return Model.load(CLIP, BART, checkpoint, cache.textfile, cache.embfile, device="cpu")
+
+
+@pytest.fixture
+def classroom(tuned, photos):
+    """A Studio that knows photos/others."""
+    return Studio(tuned, others=partial(other_photos, tuned.clip, None, [photos / "others"]))
+
+
+def paths_in(folder):
+    return sorted(map(str, folder.iterdir()))
+
+
+def test_a_visitor_teaches_a_name_and_nobody_else_hears_of_it(classroom, tuned, photos, tmp_path,
+                                                              monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing is kept
+    tom, flora, new = (paths_in(photos / name) for name in ("Tom", "Flora", "new"))
+    before = [classroom.caption(path)[0] for path in new]
+    lessons, [verdict], wrong = classroom.teach(" Tom ", "a cat", tom)
+    expected = tuned.with_words()
+    told = expected.teach("Tom", "a cat", tom, paths_in(photos / "others"))
+    assert (verdict.photos, verdict.others) == (told.photos, told.others) == (5, 120)
+    assert all(uri.startswith("data:image/jpeg;base64,") for uri in wrong)
+    assert len(wrong) == min(8, len(verdict.wrong)) and "only 120 photos" in verdict.remarks[0]
+    named = [classroom.caption(path, Words(lessons=lessons))[0] for path in new]
+    assert sum("Tom" in result.caption for result in named) >= 3
+    assert [[entry for entry, _ in result.table] for result in named] == [
+        [entry for entry, _ in table] for table in expected.tables(expected.features(new))]
+    found = classroom.search(new[0], "tom", Words(lessons=lessons))
+    assert found["known"] and found["kept"] and (found["text"], found["rank"]) == ("Tom", 1)
+    # A second name joins the first, a name that comes again is taught anew, and words count, too.
+    both, verdicts, _ = classroom.teach("Flora", "a rabbit", flora, lessons)
+    assert [each.thing.name for each in verdicts] == ["Flora", "Tom"]
+    assert verdicts[0].nearest[0] == "Tom"
+    again, *_ = classroom.teach("TOM", "a cat", tom[:4], both)
+    assert [each.name for each in again] == ["TOM", "Flora"] and len(again[0].photos) == 4
+    assert without_lesson(again, "tom") == again[1:]
+    banned = Words(("penguin",), (), ("Tom",), both)
+    assert "Tom" not in dict(classroom.caption(new[0], banned)[0].table)
+    assert not tuned.taught.things  # the page's own model, and another visitor's captions
+    assert [classroom.caption(path)[0] for path in new] == before
+
+
+@pytest.mark.parametrize("name, phrase, taken, named", [
+    ("", "a cat", "Tom", "a name must be"), ("Tom", "cat", "Tom", "needs its article"),
+    ("Tom", "a cat", "", "there are 0"), ("Tom", "a cat", "bad", "cannot be read"),
+    ("Tom", "a cat", "many", "50 photos of Tom are enough"),
+    ("Bo", "a cat", "Tom", "those of Tom, or too like them")])
+def test_what_cannot_be_taught_is_told_to_the_visitor(classroom, photos, tmp_path, name, phrase,
+                                                      taken, named):
+    lessons, _, _ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    places = {"": [], "bad": [tmp_path / "bad.png"], "Tom": paths_in(photos / "Tom"),
+              "many": [path for path in paths_in(photos / "others")[:60]]}
+    with pytest.raises(InputError, match=named):
+        classroom.teach(name, phrase, places[taken], lessons)
+    few = Studio(classroom.model, others=list)
+    with pytest.raises(InputError, match="there are 0: --features"):
+        few.teach("Tom", "a cat", paths_in(photos / "Tom"))
+
+
+def test_a_saved_name_is_one_that_the_command_uses(script, classroom, cache, checkpoint, photos,
+                                                   tmp_path):
+    new = paths_in(photos / "new")[0]
+    lessons, *_ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
+    args = SimpleNamespace(textfile=[cache.textfile], embfile=[cache.embfile], clip_model=CLIP,
+                           lm=BART, ckpt=checkpoint)
+    for words in (Words(lessons=lessons), Words(("penguin",), lessons=lessons)):
+        files = classroom.save(words, tmp_path / "saved")
+        assert classroom.save(words, tmp_path / "saved") == files
+        assert Path(files["--textfile"]).read_text() == f"{(words.words or ('cat',))[0]}\n"
+        command = app.command_of(args)(files).split()
+        run = script("sampler", "--images", new, *command[4:], "--savedir", tmp_path / "out")
+        assert run.code == 0, run.err
+        record = json.loads((tmp_path / "out" / "details.jsonl").read_text())
+        assert record["caption"] == classroom.caption(new, words)[0].caption
+        assert "Tom" in record["caption"]
+
+
 def test_a_cache_of_saved_words_has_one_writer_at_a_time(studio, tmp_path):
     """Visitors of this page wait; another page, or compute_cache.py --add, is told of."""
     words = Words(("penguin", "a red hat"))
@@ -215,6 +302,13 @@ def test_a_caption_is_stopped_between_two_tokens(studio, penguin):
 
 
 # ------------------------------------------------------------------------------------ text is text
+
+def test_names_that_are_hostile_are_text():
+    verdict = Verdict(Thing(HOSTILE, "a cat"), 4, 5, [1], 400, (HOSTILE, .5), [HOSTILE])
+    shown = page.lessons_html([verdict], ["data:image/jpeg;base64,AA=="])
+    assert "<img src=x" not in shown and "<script" not in shown and shown.count("<img ") == 1
+    assert "4 of 5 of its photos" in shown and "50% of the way" in shown
+
 
 def test_what_is_hostile_is_text():
     table = [(HOSTILE, 0.3), ("b", 0.2)]

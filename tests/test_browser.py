@@ -1,6 +1,7 @@
 """The page in a real browser: Debian's chromium, headless, with its driver."""
 
 import json
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -56,6 +57,10 @@ class Browser:
 
     def caption(self):
         return "".join(part.text for part in self.driver.find_elements(By.ID, "caption"))
+
+    def entries(self):
+        """The entries of all tables on the page."""
+        return [part.text for part in self.driver.find_elements(By.CSS_SELECTOR, ".ac-entry")]
 
     def drop(self, path):
         self.find("#photo input[type=file]").send_keys(str(path))
@@ -149,8 +154,7 @@ def test_hostile_words_are_text(browse, served):
     hostile = '<img src=x onerror="document.title=1">${document.title=2}'
     browser.type("only-words", hostile + "\n<script>document.title=3</script>\nsea")
     browser.wait(lambda: browser.find(".ac-sides.two"))
-    entries = [entry.text for entry in browser.driver.find_elements(By.CSS_SELECTOR, ".ac-entry")]
-    assert hostile in entries
+    assert hostile in browser.entries()
     assert not browser.driver.find_elements(By.CSS_SELECTOR, "#result img, #result script")
     assert browser.driver.title == "antarctic-captions"
 
@@ -169,6 +173,46 @@ def test_pointing_at_an_entry_lights_where_it_was_seen(browse, served):
     assert len(browser.driver.find_elements(By.CSS_SELECTOR, "#photo canvas, .ac-lit")) == 2
     ActionChains(browser.driver).move_to_element(browser.find("h1")).perform()
     assert not browser.driver.find_elements(By.CSS_SELECTOR, "#photo canvas, .ac-lit")
+
+
+def test_pointing_at_a_word_of_the_caption_lights_the_entry_that_spells_it(browse, served):
+    browser = browse()
+    browser.drop(served.penguin)
+    word = browser.find("#caption [data-of]")
+    ActionChains(browser.driver).move_to_element(word).perform()
+    browser.wait(lambda: browser.find("#photo canvas"))
+    lit = browser.find(".ac-bars .ac-lit .ac-entry").text
+    assert word.text.lower() in lit and "ac-lit" in word.get_attribute("class")
+    ActionChains(browser.driver).move_to_element(browser.find("h1")).perform()
+    assert not browser.driver.find_elements(By.CSS_SELECTOR, "#photo canvas, .ac-lit")
+
+
+def test_a_name_is_taught_from_photos_and_forgotten(browse, served, photos):
+    browser, other = browse(), browse()
+    new = sorted((photos / "new").iterdir())[0]
+    browser.drop(new)
+    assert "Tom" not in browser.entries()
+    browser.find("#teaching button.label-wrap").click()
+    files = browser.wait(lambda: browser.find("#teach-photos input[type=file]"))
+    files.send_keys("\n".join(str(path) for path in sorted((photos / "Tom").iterdir())))
+    browser.wait(lambda: browser.find("#teach-photos").text.count(".png") == 5)
+    browser.find("#teach").click()
+    assert "a name must be" in browser.wait(lambda: browser.find("#taught .ac-problem").text)
+    browser.type("teach-name", "Tom")
+    browser.type("teach-phrase", "a cat")
+    browser.find("#teach").click()
+    told = browser.wait(lambda: browser.find("#taught .ac-card:not(.ac-problem)").text)
+    assert "Tom, a cat: would be named in" in told and "of 120 others" in told
+    wrong = int(re.search(r"wrongly in (\d+)", told)[1])
+    shown = browser.driver.find_elements(By.CSS_SELECTOR, "#taught img")
+    assert len(shown) == min(8, wrong)
+    assert browser.wait(lambda: "Tom" in browser.entries())  # BART reads its class word
+    assert browser.find(".ac-sides.two section:nth-child(2) h3").text == "Before"
+    other.drop(new)
+    assert "Tom" not in other.entries()  # of another visitor
+    browser.find("#forget").click()
+    browser.wait(lambda: browser.entries() and "Tom" not in browser.entries())
+    assert browser.overflow() <= 0
 
 
 def test_a_phone_s_window(browse, served):

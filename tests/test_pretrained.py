@@ -89,7 +89,8 @@ def command(script, *arguments, **environment):
 
 
 @pytest.mark.slow
-def test_every_script_runs_by_the_default_names_then_without_a_network(served, world, tmp_path):
+def test_every_script_runs_by_the_default_names_then_without_a_network(served, world, photos,
+                                                                       tmp_path):
     served.heal()
     served.hang = {"other"}  # a run with unneeded requests would not end
     cache = ("--textfile", tmp_path / "cache.txt", "--embfile", tmp_path / "cache.npy")
@@ -133,6 +134,11 @@ def test_every_script_runs_by_the_default_names_then_without_a_network(served, w
     assert f"{BART_LARGE} on cpu, int8" in output and "trained on tables by mmr" in output
     assert len((results / "preds.txt").read_text().splitlines()) == VAL
     assert (results / "details.jsonl").read_text().count('"where": {') == VAL
+    output = command("compute_cache", *cache, "--teach", "Tom", photos / "Tom", "--as", "a cat",
+                     "--others", photos / "others", **offline)
+    assert "Tom, a cat: would be named in" in output
+    command("sampler", "--images", photos / "new", *runs[2][3:], **offline)
+    assert (results / "details.jsonl").read_text().count('["Tom", ') >= 3
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ from numpy.linalg import inv
 from antarctic import teaching
 from antarctic.cache import read_cache
 from antarctic.errors import InputError
+from antarctic.images import read_image
 from antarctic.taught import Taught, Thing, checked_thing
 from antarctic.taught_files import Notes, joined, read_taught, taught_path, write_taught
 from model import Model
-from snowglobe import scenes, strangers
+from snowglobe import scenes
 
 DIM = 12
 
@@ -37,6 +38,12 @@ def notes_of(*things, others=300):
     """Notes of synthetic things: pairs of a name and its photos."""
     return Notes("clip", images(others, 0), [checked_thing(name, "a cat") for name, _ in things],
                  [(photos, photos[:0]) for _, photos in things])
+
+
+def fitted(notes, embeddings=None):
+    """A Taught of notes, in tables of 5 entries of a cache, or of a synthetic one."""
+    return Taught(notes).fitted(torch.from_numpy(images(50, 20)) if embeddings is None
+                                else embeddings, 5)
 
 
 # ------------------------------------------------------------------------------------ the formulas
@@ -95,26 +102,36 @@ def test_a_row_scores_the_threshold_as_the_last_entry_and_a_typical_photo_as_the
 def test_things_that_are_taught_together_do_not_take_each_others_names():
     others, embeddings = images(300, 0), torch.from_numpy(images(50, 9))
     tom, rex = images(5, 2, [1]), images(5, 3, [1, 4])  # they have much in common
-    apart = Taught(notes_of(("Tom", tom)), embeddings, 5)
-    both = Taught(notes_of(("Tom", tom), ("Rex", rex)), embeddings, 5)
+    apart = fitted(notes_of(("Tom", tom)), embeddings)
+    both = fitted(notes_of(("Tom", tom), ("Rex", rex)), embeddings)
     more = torch.from_numpy(images(40, 8, [1, 4]))  # of Rex
     takes = [((more @ taught.rows[0]) > taught.least).float().mean() for taught in (apart, both)]
     assert takes[0] > 0.3 > 0.1 > takes[1]
     assert ((more @ both.rows[1]) > both.least).float().mean() > 0.7
     unlike = Notes("clip", others, [checked_thing("Tom", "a cat")], [(tom, rex)])  # --not
-    taught = Taught(unlike, embeddings, 5)
+    taught = fitted(unlike, embeddings)
     assert ((more @ taught.rows[0]) > taught.least).float().mean() < takes[0]
 
 
 def test_another_cache_and_size_of_tables_fits_the_rows_anew():
     notes = notes_of(("Tom", images(5, 2, [1])), ("Rex", images(5, 3, [2])))
     caches = [torch.from_numpy(images(50, seed)) for seed in (20, 21)]
-    first = Taught(notes, caches[0], 5)
-    other, fresh = first.fitted(caches[1], 3), Taught(notes, caches[1], 3)
+    first = fitted(notes, caches[0])
+    other, fresh = first.fitted(caches[1], 3), Taught(notes).fitted(caches[1], 3)
     assert torch.equal(other.rows, fresh.rows) and other.least == fresh.least
     assert not torch.equal(other.rows, first.rows) and other.key() != first.key()
     assert [thing.name for thing in first.fitted(caches[0], 5, only=["tom"]).things] == ["Tom"]
-    assert first.fitted(caches[0], 5, only=["dog"]) is None
+    assert first.fitted(caches[0], 5, only=["dog"]).things == []
+
+
+def test_where_nothing_was_taught_tables_candidates_and_scores_stay():
+    taught, table = fitted(None), [("dog", .3), ("cat", .2)]
+    drafts = {"a dog and two cats": -1.0}
+    assert taught.lay_over([table], torch.from_numpy(images(1, 4))) == [table]
+    assert taught.spoken([table]) == [table]
+    assert taught.with_twins([table], [drafts]) == [drafts]
+    assert taught.plain([table], [drafts]) == ([[*drafts]], [[0.0]])
+    assert taught.entries_among(["dog"]) == ["dog"] and taught.entries_among(None) is None
 
 
 # --------------------------------------------------------------------------------------- the words
@@ -136,7 +153,7 @@ def test_a_twin_has_the_name_in_place_of_the_first_class_word(name, phrase, text
 
 
 def test_where_no_candidate_has_the_class_word_any_noun_phrase_may_be_the_thing():
-    taught = Taught(notes_of(("Tom", images(5, 2, [1]))), torch.from_numpy(images(50, 20)), 5)
+    taught = fitted(notes_of(("Tom", images(5, 2, [1]))))
     table = [("Tom", taught.least + .1), ("dog", .3)]
     drafts = {"a red dog by a house in the snow": -1.0}
     [twins] = taught.with_twins([table], [drafts])
@@ -201,13 +218,13 @@ def test_photos_that_are_not_apart_from_others_make_no_rows():
     alike = images(4096, 0)
     for photos in (-images(5, 2), np.repeat(alike[:1], 5, 0), np.repeat([alike.mean(0)], 5, 0)):
         try:
-            taught = Taught(notes_of(("Tom", photos)), torch.from_numpy(alike[:50]), 5)
+            taught = fitted(notes_of(("Tom", photos)), torch.from_numpy(alike[:50]))
             assert taught.rows.isfinite().all()
         except InputError as error:
             assert "Tom" in str(error) and "--untaught" in str(error)
     even = np.tile(alike[:1], (300, 1))
     with pytest.raises(InputError, match="Tom are not apart"):
-        Taught(notes_of(("Tom", even[:5]))._replace(others=even), torch.from_numpy(alike[:50]), 5)
+        fitted(notes_of(("Tom", even[:5]))._replace(others=even), torch.from_numpy(alike[:50]))
 
 
 def test_a_killed_write_leaves_what_was_taught_before(tmp_path, monkeypatch):
@@ -225,7 +242,7 @@ def test_a_killed_write_leaves_what_was_taught_before(tmp_path, monkeypatch):
 
 
 def test_an_entry_of_the_text_of_a_name_is_not_the_thing():
-    taught = Taught(notes_of(("an owl", images(5, 2, [1]))), torch.from_numpy(images(50, 20)), 5)
+    taught = fitted(notes_of(("an owl", images(5, 2, [1]))))
     table = [("owl", 0.9), ("dog", 0.8), ("tree", 0.7)]
     shown, other = torch.from_numpy(images(2, 3, [1])[:1]), torch.from_numpy(images(1, 4))
     [without], [named] = taught.lay_over([table], other), taught.lay_over([table], shown)
@@ -256,41 +273,11 @@ def test_what_lies_beside_several_caches_is_one():
     again = "Tom", images(5, 7, [3])
     both = joined([notes_of(tom), None, notes_of(owl, again)])
     assert [thing.name for thing in both.things] == ["Tom", "an owl"]
-    assert np.array_equal(both.vectors[0][0], tom[1]) and len(both.others) == 300
+    assert np.array_equal(both.vectors[0][0], again[1]) and len(both.others) == 300
     assert joined([None]) is None
 
 
 # ------------------------------------------------------------------------------------- the scripts
-
-def picture(name, seed, alone=True):
-    rng = random.Random(f"{name}/{seed}")
-    known = [kind for kind in scenes.KINDS if kind not in strangers.STRANGERS]
-    while True:
-        scene = scenes.make_scene(rng, [name] if alone else known, (name,), 1 if alone else 2)
-        if (name, "", 1) in scene.groups:
-            return scenes.draw_scene(scene)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """A folder with others (120 pictures), Tom and Flora (5 each, alone and beside known things)
-    and new, of Tom alone."""
-    folder = tmp_path_factory.mktemp("photos")
-    for name in ("others", "Tom", "Flora", "new"):
-        (folder / name).mkdir()
-    for i in range(120):
-        scene, _ = scenes.split_scene("train2017", 7, i)
-        scenes.draw_scene(scene).save(folder / "others" / f"{i}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("Tom", "Flora"):
-            patch.setitem(scenes.KINDS, name, strangers.STRANGERS[name])
-        for i in range(5):
-            for name in ("Tom", "Flora"):
-                picture(name, i, i < 3).save(folder / name / f"{i}.png")
-        for i in range(4):
-            picture("Tom", f"new {i}").save(folder / "new" / f"{i}.png")
-    return folder
-
 
 @pytest.fixture
 def mine(cache, tmp_path):
@@ -353,6 +340,37 @@ def test_a_model_names_what_its_cache_was_taught(script, mine, checkpoint, photo
     assert entries == model.entries and len(embeddings) == len(entries)
 
 
+def test_a_name_that_is_taught_in_memory_is_that_of_the_command(script, mine, checkpoint, photos):
+    run = script("compute_cache", "--teach", "Tom", photos / "Tom", "--as", "a cat",
+                 *teaching_flags(mine, others=[photos / "others"]))
+    assert run.code == 0, run.err
+    loaded = Model.load(CLIP, BART, checkpoint, mine.textfile, mine.embfile, device="cpu")
+    taught_path(mine.embfile).unlink()
+    model = Model.load(CLIP, BART, checkpoint, mine.textfile, mine.embfile, device="cpu")
+    own, others, new = (sorted((photos / name).iterdir()) for name in ("Tom", "others", "new"))
+    features, plain = model.features(new), model.with_words()
+    before = plain.tables(features)
+    verdict = model.teach("Tom", "a cat", own, others)
+    assert f"{verdict.named} of 5 of its photos" in run.out and "of 120 others" in run.out
+    assert torch.nn.functional.cosine_similarity(model.taught.rows, loaded.taught.rows) > .999
+    tables = model.tables(features)
+    assert [[entry for entry, _ in table] for table in tables] == [
+        [entry for entry, _ in table] for table in loaded.tables(features)]
+    assert plain.tables(features) == before and not plain.taught.things  # it is in memory
+    score, rank = model.places(features[0], ["Tom"])[0]
+    assert rank == 1 and score == pytest.approx(dict(tables[0])["Tom"])
+    # More names join it, from PIL images and vectors; none comes from others of other images.
+    images = [read_image(path) for path in sorted((photos / "Flora").iterdir())]
+    assert model.teach("Flora", "a rabbit", images, model.features(others)).nearest[0] == "Tom"
+    assert [thing.name for thing in model.taught.things] == ["Flora", "Tom"]
+    for name, wrong, named in (("Tom", own[:2], "there are 2"), ("Flora", own, "those of Tom"),
+                               ("Bo", own, "those of Tom")):
+        with pytest.raises(InputError, match=named):
+            model.with_words().teach(name, "a cat", wrong)
+    with pytest.raises(InputError, match="banned"):
+        model.with_words(ban="Bo").teach("Bo", "a cat", own, others)
+
+
 def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photos, tmp_path,
                                                              monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there are no results
@@ -375,7 +393,7 @@ def test_no_twin_holds_a_banned_word(mine, checkpoint):
     model = Model.load(CLIP, BART, checkpoint, mine.textfile, mine.embfile, device="cpu")
     rows = model.embeddings[:205].numpy()
     notes = Notes("", rows[:200], [checked_thing("an owl", "a cat")], [(rows[200:], rows[:0])])
-    model.taught = Taught(notes, model.embeddings, model.topk)
+    model.taught = Taught(notes).fitted(model.embeddings, model.topk)
     model = model.with_words(ban=["owls"])
     model.captioner.beam = lambda tokens, *_: [[("two cats and a cat", -1.0)] for _ in tokens]
     [candidates] = model.candidates([[("owl", 1.0), ("cat", .3)]])
@@ -390,6 +408,7 @@ def test_no_twin_holds_a_banned_word(mine, checkpoint):
     ("\N{CAT FACE}", "a cat", {}, "a letter or digit"),
     ("The Cat", "a cat", {}, "another one"),
     (__file__, "a cat", {}, "begins with the name"),
+    (os.path.dirname(__file__), "a cat", {}, "begins with the name"),
     ("Tom", "a cat", {"photos": "none"}, "no image or folder"),
     ("Tom", "a cat", {"photos": "same"}, "there is 1"),
     ("Tom", "a cat", {"photos": "bad"}, "cannot be read"),

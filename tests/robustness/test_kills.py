@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,14 +66,28 @@ def scorer_command(world, folder):
             {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"})
 
 
-@pytest.fixture(scope="module",
-                params=["compute_cache", "trainer", "sampler", "stories", "scorer"])
-def run(request, world, cache, checkpoint, tmp_path_factory):
+def teaching_command(cache, photos, out):
+    """The arguments of compute_cache.py --teach, for a copy of the cache in out."""
+    for path in (cache.textfile, cache.embfile, Path(f"{cache.embfile}.json")):
+        out.mkdir(exist_ok=True)
+        if not (out / path.name).exists():
+            shutil.copy(path, out)
+    return ["--teach", "Tom", photos / "Tom", "--as", "a cat", *flags({
+        "clip_model": CLIP, "others": photos / "others", "textfile": out / cache.textfile.name,
+        "embfile": out / cache.embfile.name})]
+
+
+@pytest.fixture(scope="module", params=["compute_cache", "compute_cache --teach", "trainer",
+                                        "sampler", "stories", "scorer"])
+def run(request, world, cache, checkpoint, photos, tmp_path_factory):
     """A script's name, its arguments by output folder (command), how to start it (options), and
     the seconds and files of an uninterrupted run."""
-    name, folder, environment = request.param, tmp_path_factory.mktemp("whole"), {}
+    folder, environment = tmp_path_factory.mktemp("whole"), {}
+    name, _, teaches = request.param.partition(" ")
     if name == "scorer":
         command, environment = scorer_command(world, folder)
+    elif teaches:
+        command = partial(teaching_command, cache, photos)
     else:
         command = small_commands(world, cache, checkpoint)[name]
     options = {"patches": SMALL, **environment}
