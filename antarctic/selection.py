@@ -9,6 +9,7 @@ METHODS = "topk", "mmr"
 SHARE, MOST = 17, 1000  # a shortlist is the nearest 17th of the entries, but no more than so many
 RELEVANCE = 0.5  # the weight of an entry's cosine beside its likeness to those in the table
 SAMPLE = 32  # entries of a shortlist whose likeness to all tells how much that varies
+MOST_NUMBERS = 1 << 25  # of a cache that is read whole for many images: 128 MB
 
 
 def shortlist_size(method, entries, k):
@@ -31,13 +32,13 @@ def marginal_relevance(cosines, vectors, k):
     spread = (vectors[::-(-len(vectors) // SAMPLE)] @ vectors.T).std(correction=0)
     relevance = RELEVANCE * cosines / cosines.std(correction=0).clamp(min=1e-6)  # (s,)
     weight = (1 - RELEVANCE) / spread.clamp(min=1e-6)
-    places = [0]
+    places, relevance[0] = [0], -torch.inf  # of what is in the table
     nearest = vectors @ vectors[0]  # (s,): cosine to the most alike in the table
     while len(places) < k:
-        worth = relevance - weight * nearest
-        worth[places] = -torch.inf
-        places.append(worth.argmax().item())
-        nearest = torch.maximum(nearest, vectors @ vectors[places[-1]])
+        place = (relevance - weight * nearest).argmax().item()
+        places.append(place)
+        relevance[place] = -torch.inf
+        nearest = torch.maximum(nearest, vectors @ vectors[place])
     return places
 
 
@@ -47,15 +48,24 @@ def choose_entries(method, embeddings, cosines, indices, k):
     method: one of METHODS. cosines, indices: (n, s), of shortlists, best first. embeddings: the
     cache's, which are read at these rows.
     """
-    import torch
-
-    k, tables = min(k, indices.shape[1]), []
+    k, tables, whole = min(k, indices.shape[1]), [], None
+    numbers = len(embeddings) * embeddings[:1].shape[1]
+    if method == "mmr" and len(embeddings) <= indices.numel() and numbers <= MOST_NUMBERS:
+        whole = embeddings[:]  # sooner than row by row for each image
     for near, rows in zip(cosines, indices):
         places = slice(k)
         if method == "mmr" and k:
-            order = rows.argsort()  # embeddings are read in the order of the file
-            vectors = torch.empty(len(rows), embeddings[:1].shape[1])  # (s, dim)
-            vectors[order] = embeddings.only(rows[order].tolist())[:]
+            vectors = read_rows(embeddings, rows) if whole is None else whole.index_select(0, rows)
             places = marginal_relevance(near, vectors, k)
         tables.append(list(zip(rows[places].tolist(), near[places].tolist())))
     return tables
+
+
+def read_rows(embeddings, rows):
+    """Rows of Embeddings, float32 (s, dim), read in the order of the file. rows: (s,)."""
+    import torch
+
+    order = rows.argsort()
+    vectors = torch.empty(len(rows), embeddings[:1].shape[1])
+    vectors[order] = embeddings.only(rows[order].tolist())[:]
+    return vectors

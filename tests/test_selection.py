@@ -50,7 +50,7 @@ def test_marginal_relevance_is_its_formula(k, monkeypatch):
 
 @pytest.mark.parametrize("method", selection.METHODS)
 def test_a_table_holds_entries_with_their_cosines_and_depends_on_no_other_image(method):
-    features, rows = unit(6, 24, seed=0), unit(300, 24, seed=1)
+    features, rows = unit(12, 24, seed=0), unit(300, 24, seed=1)  # of one, rows are read alone
     for i, table in enumerate(chosen(method, features, rows, 10, 40)):
         [alone] = chosen(method, features[i:i + 1], rows, 10, 40)
         assert [row for row, _ in table] == [row for row, _ in alone]
