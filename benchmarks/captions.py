@@ -59,20 +59,23 @@ def decoding_floor(model, captioner, tables, captions):
     return least(captioner.device, captioner.dtype, work)
 
 
-def beam(small, device, size):
-    """Beam search with 3 beams for 16 images, bart-base or -large. Plain: one image at a time.
-    Ours: one batch. Equal: likelihoods to 1e-4, and the texts, except ties to 1e-4."""
+def beam(small, device, size, together=False):
+    """Beam search with 3 beams for 16 images, bart-base or -large. Plain: one image at a time, or
+    together, as a peer would. Ours: one batch. Equal: likelihoods to 1e-4, and the texts, except
+    ties to 1e-4."""
     folder = synthetic.bart_folder("small" if small else size)
     captioner = packed_captioner(folder, device)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).to(device).eval()
     tables = captioner.tokenize(synthetic.tables(3 if small else 16), captioner.maxlen_enc)
 
     def plain():
-        outputs = [generate(model, captioner, [table], do_sample=False, num_beams=3,
+        outputs = [generate(model, captioner, batch, do_sample=False, num_beams=3,
                             num_return_sequences=3, length_penalty=1.0, early_stopping=False,
-                            output_scores=True) for table in tables]
-        return [list(zip(captioner.decode(output.sequences), output.sequences_scores.tolist()))
-                for output in outputs]
+                            output_scores=True)
+                   for batch in ([tables] if together else [[table] for table in tables])]
+        captions = [pair for output in outputs for pair in zip(
+            captioner.decode(output.sequences), output.sequences_scores.tolist())]
+        return [captions[start:start + 3] for start in range(0, len(captions), 3)]
 
     def same(plain, ours):
         """Compares the captions of one table, lists of (text, likelihood)."""
@@ -235,6 +238,8 @@ def rescoring(small, device, share):
 PARTS = {
     "beam_base": partial(beam, size="base"),
     "beam_large": partial(beam, size="large"),
+    "beam_base_to_generate": partial(beam, size="base", together=True),
+    "beam_large_to_generate": partial(beam, size="large", together=True),
     "sample_base": partial(sample_random, size="base", n=200),
     "sample_large_rescored": partial(sample_random, size="large", n=1000, rescored=True),
     "rescore": partial(rescoring, share=1),
