@@ -41,6 +41,7 @@ from antarctic.preprocessing import OpenAIPreprocessor
 from antarctic.records import Records
 from antarctic.seen import add_maps, seen, where_of
 from antarctic.studio import Studio, Words
+from antarctic.taught import Taught
 from antarctic.where import contributions, map_box, maps, require_maps
 from model import Caption, Model, rescore
 from snowglobe import strangers
@@ -443,7 +444,8 @@ def test_an_image_that_is_not_what_was_captioned_gets_no_map(clip, world, tmp_pa
     records, later = Records(tmp_path, "0", True), []
     records.append(pictures, [CAPTION] * 3)
     rows = clip.encode_texts(["dog"])
-    model = SimpleNamespace(clip=clip, entries=["dog"], embeddings=Embeddings([rows]), taught=None)
+    model = SimpleNamespace(clip=clip, entries=["dog"], embeddings=Embeddings([rows]),
+                            taught=Taught().fitted(rows, 1))
     add_maps(model, pictures, records, 2, later)
     assert [path for path, _ in later] == [paths[1], tmp_path / "gone.png"]
     assert "changed" in later[0][1] and "No such file" in later[1][1]
