@@ -43,13 +43,23 @@ def watch_launcher():
     launcher = os.getppid()
 
     def watch():
-        if not store_is_gone():  # if it is, torchrun died before the line above
+        # If so, torchrun died before the line above. Another program may have taken its port.
+        if not (is_orphan() or store_is_gone()):
             while os.getppid() == launcher:
                 if main_done.wait(1):
                     return
         stop("this process stops, as torchrun has ended")
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def is_orphan():
+    """Whether the first process of this machine is the parent, since what started this one has
+    ended. In a container torchrun may be that process, and it is a Python."""
+    try:
+        return os.getppid() == 1 and "python" not in os.path.basename(os.readlink("/proc/1/exe"))
+    except OSError:  # it is another user's, or there is no /proc
+        return True
 
 
 def store_is_gone():

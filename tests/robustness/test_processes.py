@@ -346,6 +346,35 @@ def test_where_torchrun_is_killed_its_processes_end(tmp_path, phase):
     assert "stopped; finished files are whole, rerun the same command to resume" in output
 
 
+ORPHAN = """import os, sys, time
+sys.path.insert(0, {root!r})
+from antarctic import runtime
+while os.getppid() == int(sys.argv[1]):
+    time.sleep(0.01)
+if os.getppid() != 1:
+    sys.exit("adopted by another one")
+runtime.run(lambda: time.sleep(120))
+"""
+
+
+def test_where_a_stranger_has_taken_the_port_of_a_dead_torchrun_its_processes_end(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN.format(root=str(ROOT)))
+    with socket.create_server(("127.0.0.1", 0)) as stranger, open(tmp_path / "log", "w") as log:
+        environment = os.environ | {
+            "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stranger.getsockname()[1])}
+        shell = f'"$0" {tmp_path / "orphan.py"} $$ & echo $! > {tmp_path / "pid"}'
+        subprocess.run(["sh", "-c", shell, sys.executable], env=environment, stdout=log, stderr=log)
+        pid, began = int((tmp_path / "pid").read_text()), time.monotonic()
+        while is_alive(pid):
+            assert time.monotonic() - began < 60, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+    output = (tmp_path / "log").read_text()
+    if "adopted by another one" in output:
+        pytest.skip("here the first process does not adopt orphans")
+    assert "stops, as torchrun has ended" in output and "Traceback" not in output
+
+
 def is_alive(pid):
     """Whether a process runs. Who inherits it may let it be a zombie."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
