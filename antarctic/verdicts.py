@@ -6,11 +6,10 @@ import numpy as np
 
 from antarctic.errors import InputError
 from antarctic.taught import Thing, checked_thing, noun_of
-from antarctic.taught_files import FEWEST_OTHERS, FEWEST_PHOTOS, MOST_OTHERS, MOST_THINGS, Notes
+from antarctic.taught_files import FEWEST_OTHERS, FEWEST_PHOTOS, MOST_THINGS, SAME, Notes, thinned
 
 GOOD_OTHERS, GOOD_PHOTOS = 400, 5
 ALIKE = 0.99  # cosine of photos that are one photo
-SAME = 0.9999  # and of one file, encoded in two batches
 
 
 class Pupil(NamedTuple):
@@ -94,7 +93,7 @@ def apart_from(found, vectors, before):
                          f"{GOOD_OTHERS}, and there are {len(found)}: --features names a folder in "
                          "which sampler.py or trainer.py has kept image vectors of this CLIP, "
                          "--others names images")
-    found = found[::-(-len(found) // MOST_OTHERS)]
+    found = thinned(found)
     return [path for path, _ in found], np.stack([vector for _, vector in found])
 
 
@@ -123,7 +122,7 @@ def judge(taught, i):
                        "two of them beside other things")
     if len(notes.others) < max(GOOD_OTHERS, dim):
         remarks.append(f"there are only {len(notes.others)} photos of other things; with "
-                       f"{max(GOOD_OTHERS, 3 * dim):,} fewer images are given a wrong name")
+                       f"{max(GOOD_OTHERS, 3 * dim):,}, fewer images would wrongly get a name")
     wrong = np.flatnonzero(lesson.others >= lesson.threshold)
     wrong = wrong[np.argsort(-lesson.others[wrong])].tolist()
     nearest = None

@@ -11,7 +11,7 @@ import torch
 from conftest import BART, CLIP, commands, flags
 from numpy.linalg import inv
 
-from antarctic import teaching
+from antarctic import lessons, teaching
 from antarctic.cache import read_cache
 from antarctic.errors import InputError
 from antarctic.images import read_image
@@ -294,6 +294,9 @@ def test_what_lies_beside_several_caches_is_one():
     assert [thing.name for thing in both.things] == ["Tom", "an owl"]
     assert np.array_equal(both.vectors[0][0], again[1]) and len(both.others) == 300
     assert joined([None]) is None
+    # Photos of one file are not among the others of another.
+    holds = notes_of(owl)._replace(others=np.concatenate([images(300, 0), tom[1]]))
+    assert len(joined([holds, notes_of(tom)]).others) == 300
 
 
 # ------------------------------------------------------------------------------------- the scripts
@@ -436,6 +439,17 @@ def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photo
         notes = read_taught(mine.embfile)
         own = np.concatenate([vectors for vectors, _ in notes.vectors])
         assert len(notes.others) == count and (notes.others @ own.T).max() < .9999
+
+
+def test_of_very_many_others_some_are_encoded(photos, tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.chdir(tmp_path)  # where nothing is kept
+    monkeypatch.setattr(lessons, "MOST_OTHERS", 25)
+    monkeypatch.setattr(lessons, "encode_files", lambda clip, paths, *_: encoded.extend(paths) or (
+        [str(path).encode() for path in paths], dict.fromkeys(
+            [str(path).encode() for path in paths]), {}))
+    found = lessons.other_photos(None, None, [photos / "others"])
+    assert 25 < len(found) == len(encoded) <= 50
 
 
 def test_no_twin_holds_a_banned_word(mine, checkpoint):
