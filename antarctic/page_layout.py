@@ -187,8 +187,8 @@ class Page:
                 teach = gr.Button("Teach", variant="primary", elem_id="teach", size="sm")
                 forget = gr.Button("Forget", elem_id="forget", size="sm")
             learned = gr.HTML(elem_id="taught", padding=False)
-        teach.click(self.answers.teach, [lessons, photos, name, phrase], [lessons, learned],
-                    **DEVICE, **PRIVATE)
+        gr.on([teach.click, phrase.submit], self.answers.teach, [lessons, photos, name, phrase],
+              [lessons, learned], **DEVICE, **PRIVATE)
         # In one queue with teaching, so that what is forgotten meanwhile does not come back.
         forget.click(self.answers.forget, [lessons, name], [lessons, learned], **DEVICE, **PRIVATE)
 

@@ -112,7 +112,7 @@ class Studio:
             model = copy(model)
             model.search = kept_in_memory(model.embeddings)
         self.model, self.max_pixels, self.only = model, max_pixels, only or ()
-        self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
+        self.features, self.models, self.captions = Recent(512), Recent(64), Recent(512)
         self.classroom = Classroom(model.clip, model.taught.notes, self.photo, others, Recent(8))
         self.shares, self.has_maps = Recent(32), True
         try:
@@ -206,7 +206,7 @@ class Studio:
         with self.turn(visitor):
             key, _ = self.feature(path)
             _, c, box = self.decompose(key, path)
-            return where_of(box, c, table, vectors_of(self.with_words(words), [table]))
+            return where_of(box, c, table, vectors_of(self.fitted(words, len(table)), [table]))
 
     def with_words(self, words):
         """The Model of a vocabulary. words: a Words."""
@@ -228,6 +228,10 @@ class Studio:
                 return model.with_words((), words.only, words.ban) if restricted else model
             return model.with_words(words.words, words.only, words.ban)
         return self.models.find(words, make)
+
+    def fitted(self, words, topk):
+        """The Model of a vocabulary and a size of tables, which the rows of names depend on."""
+        return self.models.find((words, topk), lambda: self.with_words(words).with_words(topk=topk))
 
     def teach(self, name, phrase, paths, lessons=(), visitor=None):
         """A name that a visitor teaches: (the visitor's classroom.Lessons with the new one first,
@@ -256,7 +260,7 @@ class Studio:
 
             def make():  # an answer that is kept keeps its seconds
                 changes = {name: value for name, value in dials.items() if name != "topk"}
-                model = self.with_words(words).with_words(topk=dials["topk"])
+                model = self.fitted(words, dials["topk"])
                 tables = model.tables(feature)
                 candidates = model.candidates(tables, [key], **changes)
                 [result] = model.choose(feature, tables, candidates, **changes)

@@ -18,7 +18,7 @@ from conftest import BART, CLIP, ROOT, flags
 from PIL import Image
 
 import app
-from antarctic import cache_files, page, scan
+from antarctic import cache_files, page, scan, taught
 from antarctic.answers import Answers
 from antarctic.cache import search
 from antarctic.classroom import without_lesson
@@ -26,6 +26,7 @@ from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.lessons import other_photos
 from antarctic.locks import locked
+from antarctic.seen import vectors_of, where_of
 from antarctic.studio import MOST_WORDS, Stopped, Studio, Words, checked_dials, lines_of
 from antarctic.taught import Thing
 from antarctic.uploads import KEPT_SECONDS, Folder, examples_of, names_of, write_downloads
@@ -278,6 +279,22 @@ def test_a_saved_name_adds_no_entry_and_keeps_what_the_page_began_with(script, c
         assert [[*each] for each in result.table] == record["table"]
 
 
+def test_names_are_fitted_once_to_a_vocabulary_and_size_of_tables(classroom, photos, monkeypatch):
+    first, second, *_ = paths_in(photos / "new")
+    lessons, *_ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
+    words, searches = Words(("penguin",), lessons=lessons), []
+    monkeypatch.setattr(taught, "search", lambda *args: searches.append(1) or search(*args))
+    captions = [classroom.caption(path, words, {"topk": 3})[0] for path in (first, first)]
+    before = len(searches)
+    assert before and "Tom" in dict(captions[0].table)
+    captions.append(classroom.caption(second, words, {"topk": 3})[0])
+    where = classroom.where(first, captions[0].table, words)
+    assert len(searches) == before  # which take seconds in large caches
+    model = classroom.with_words(words).with_words(topk=3)
+    _, c, box = classroom.decompose(file_sha256(first), first)
+    assert where == where_of(box, c, captions[0].table, vectors_of(model, [captions[0].table]))
+
+
 def test_what_is_forgotten_is_told(classroom, photos, tmp_path):
     answers = Answers(classroom, Folder(tmp_path), tmp_path, None)
     lessons, _ = answers.teach((), paths_in(photos / "Tom"), "Tom", "a cat")
@@ -477,6 +494,14 @@ def test_programs_get_errors_in_a_sentence(served, client, tmp_path):
 def get(address, path, **named):
     import httpx
     return httpx.get(address.rstrip("/") + path, timeout=20, **named)
+
+
+def test_a_name_that_is_taught_anew_captions_anew(served):
+    """Also where what is said of it stays the same."""
+    config = get(served.address, "/config").json()
+    [state] = [part["id"] for part in config["components"] if part["type"] == "state"]
+    assert [each["api_name"] for each in config["dependencies"]
+            if [state, "change"] in each["targets"]] == ["show"]
 
 
 def post(address, path, **named):
