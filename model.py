@@ -243,8 +243,9 @@ class Model:
 
     def places(self, feature, texts):
         """Where texts stand among the entries for one image: a list of (cosine, rank), rank 1 the
-        nearest. A text that is no entry gets the rank that it would have. A name that was taught
-        has the score and the rank of what it was taught for.
+        nearest. A text that is no entry gets the rank that it would have. A name that was taught,
+        in any case and with or without its article, has the score and the rank of what it was
+        taught for.
 
         feature: the image's unit vector, float32 (dim,).
         """

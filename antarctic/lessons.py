@@ -85,6 +85,7 @@ def teach(embfile, clip, pupils, unlike, features, others):
     photos that are none of them. features, others: see other_photos(). Prints what was made. Raises
     InputError.
     """
+    require_others(features, others)
     said = cache_description(embfile)
     if said and said["clip_model"] != clip.identity:
         raise InputError(f"the cache {embfile} was made with the CLIP model {said['clip_model']}, "

@@ -241,6 +241,8 @@ class Studio:
         Raises InputError, and Stopped.
         """
         name, phrase = (" ".join(str(text or "").split()) for text in (name, phrase))
+        if self.model.banned and self.model.banned.search(name):
+            raise InputError(f'"{name}" is banned on this page')
         with self.turn(visitor):
             photos = {self.key_of(path): path for path in paths[:MOST_PHOTOS + 1]}
             lessons = with_lesson(lessons, name, phrase, tuple(photos.items()))

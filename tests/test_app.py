@@ -223,6 +223,8 @@ def test_what_cannot_be_taught_is_told_to_the_visitor(classroom, photos, tmp_pat
               "many": paths_in(photos / "others")[:60]}
     with pytest.raises(InputError, match=named):
         classroom.teach(name, phrase, places[taken], lessons)
+    with pytest.raises(InputError, match="banned on this page"):
+        Studio(classroom.model.with_words(ban="tom")).teach("Tom", "a cat", places["Tom"])
     few = Studio(classroom.model, others=list)
     with pytest.raises(InputError, match="there are 0: --features"):
         few.teach("Tom", "a cat", paths_in(photos / "Tom"))

@@ -476,6 +476,7 @@ def test_no_twin_holds_a_banned_word(mine, checkpoint):
     ("Tom", "a cat", {"photos": "same"}, "there is 1"),
     ("Tom", "a cat", {"photos": "bad"}, "cannot be read"),
     ("Tom", "a cat", {"others": "new"}, "there are 4"),
+    ("Tom", "a cat", {"others": "none"}, "--others names photos of other things"),
     ("Tom", "a cat", {"photos": "mixed"}, "not apart"),
 ])
 def test_what_cannot_be_taught_is_refused(script, mine, photos, tmp_path, name, phrase, changed,
