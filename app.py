@@ -191,6 +191,7 @@ def load_page(args, decoding, folder, device, dtype):
     from antarctic.lessons import other_photos
     from antarctic.page_layout import Page
     from antarctic.studio import Studio
+    from antarctic.taught_files import FEWEST_OTHERS
     from antarctic.uploads import Folder, examples_of
     from model import Model
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
@@ -202,7 +203,10 @@ def load_page(args, decoding, folder, device, dtype):
     others = partial(other_photos, model.clip, args.features, args.others)
     studio = Studio(model, args.max_pixels, others, only)
     if args.others or args.features:  # else the first lesson looks into the usual folders
-        studio.classroom.others()
+        found = len(studio.classroom.others())
+        if found < FEWEST_OTHERS:
+            warn(f"no name can be taught: --others and --features give "
+                 f"{counted(found, 'photo')}, and {FEWEST_OTHERS} are needed")
     answers = Answers(studio, folder, args.savedir, command_of(args), story_teller(args, device))
     print_safely(escape_control(f"{model}, with {counted(len(model.entries), 'line')} of words"))
     return Page(answers, examples)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from antarctic.errors import InputError
 from antarctic.gallery import data_uri, thumbnail
-from antarctic.lessons import MOST_NAMED
+from antarctic.lessons import MOST_SHOWN
 from antarctic.taught import Taught, checked_thing, noun_of
 from antarctic.taught_files import joined
 from antarctic.verdicts import judge, notes_with, pupil_of
@@ -57,7 +57,7 @@ class Classroom:
         """Other photos that would wrongly get a name of Lessons, as data: URIs. verdict: on it."""
         _, paths = self.learned(lessons)
         wrong = [paths[row] for row in verdict.wrong if paths[row]]
-        pictures = [thumbnail(path, side=SIDE) for path in wrong[:MOST_NAMED]]
+        pictures = [thumbnail(path, side=SIDE) for path in wrong[:MOST_SHOWN]]
         return [data_uri(jpeg) for jpeg, _ in filter(None, pictures)]
 
     def learned(self, lessons):

@@ -16,7 +16,7 @@ from antarctic.taught_files import MOST_OTHERS, read_taught, taught_path, thinne
 from antarctic.verdicts import judge, notes_with, pupil_of
 
 USUAL_FOLDERS = "results", "checkpoints"  # where sampler.py and trainer.py keep image vectors
-MOST_NAMED = 8  # other photos that a report names
+MOST_SHOWN = 8  # of photos that are bad, or would wrongly get a name
 
 
 # ---------------------------------------------------------------------------------------- photos
@@ -33,7 +33,7 @@ def photos_of(clip, paths, what, skip=False, kept=None):
         digests, vectors, bad = encode_files(clip, paths, 64, bar, kept.keys())
     if skip:
         report_bad_images([(paths[i], reason) for i, (reason, _) in sorted(bad.items())],
-                          MOST_NAMED)
+                          MOST_SHOWN)
     elif bad:
         i, (reason, _) = min(bad.items())
         raise InputError(f"the photo {paths[i]} cannot be read ({reason}), so nothing was taught; "
@@ -112,7 +112,7 @@ def teach(embfile, clip, pupils, unlike, features, others):
         warn(remark)
     for verdict in verdicts:
         print_safely(escape_control(str(verdict)))
-        if which := [str(paths[row]) for row in verdict.wrong if paths[row]][:MOST_NAMED]:
+        if which := [str(paths[row]) for row in verdict.wrong if paths[row]][:MOST_SHOWN]:
             print_safely(escape_control(f"would wrongly be {verdict.thing.name}: "
                                         f"{', '.join(which)}"))
     names = ", ".join(pupil.thing.noun for pupil in pupils)

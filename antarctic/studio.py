@@ -287,7 +287,8 @@ class Studio:
             taught = text in model.taught.by_noun
             folded, holding = text.casefold(), []
             for entry in model.entries:
-                if folded in entry.casefold() and entry != text:
+                if (folded in entry.casefold() and entry != text
+                        and model.taught.noun_like(entry) is None):  # which stands in no table
                     holding.append(entry)
                     if len(holding) == 200:
                         break

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import BART, CLIP, ROOT, flags
 from PIL import Image
 
@@ -194,7 +195,8 @@ def test_a_visitor_teaches_a_name_and_nobody_else_hears_of_it(classroom, tuned, 
     assert sum("Tom" in result.caption for result in named) >= 3
     assert [[entry for entry, _ in result.table] for result in named] == [
         [entry for entry, _ in table] for table in expected.tables(expected.features(new))]
-    found = classroom.search(new[0], "tom", Words(lessons=lessons))
+    found = classroom.search(new[0], "tom", Words(("TOM", "tom cat"), lessons=lessons))
+    assert [entry for entry, *_ in found["others"]] == ["tom cat"]  # TOM stands in no table
     assert found["known"] and found["kept"] and (found["text"], found["rank"]) == ("Tom", 1)
     # A second name joins the first, a name that comes again is taught anew, and words count, too.
     both, verdicts, _ = classroom.teach("Flora", "a rabbit", flora, lessons)
@@ -461,6 +463,17 @@ def test_flags_that_cannot_work_are_refused(monkeypatch, cache, options):
     monkeypatch.setattr("sys.argv", ["app.py", *map(str, flags(options))])
     with pytest.raises(InputError, match=next(iter(options))):
         app.check(app.parse())
+
+
+def test_too_few_photos_of_other_things_are_told_of_at_the_start(monkeypatch, cache, photos,
+                                                                 tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    monkeypatch.setattr("sys.argv", ["app.py", *map(str, flags({
+        "textfile": cache.textfile, "embfile": cache.embfile, "clip_model": CLIP, "lm": BART,
+        "ckpt": "none", "others": [*paths_in(photos / "new"), tmp_path / "bad.png"]}))])
+    args = app.parse()
+    app.load_page(args, app.check(args), tmp_path / "page", torch.device("cpu"), torch.float32)
+    assert "give 4 photos, and 100 are needed" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ for programs
