@@ -181,6 +181,8 @@ def command_of(args):
                  args.ckpt or "none"]
         words += [part for flag in ("--only", "--ban") if flag in files
                   for part in (flag, files[flag])]
+        words += [part for name in ("topk", "table") if vars(args).get(name)
+                  for part in (f"--{name}", vars(args)[name])]
         return shlex.join(map(str, words))
     return command
 

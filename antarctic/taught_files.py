@@ -136,8 +136,10 @@ def joined(notes):
         for thing, vectors in zip(each.things, each.vectors):
             pairs[fold(thing.noun)] = thing, vectors
     others = np.unique(np.concatenate([each.others for each in notes]), axis=0)
-    for photos, _ in (vectors for _, vectors in pairs.values()):  # no others of their own file
-        others = others[(others @ photos.T).max(1) < SAME]
+    photos = np.concatenate([photos for _, (photos, _) in pairs.values()])
+    apart = others[(others @ photos.T).max(1) < SAME]  # photos of a name are not others of another
+    if len(apart) >= FEWEST_OTHERS:
+        others = apart
     return Notes(notes[0].clip_model, thinned(others), [thing for thing, _ in pairs.values()],
                  [vectors for _, vectors in pairs.values()])
 

@@ -263,9 +263,10 @@ def test_a_saved_name_adds_no_entry_and_keeps_what_the_page_began_with(script, c
                  *flags({"textfile": textfile, "embfile": embfile, "clip_model": CLIP}))
     assert run.code == 0, run.err
     entries = textfile.read_text().splitlines()
-    for only, ban, own in ((None, ["night"], ()), (entries[::2], None, ("penguin",))):
-        model = Model.load(CLIP, BART, checkpoint, textfile, embfile, only=only, ban=ban,
-                           device="cpu")
+    half = [*entries[::2], "Flora"]
+    for only, ban, own in ((None, ["night"], ()), (half, None, ("penguin",))):
+        model = Model.load(CLIP, BART, checkpoint, textfile, embfile, only=only, ban=ban, topk=5,
+                           table="mmr", device="cpu")
         studio = Studio(model, others=partial(other_photos, model.clip, None, [photos / "others"]),
                         only=only)
         lessons, *_ = studio.teach("Tom", "a tabby kitten", paths_in(photos / "Tom"))
@@ -273,7 +274,7 @@ def test_a_saved_name_adds_no_entry_and_keeps_what_the_page_began_with(script, c
         files = studio.save(words, tmp_path / "saved")
         assert "kitten" not in Path(files["--textfile"]).read_text()
         args = SimpleNamespace(textfile=[textfile], embfile=[embfile], clip_model=CLIP, lm=BART,
-                               ckpt=checkpoint)
+                               ckpt=checkpoint, topk=5, table="mmr")
         command = app.command_of(args)(files).split()
         run = script("sampler", "--images", new, *command[4:], "--savedir", tmp_path / "out")
         assert run.code == 0, run.err

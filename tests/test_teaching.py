@@ -297,6 +297,8 @@ def test_what_lies_beside_several_caches_is_one():
     # Photos of one file are not among the others of another.
     holds = notes_of(owl)._replace(others=np.concatenate([images(300, 0), tom[1]]))
     assert len(joined([holds, notes_of(tom)]).others) == 300
+    every = notes_of(("Rex", images(300, 0)))  # but where too few were left, they stay
+    assert len(joined([every, notes_of(tom)]).others) == 300
 
 
 # ------------------------------------------------------------------------------------- the scripts
