@@ -23,9 +23,9 @@ MOST_SHOWN = 8  # of photos that are bad, or would wrongly get a name
 
 def photos_of(clip, paths, what, skip=False, kept=None):
     """{digest: (path, vector)} of the images of files and folders, each once. what: what they are,
-    for a bar. One that cannot be read is skipped and told of, or else raises InputError. kept:
-    {digest: (path, vector)} of images that need not be encoded. skip: also of so many that encoding
-    them would take hours only some are read."""
+    for a bar. One that cannot be read raises InputError; with skip it is left out and told of, and
+    2 * MOST_OTHERS images are read at most. kept: {digest: (path, vector)} of images that need not
+    be encoded."""
     paths, kept = [picture.path for picture in list_images(paths)], kept or {}
     if skip:
         paths = thinned(paths, 2 * MOST_OTHERS)

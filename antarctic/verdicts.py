@@ -110,13 +110,13 @@ def judge(taught, i):
                  if mean @ other > ALIKE * np.linalg.norm(mean) * np.linalg.norm(other)]
         if alike:
             raise InputError(f"the photos of {thing.name} are those of {alike[0]}, or too like "
-                             "them, for two names")
+                             "them to be told apart")
         raise InputError(f"the photos of {thing.name} are not apart from others: none would be "
                          "named by the rest of them; take others, in which it is larger")
     remarks, dim = [], len(mean)
     if 2 * named < len(lesson.own):
-        remarks.append(f"{thing.name} is hardly apart from others: more or larger photos of it are "
-                       "better")
+        remarks.append(f"{thing.name} is hardly apart from others: more photos of it are better, "
+                       "or others in which it is larger")
     if len(lesson.own) < GOOD_PHOTOS:
         remarks.append(f"{thing.name} has only {len(lesson.own)} photos; {GOOD_PHOTOS} are better, "
                        "two of them beside other things")
