@@ -112,7 +112,8 @@ class Studio:
             model = copy(model)
             model.search = kept_in_memory(model.embeddings)
         self.model, self.max_pixels, self.only = model, max_pixels, only or ()
-        self.features, self.models, self.captions = Recent(512), Recent(64), Recent(512)
+        self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
+        self.fits = Recent(32)  # these share the entries' vectors of models
         self.classroom = Classroom(model.clip, model.taught.notes, self.photo, others, Recent(8))
         self.shares, self.has_maps = Recent(32), True
         try:
@@ -231,7 +232,7 @@ class Studio:
 
     def fitted(self, words, topk):
         """The Model of a vocabulary and a size of tables, which the rows of names depend on."""
-        return self.models.find((words, topk), lambda: self.with_words(words).with_words(topk=topk))
+        return self.fits.find((words, topk), lambda: self.with_words(words).with_words(topk=topk))
 
     def teach(self, name, phrase, paths, lessons=(), visitor=None):
         """A name that a visitor teaches: (the visitor's classroom.Lessons with the new one first,
