@@ -15,7 +15,7 @@ import shlex
 import threading
 from dataclasses import asdict
 from functools import partial
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 
 from antarctic.distributed import warn
@@ -102,7 +102,8 @@ def find_demo(args):
         args.examples = args.examples or [
             str(path) for split, number in EXAMPLE_SPLITS.items()
             for path in sorted(Path(f"{demo}/world/{split}").glob("*.png"))[:number]]
-        if not (args.others or args.features):  # vectors of these the trainer has kept
+        if not (args.others or args.features) and isdir(f"{demo}/world/train2017"):
+            # The trainer has kept vectors of these.
             args.others, args.features = [f"{demo}/world/train2017"], [f"{demo}/checkpoints"]
         print_safely(escape_control(f"by default: the snowglobe of ./demo.sh, {demo}/cache.txt and "
                                     f"{files[2]}, with the models of {SNOWGLOBE}"))
@@ -125,6 +126,8 @@ def check(args):
             raise
         raise InputError(f"{error}; ./demo.sh makes those of the snowglobe in five minutes, and "
                          f"app.py takes them") from error
+    from antarctic.lessons import require_others
+    require_others(args.features, args.others)
     if args.host not in LOCAL and not args.auth:
         warn(f"--host {args.host} without --auth: all who reach this machine can use the page")
     return decoding
@@ -178,6 +181,8 @@ def command_of(args):
                  args.ckpt or "none"]
         words += [part for flag in ("--only", "--ban") if flag in files
                   for part in (flag, files[flag])]
+        words += [part for name in ("topk", "table") if vars(args).get(name)
+                  for part in (f"--{name}", vars(args)[name])]
         return shlex.join(map(str, words))
     return command
 
@@ -188,6 +193,7 @@ def load_page(args, decoding, folder, device, dtype):
     from antarctic.lessons import other_photos
     from antarctic.page_layout import Page
     from antarctic.studio import Studio
+    from antarctic.taught_files import FEWEST_OTHERS
     from antarctic.uploads import Folder, examples_of
     from model import Model
     only, ban = (path and read_words(path) for path in (args.only, args.ban))
@@ -197,9 +203,12 @@ def load_page(args, decoding, folder, device, dtype):
     folder = Folder(folder)
     examples = examples_of(folder, example_paths(args))
     others = partial(other_photos, model.clip, args.features, args.others)
-    studio = Studio(model, args.max_pixels, others)
+    studio = Studio(model, args.max_pixels, others, only)
     if args.others or args.features:  # else the first lesson looks into the usual folders
-        studio.classroom.others()
+        found = len(studio.classroom.others())
+        if found < FEWEST_OTHERS:
+            warn(f"no name can be taught: --others and --features give "
+                 f"{counted(found, 'photo')}, and {FEWEST_OTHERS} are needed")
     answers = Answers(studio, folder, args.savedir, command_of(args), story_teller(args, device))
     print_safely(escape_control(f"{model}, with {counted(len(model.entries), 'line')} of words"))
     return Page(answers, examples)

@@ -25,8 +25,8 @@ from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
 from antarctic.selection import METHODS, choose_entries, shortlist_size
-from antarctic.taught import Taught
-from antarctic.taught_files import joined, read_taught
+from antarctic.taught import Taught, checked_thing
+from antarctic.taught_files import joined, read_taught, unit
 from antarctic.texts import one_line, read_words
 from antarctic.verdicts import judge, notes_with, pupil_of
 from antarctic.words import WholeWords, fold, restrict, warn_of_entries, warn_of_long_entries
@@ -195,18 +195,19 @@ class Model:
 
         name: as captions shall say it, "Tom", of a kind "an owl". phrase: a word for it that CLIP
         knows, with its article, "a cat". photos: three or more paths or PIL images. others: 100 or
-        more of other things, better 400, or their features (n, dim) (default: those of the names
-        that the cache was taught). Raises InputError where a name cannot be made of these.
+        more of other things, better 400 (default: those of the names that were taught before).
+        Features (n, dim) can take the place of images. Raises InputError where a name cannot be
+        made of these.
         """
+        checked_thing(name, phrase)  # before anything is encoded
         if self.banned and self.banned.search(name):
             raise InputError(f'"{name}" is banned')
-        own, others = (
-            images if isinstance(images, torch.Tensor) else torch.cat([self.features([])] + [
-                self.features(images[i:i + 64]) for i in range(0, len(images), 64)])
-            for images in (as_list(photos), [] if others is None else as_list(others)))
+        before = self.taught.notes
+        if others is None and before:
+            others = torch.from_numpy(before.others)
+        own, others = self.vectors_of(photos), self.vectors_of(others)
         pupil = pupil_of(name, phrase, np.unique(own.numpy(), axis=0))
-        notes, numbers = notes_with(self.clip, [pupil], list(enumerate(others.numpy())),
-                                    self.taught.notes)
+        notes, numbers = notes_with(self.clip, [pupil], list(enumerate(others.numpy())), before)
         taught = Taught(notes)
         verdict = judge(taught, 0)
         self.taught = taught.fitted(self.embeddings, self.topk, (), self.banned)
@@ -242,8 +243,9 @@ class Model:
 
     def places(self, feature, texts):
         """Where texts stand among the entries for one image: a list of (cosine, rank), rank 1 the
-        nearest. A text that is no entry gets the rank that it would have. A name that was taught
-        has the score and the rank of what it was taught for.
+        nearest. A text that is no entry gets the rank that it would have. A name that was taught,
+        in any case and with or without its article, has the score and the rank of what it was
+        taught for.
 
         feature: the image's unit vector, float32 (dim,).
         """
@@ -253,8 +255,8 @@ class Model:
         taught = dict(zip(self.taught.by_noun, self.taught.scores(feature)))
         places = []
         for text in texts:
-            if text in taught:
-                cosine = taught[text]
+            if (noun := self.taught.noun_like(text)) is not None:
+                cosine = taught[noun]
             elif text in rows:
                 cosine = cosines[rows[text]]
             else:
@@ -280,6 +282,19 @@ class Model:
                 raise InputError(f"cannot read the image {image} "
                                  f"({error.strerror or error})") from error
         return self.clip.encode_images(pictures) if pictures else torch.empty(0, self.clip.dim)
+
+    def vectors_of(self, images):
+        """CLIP's unit vectors of any number of images, float32 (n, dim) on the CPU. images: paths
+        or PIL images, their features (n, dim), or None. Raises InputError."""
+        images = [] if images is None else as_list(images)
+        if not isinstance(images, torch.Tensor):
+            return torch.cat([self.features([])] + [
+                self.features(images[i:i + 64]) for i in range(0, len(images), 64)])
+        vectors = images.detach().float().cpu()
+        if vectors.shape[1:] != (self.clip.dim,) or not unit(vectors.numpy()):
+            raise InputError(f"features must be unit vectors, (n, {self.clip.dim}), as "
+                             "Model.features gives them")
+        return vectors
 
     def tables(self, features):
         """Each image's table: n lists of (entry, cosine), as they were chosen, the nearest first.

@@ -84,11 +84,15 @@ class Answers:
 
     def forget(self, lessons, name):
         """As teach(): without the name, or where it is empty without any."""
+        name = " ".join(str(name or "").split())
         kept = without_lesson(lessons, name) if name else ()
-        names = ", ".join(lesson.name for lesson in kept) or "nothing"
-        if not lessons or len(kept) == len(lessons):
-            return lessons, page.problem(f"{name or 'a name'} was not taught here, but {names}")
-        return kept, page.told_html(f"What was taught here now: {names}.")
+        names = ", ".join(lesson.name for lesson in kept)
+        if not lessons:
+            return lessons, page.problem("you have taught no name here, so there is none to forget")
+        if len(kept) == len(lessons):
+            return lessons, page.problem(f"{name} is no name that you have taught here; you have "
+                                         f"taught {names}")
+        return kept, page.told_html(f"Forgotten. Names that are left: {names or 'none'}.")
 
     def look_up(self, text, photo, words, only, ban, lessons, topk):
         def html_of():

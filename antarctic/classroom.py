@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from antarctic.errors import InputError
 from antarctic.gallery import data_uri, thumbnail
-from antarctic.lessons import MOST_NAMED
+from antarctic.lessons import MOST_SHOWN
 from antarctic.taught import Taught, checked_thing, noun_of
+from antarctic.taught_files import joined
 from antarctic.verdicts import judge, notes_with, pupil_of
 
 MOST_NAMES, MOST_PHOTOS = 20, 50  # of a visitor; of each name
@@ -35,12 +36,16 @@ class Classroom:
         self.others = cache(others)
 
     def taught(self, lessons):
-        """The Taught of Lessons, beside what the model was taught. Raises InputError."""
-        return self.learned(lessons)[0]
+        """The Taught of Lessons beside what the model was taught, as a run has it that reads them
+        from a cache of their own. Raises InputError."""
+        if not self.notes:
+            return self.learned(lessons)[0]
+        return self.recent.find(("saved", lessons), lambda: Taught(joined([
+            self.notes, self.notes_of(lessons)])))
 
     def notes_of(self, lessons):
         """The Notes of Lessons alone."""
-        notes, n = self.taught(lessons).notes, len(lessons)
+        notes, n = self.learned(lessons)[0].notes, len(lessons)
         return notes._replace(things=notes.things[:n], vectors=notes.vectors[:n])
 
     def verdicts(self, lessons):
@@ -48,11 +53,11 @@ class Classroom:
         taught, _ = self.learned(lessons)
         return [judge(taught, i) for i in range(len(lessons))]
 
-    def wrongly(self, lessons):
-        """Other photos that would wrongly get the first Lesson's name, as data: URIs."""
+    def wrongly(self, lessons, verdict):
+        """Other photos that would wrongly get a name of Lessons, as data: URIs. verdict: on it."""
         _, paths = self.learned(lessons)
-        wrong = [paths[row] for row in self.verdicts(lessons)[0].wrong if paths[row]]
-        pictures = [thumbnail(path, side=SIDE) for path in wrong[:MOST_NAMED]]
+        wrong = [paths[row] for row in verdict.wrong if paths[row]]
+        pictures = [thumbnail(path, side=SIDE) for path in wrong[:MOST_SHOWN]]
         return [data_uri(jpeg) for jpeg, _ in filter(None, pictures)]
 
     def learned(self, lessons):

@@ -10,27 +10,30 @@ from antarctic.distributed import warn
 from antarctic.errors import InputError, counted, escape_control, print_safely
 from antarctic.feature_files import whole_rows
 from antarctic.features import encode_files, encoder_of, report_bad_images
-from antarctic.folders import list_images
+from antarctic.folders import list_images, matching
 from antarctic.taught import Taught, checked_thing, noun_of
-from antarctic.taught_files import MOST_OTHERS, read_taught, taught_path, write_taught
+from antarctic.taught_files import MOST_OTHERS, read_taught, taught_path, thinned, write_taught
 from antarctic.verdicts import judge, notes_with, pupil_of
 
 USUAL_FOLDERS = "results", "checkpoints"  # where sampler.py and trainer.py keep image vectors
-MOST_NAMED = 8  # other photos that a report names
+MOST_SHOWN = 8  # of photos that are bad, or would wrongly get a name
 
 
 # ---------------------------------------------------------------------------------------- photos
 
 def photos_of(clip, paths, what, skip=False, kept=None):
     """{digest: (path, vector)} of the images of files and folders, each once. what: what they are,
-    for a bar. One that cannot be read is skipped and told of, or else raises InputError. kept:
-    {digest: (path, vector)} of images that need not be encoded."""
+    for a bar. One that cannot be read raises InputError; with skip it is left out and told of, and
+    2 * MOST_OTHERS images are read at most. kept: {digest: (path, vector)} of images that need not
+    be encoded."""
     paths, kept = [picture.path for picture in list_images(paths)], kept or {}
+    if skip:
+        paths = thinned(paths, 2 * MOST_OTHERS)
     with tqdm(total=len(paths), desc=what, unit="image") as bar:
         digests, vectors, bad = encode_files(clip, paths, 64, bar, kept.keys())
     if skip:
         report_bad_images([(paths[i], reason) for i, (reason, _) in sorted(bad.items())],
-                          MOST_NAMED)
+                          MOST_SHOWN)
     elif bad:
         i, (reason, _) = min(bad.items())
         raise InputError(f"the photo {paths[i]} cannot be read ({reason}), so nothing was taught; "
@@ -43,10 +46,8 @@ def kept_vectors(clip, folders):
     """{digest: (None, vector)} of images that earlier runs have encoded by this CLIP. folders: of
     the sampler or the trainer, or None for their usual ones."""
     found = {}
+    require_others(folders, ())
     for folder in map(Path, folders or filter(Path.is_dir, map(Path, USUAL_FOLDERS))):
-        if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}; --features names one where sampler.py "
-                             "or trainer.py has kept image vectors")
         for path in sorted(folder.glob(f"features-{encoder_of(clip)}-*")):
             for _, digest, vector in whole_rows(path, clip.dim):
                 found.setdefault(digest, (None, vector))
@@ -60,8 +61,19 @@ def other_photos(clip, features, paths):
     if paths:
         photos = photos_of(clip, paths, "encoding other photos", True, kept)
         found = kept | photos if features else photos
-    some = sorted(found)[::-(-len(found) // (2 * MOST_OTHERS)) or 1]
-    return [found[digest] for digest in some]
+    return [found[digest] for digest in thinned(sorted(found), 2 * MOST_OTHERS)]
+
+
+def require_others(features, paths):
+    """Raises InputError where --features or --others name nothing, before anything is loaded."""
+    for folder in features or ():
+        if not os.path.isdir(folder):
+            raise InputError(f"there is no folder {folder}; --features names one where sampler.py "
+                             "or trainer.py has kept image vectors")
+    for path in paths or ():
+        if not matching(Path(path)):
+            raise InputError(f"there is no image or folder at {path}; --others names photos of "
+                             "other things, or their folders")
 
 
 # --------------------------------------------------------------------------- what the flags do
@@ -73,6 +85,7 @@ def teach(embfile, clip, pupils, unlike, features, others):
     photos that are none of them. features, others: see other_photos(). Prints what was made. Raises
     InputError.
     """
+    require_others(features, others)
     said = cache_description(embfile)
     if said and said["clip_model"] != clip.identity:
         raise InputError(f"the cache {embfile} was made with the CLIP model {said['clip_model']}, "
@@ -99,7 +112,7 @@ def teach(embfile, clip, pupils, unlike, features, others):
         warn(remark)
     for verdict in verdicts:
         print_safely(escape_control(str(verdict)))
-        if which := [str(paths[row]) for row in verdict.wrong if paths[row]][:MOST_NAMED]:
+        if which := [str(paths[row]) for row in verdict.wrong if paths[row]][:MOST_SHOWN]:
             print_safely(escape_control(f"would wrongly be {verdict.thing.name}: "
                                         f"{', '.join(which)}"))
     names = ", ".join(pupil.thing.noun for pupil in pupils)

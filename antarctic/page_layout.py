@@ -138,10 +138,10 @@ class Page:
             with gr.Column(elem_id="ac-words"):
                 lessons = gr.State(())
                 words, only, ban, use = self.word_boxes(lessons)
-                learned = self.lesson_boxes(lessons)
+                self.lesson_boxes(lessons)
                 dials = self.dials()
         settings = [photo, words, only, ban, lessons, *dials]
-        changes = [photo.change, use.click, learned.change, *(dial.change for dial in dials)]
+        changes = [photo.change, use.click, lessons.change, *(dial.change for dial in dials)]
         running = [gr.on(changes, self.answers.show, settings, result, show_progress="minimal",
                          trigger_mode="always_last", **DEVICE, **PRIVATE)]
         photo.upload(self.answers.preview, photo, photo, show_progress="hidden", **DEVICE,
@@ -173,8 +173,7 @@ class Page:
         return words, only, ban, use
 
     def lesson_boxes(self, lessons):
-        """Names from photos. Returns the component that changes with them. lessons: their gr.State.
-        """
+        """Names from photos. lessons: their gr.State."""
         with gr.Accordion("A name from photos", open=False, elem_id="teaching"):
             photos = uploads_only(gr.File(
                 file_count="multiple", elem_id="teach-photos", height=140,
@@ -188,10 +187,10 @@ class Page:
                 teach = gr.Button("Teach", variant="primary", elem_id="teach", size="sm")
                 forget = gr.Button("Forget", elem_id="forget", size="sm")
             learned = gr.HTML(elem_id="taught", padding=False)
-        teach.click(self.answers.teach, [lessons, photos, name, phrase], [lessons, learned],
-                    **DEVICE, **PRIVATE)
-        forget.click(self.answers.forget, [lessons, name], [lessons, learned], **PRIVATE)
-        return learned
+        gr.on([teach.click, phrase.submit], self.answers.teach, [lessons, photos, name, phrase],
+              [lessons, learned], **DEVICE, **PRIVATE)
+        # In one queue with teaching, so that what is forgotten meanwhile does not come back.
+        forget.click(self.answers.forget, [lessons, name], [lessons, learned], **DEVICE, **PRIVATE)
 
     def dials(self):
         """The components of answers.DIALS."""

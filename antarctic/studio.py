@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 from typing import NamedTuple
 
 from antarctic.cache import search
@@ -99,19 +100,21 @@ class Studio:
     """A Model as many visitors use it at once.
 
     model: a model.Model, which stays as it is. max_pixels: of an image at most. others: a function
-    that gives photos of other things for teaching names, see classroom. What was computed
-    last is kept: an image's vector, so that another word or dial does not wait for CLIP, and
-    vocabularies, so that a new line is encoded alone. Attributes: model, dials, those that the
-    model begins with. Raises InputError where one of these is out of BOUNDS.
+    that gives photos of other things for teaching names, see classroom. only: the lines that the
+    model was restricted to, or None. What was computed last is kept: an image's vector, so that
+    another word or dial does not wait for CLIP, and vocabularies, so that a new line is encoded
+    alone. Attributes: model, dials, those that the model begins with. Raises InputError where one
+    of these is out of BOUNDS.
     """
 
-    def __init__(self, model, max_pixels=MOST_PIXELS, others=list):
+    def __init__(self, model, max_pixels=MOST_PIXELS, others=list, only=None):
         if model.search is search:
             model = copy(model)
             model.search = kept_in_memory(model.embeddings)
-        self.model, self.max_pixels = model, max_pixels
+        self.model, self.max_pixels, self.only = model, max_pixels, only or ()
         self.features, self.models, self.captions = Recent(512), Recent(32), Recent(512)
-        self.classroom = Classroom(model.clip, model.taught.notes, self.vector, others, Recent(8))
+        self.fits = Recent(32)  # these share the entries' vectors of models
+        self.classroom = Classroom(model.clip, model.taught.notes, self.photo, others, Recent(8))
         self.shares, self.has_maps = Recent(32), True
         try:
             require_maps(model.clip)
@@ -161,11 +164,24 @@ class Studio:
 
     def feature(self, path):
         """(the file's sha256, CLIP's unit vector of its image, float32 (1, dim))."""
+        key = self.key_of(path)
+        return key, self.vector(key, path)
+
+    def key_of(self, path):
+        """An upload's sha256. Raises InputError where it was removed."""
         try:
-            key = file_sha256(path)
+            return file_sha256(path)
         except InputError as error:
             raise InputError("the image is not here any more; upload it again") from error
-        return key, self.vector(key, path)
+
+    def photo(self, key, path):
+        """As vector(), of one of several photos: it is named where it cannot be read, and before
+        each of them the visitor can stop. Raises InputError, and Stopped."""
+        self.stop_here()
+        try:
+            return self.vector(key, path)
+        except InputError as error:
+            raise InputError(f"{Path(path).name}: {error}") from error
 
     def vector(self, key, path):
         """CLIP's unit vector of an image, float32 (1, dim). The shares of its patches are computed
@@ -191,7 +207,7 @@ class Studio:
         with self.turn(visitor):
             key, _ = self.feature(path)
             _, c, box = self.decompose(key, path)
-            return where_of(box, c, table, vectors_of(self.with_words(words), [table]))
+            return where_of(box, c, table, vectors_of(self.fitted(words, len(table)), [table]))
 
     def with_words(self, words):
         """The Model of a vocabulary. words: a Words."""
@@ -214,6 +230,10 @@ class Studio:
             return model.with_words(words.words, words.only, words.ban)
         return self.models.find(words, make)
 
+    def fitted(self, words, topk):
+        """The Model of a vocabulary and a size of tables, which the rows of names depend on."""
+        return self.fits.find((words, topk), lambda: self.with_words(words).with_words(topk=topk))
+
     def teach(self, name, phrase, paths, lessons=(), visitor=None):
         """A name that a visitor teaches: (the visitor's classroom.Lessons with the new one first,
         the Verdict on each, data: URIs of other photos that would wrongly get the new name).
@@ -222,10 +242,13 @@ class Studio:
         Raises InputError, and Stopped.
         """
         name, phrase = (" ".join(str(text or "").split()) for text in (name, phrase))
+        if self.model.banned and self.model.banned.search(name):
+            raise InputError(f'"{name}" is banned on this page')
         with self.turn(visitor):
-            photos = {self.feature(path)[0]: path for path in paths[:MOST_PHOTOS + 1]}
+            photos = {self.key_of(path): path for path in paths[:MOST_PHOTOS + 1]}
             lessons = with_lesson(lessons, name, phrase, tuple(photos.items()))
-            return lessons, self.classroom.verdicts(lessons), self.classroom.wrongly(lessons)
+            verdicts = self.classroom.verdicts(lessons)
+            return lessons, verdicts, self.classroom.wrongly(lessons, verdicts[0])
 
     def caption(self, path, words=AS_IT_IS, dials=None, visitor=None):
         """(the model.Caption of an image, the seconds that it took).
@@ -240,7 +263,7 @@ class Studio:
 
             def make():  # an answer that is kept keeps its seconds
                 changes = {name: value for name, value in dials.items() if name != "topk"}
-                model = self.with_words(words).with_words(topk=dials["topk"])
+                model = self.fitted(words, dials["topk"])
                 tables = model.tables(feature)
                 candidates = model.candidates(tables, [key], **changes)
                 [result] = model.choose(feature, tables, candidates, **changes)
@@ -265,7 +288,8 @@ class Studio:
             taught = text in model.taught.by_noun
             folded, holding = text.casefold(), []
             for entry in model.entries:
-                if folded in entry.casefold() and entry != text:
+                if (folded in entry.casefold() and entry != text
+                        and model.taught.noun_like(entry) is None):  # which stands in no table
                     holding.append(entry)
                     if len(holding) == 200:
                         break
@@ -286,26 +310,35 @@ class Studio:
 
     def save(self, words, folder):
         """Writes a visitor's words as a small cache into a folder: {flag: path} of the files, which
-        sampler.py takes. Files that are there stay; the same words are written once. Raises
-        InputError, also where another run is writing that cache."""
+        sampler.py takes; --only and --ban of the page are among them. Files that are there stay;
+        the same words are written once. Raises InputError, also where another run is writing that
+        cache."""
         if not any(words):
             raise InputError("there is nothing to save yet: write a word into one of the boxes")
         lessons = [(*each[:2], sorted(key for key, _ in each.photos)) for each in words.lessons]
-        parts = words[:3] + (lessons,) if lessons else words[:3]
+        only, ban = words.only, words.ban
+        if self.only and not only:
+            only = (*self.only, *words.words, *(lesson.name for lesson in words.lessons))
+        if self.model.banned:
+            ban = (*self.model.banned.lines, *ban)
+        parts = (words.words, only, ban, *([lessons] if lessons else ()))
         name = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
         folder = output_folder(folder)
         base, files = folder / f"words-{name}", {}
         if len(list(folder.glob("words-*.txt"))) >= MOST_SAVED:
             raise InputError(f"{folder} holds {MOST_SAVED:,} lists of words; remove some of them")
         own = tuple(dict.fromkeys((*words.words, *words.only)))
-        notes = self.classroom.notes_of(words.lessons) if words.lessons else None
-        if notes and not own:  # they lie beside a cache, and each has an entry at least
-            own = tuple(dict.fromkeys(thing.word for thing in notes.things))
+        with self.turn(None):
+            notes = self.classroom.notes_of(words.lessons) if words.lessons else None
+        if notes and not own:  # a cache has an entry at least: one that is no new one
+            known = set(self.model.entries)
+            said = [thing.word for thing in notes.things if thing.word in known]
+            own = (*said, *self.model.entries[:1])[:1]
         with self.saving:
             if own:
                 files = {"--textfile": f"{base}.txt", "--embfile": f"{base}.npy"}
                 self.save_cache(*files.values(), own, notes)
-            for flag, lines in (("--only", words.only), ("--ban", words.ban)):
+            for flag, lines in (("--only", only), ("--ban", ban)):
                 if lines:
                     files[flag] = f"{base}-{flag[2:]}.txt"
                     if not os.path.exists(files[flag]):

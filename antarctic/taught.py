@@ -23,6 +23,7 @@ from antarctic.words import fold
 MOST_NAMED = 3  # taught things in a table
 WEIGHT = 2  # of what a row scores above a table's last entry, beside CLIP's cosine
 USUAL = 256  # other photos whose tables are the usual ones
+ALONE = 0.1  # between the last and the first entry's scores, where these are one
 LONGEST = 100  # characters of a name, and of a class word
 MOST_TWINS = 2000  # of an image
 ONE, MANY = "an?|the|one", r"two|three|four|five|six|some|several|many|a pair of|a group of|\d+"
@@ -83,10 +84,11 @@ class Thing(NamedTuple):
 def checked_thing(name, phrase):
     """A Thing. Raises InputError where a name cannot be one, or a phrase is no "a cat"."""
     for text, what in ((name, "name"), (phrase, "class word")):
-        if not (0 < len(text) <= LONGEST and text.isprintable() and text == " ".join(text.split())
-                and "|" not in text and re.search(r"\w", without_article(text))):
+        if not (isinstance(text, str) and 0 < len(text) <= LONGEST and text.isprintable()
+                and text == " ".join(text.split()) and "|" not in text
+                and re.search(r"\w", without_article(text))):
             raise InputError(f"a {what} must be a line of 1 to {LONGEST} characters, with a letter "
-                             f"or digit and without |, not {text[:LONGEST]!r}")
+                             f"or digit and without |, not {text!r:.100}")
     if without_article(phrase) == phrase:
         raise InputError(f'the class word needs its article, such as "a cat", not {phrase!r}')
     thing = Thing(name, phrase)
@@ -114,7 +116,8 @@ class Taught:
 
     fitted() makes one for a cache and a size of tables, which has the attributes rows, float32
     (things, dim), as those of a cache, but longer than 1; least, the score of an entry that is just
-    in a usual table; and by_noun, {noun: Thing}. Attribute of all: things, a list of Thing.
+    in a usual table; by_noun, {noun: Thing}; and nouns, {noun_of(name): noun}. Attributes of all:
+    things, a list of Thing, and notes, the Notes of these, or None.
     """
 
     def __init__(self, notes=None):
@@ -130,9 +133,9 @@ class Taught:
         embeddings: the cache's, (N, dim). only: a list of entries, or none. banned: a WholeWords,
         or None.
         """
-        other, only = copy(self), set(map(fold, only or ()))
+        other, only = copy(self), set(map(noun_of, only or ()))
         left = [i for i, thing in enumerate(self.things)
-                if (not only or fold(thing.noun) in only)
+                if (not only or noun_of(thing.name) in only)
                 and not (banned and banned.search(thing.name))]
         other.things = [self.things[i] for i in left]
         other.lessons = [self.lessons[i] for i in left]
@@ -141,13 +144,17 @@ class Taught:
                 raise InputError(f"the photos of {thing.name} are not apart from others; teach it "
                                  "again by compute_cache.py --teach, or forget it by --untaught")
         other.by_noun = {thing.noun: thing for thing in other.things}
+        other.nouns = {noun_of(thing.name): thing.noun for thing in other.things}
         other.least, other.rows = 0.0, torch.empty(0, embeddings[:1].shape[1])
-        if left:
+        if self.notes:
             other.notes = self.notes._replace(
                 things=other.things, vectors=[self.notes.vectors[i] for i in left])
+        if left:
             usual = torch.from_numpy(self.notes.others[:USUAL])
             scores, _ = search(usual, embeddings, topk)  # (USUAL, topk), best first
             other.least, most = scores[:, -1].mean().item(), scores[:, 0].mean().item()
+            if scores.shape[1] == 1:
+                most = other.least + ALONE
             other.rows = torch.from_numpy(np.stack([
                 row_of(self.spread, lesson, other.least, most) for lesson in other.lessons]))
         return other
@@ -155,14 +162,13 @@ class Taught:
     def entries_among(self, only):
         """The lines of --only that are entries: those that are no taught name, or all where each is
         one. only: a list, or None."""
-        known = {fold(thing.noun) for thing in self.things}
-        return only and [text for text in only if fold(text) not in known] or only
+        known = {noun_of(thing.name) for thing in self.things}
+        return only and [text for text in only if noun_of(text) not in known] or only
 
     def noun_like(self, text):
         """The noun of the thing that a text names, in any case, with or without its article; None
         where it names none."""
-        wanted = noun_of(text)
-        return next((noun for noun in self.by_noun if fold(noun) == wanted), None)
+        return self.nouns.get(noun_of(text))
 
     def key(self):
         """What stands for all of it in a fingerprint."""
@@ -176,12 +182,15 @@ class Taught:
     def lay_over(self, tables, features):
         """Tables with the taught things that an image shows, in place of the last entries. tables:
         n lists of (entry, score). features: (n, dim)."""
+        if not self.things:
+            return tables
         laid = []
         for table, row in zip(tables, self.scores(features).tolist()):
             seen = sorted(zip(row, range(len(row))), reverse=True)[:min(MOST_NAMED, len(table))]
             seen = [(self.things[i].noun, score) for score, i in seen if score > self.least]
             # An entry of a name's text is not the thing: CLIP means something else by it.
-            kept = [each for each in table if each[0] not in self.by_noun][:len(table) - len(seen)]
+            kept = [each for each in table if self.noun_like(each[0]) is None]
+            kept = kept[:len(table) - len(seen)]
             if not (kept or seen):  # but of such alone the table is as it was
                 kept = table
             for noun, score in seen:

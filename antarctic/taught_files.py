@@ -25,6 +25,7 @@ MOST_BYTES = 1 << 28
 MOST_OTHERS = 4096  # 4 a dimension of the largest CLIPs
 FEWEST_OTHERS, FEWEST_PHOTOS = 100, 3
 MOST_THINGS = 100
+SAME = 0.9999  # cosine of one file's vectors, encoded in two batches
 KEY = "antarctic_taught"
 
 
@@ -130,11 +131,19 @@ def joined(notes):
     notes = [each for each in notes if each]
     if len(notes) < 2:
         return notes[0] if notes else None
-    others = np.unique(np.concatenate([each.others for each in notes]), axis=0)
     pairs = {}
     for each in notes:
         for thing, vectors in zip(each.things, each.vectors):
             pairs[fold(thing.noun)] = thing, vectors
-    step = -(-len(others) // MOST_OTHERS)
-    return Notes(notes[0].clip_model, others[::step], [thing for thing, _ in pairs.values()],
+    others = np.unique(np.concatenate([each.others for each in notes]), axis=0)
+    photos = np.concatenate([photos for _, (photos, _) in pairs.values()])
+    apart = others[(others @ photos.T).max(1) < SAME]  # photos of a name are not others of another
+    if len(apart) >= FEWEST_OTHERS:
+        others = apart
+    return Notes(notes[0].clip_model, thinned(others), [thing for thing, _ in pairs.values()],
                  [vectors for _, vectors in pairs.values()])
+
+
+def thinned(values, most=MOST_OTHERS):
+    """At most so many of the values of a list or an array, evenly taken."""
+    return values[::-(-len(values) // most) or 1]

@@ -6,11 +6,10 @@ import numpy as np
 
 from antarctic.errors import InputError
 from antarctic.taught import Thing, checked_thing, noun_of
-from antarctic.taught_files import FEWEST_OTHERS, FEWEST_PHOTOS, MOST_OTHERS, MOST_THINGS, Notes
+from antarctic.taught_files import FEWEST_OTHERS, FEWEST_PHOTOS, MOST_THINGS, SAME, Notes, thinned
 
 GOOD_OTHERS, GOOD_PHOTOS = 400, 5
 ALIKE = 0.99  # cosine of photos that are one photo
-SAME = 0.9999  # and of one file, encoded in two batches
 
 
 class Pupil(NamedTuple):
@@ -94,7 +93,7 @@ def apart_from(found, vectors, before):
                          f"{GOOD_OTHERS}, and there are {len(found)}: --features names a folder in "
                          "which sampler.py or trainer.py has kept image vectors of this CLIP, "
                          "--others names images")
-    found = found[::-(-len(found) // MOST_OTHERS)]
+    found = thinned(found)
     return [path for path, _ in found], np.stack([vector for _, vector in found])
 
 
@@ -111,19 +110,19 @@ def judge(taught, i):
                  if mean @ other > ALIKE * np.linalg.norm(mean) * np.linalg.norm(other)]
         if alike:
             raise InputError(f"the photos of {thing.name} are those of {alike[0]}, or too like "
-                             "them, for two names")
+                             "them to be told apart")
         raise InputError(f"the photos of {thing.name} are not apart from others: none would be "
                          "named by the rest of them; take others, in which it is larger")
     remarks, dim = [], len(mean)
     if 2 * named < len(lesson.own):
-        remarks.append(f"{thing.name} is hardly apart from others: more or larger photos of it are "
-                       "better")
+        remarks.append(f"{thing.name} is hardly apart from others: more photos of it are better, "
+                       "or others in which it is larger")
     if len(lesson.own) < GOOD_PHOTOS:
         remarks.append(f"{thing.name} has only {len(lesson.own)} photos; {GOOD_PHOTOS} are better, "
                        "two of them beside other things")
     if len(notes.others) < max(GOOD_OTHERS, dim):
         remarks.append(f"there are only {len(notes.others)} photos of other things; with "
-                       f"{max(GOOD_OTHERS, 3 * dim):,} fewer images are given a wrong name")
+                       f"{max(GOOD_OTHERS, 3 * dim):,}, fewer images would wrongly get a name")
     wrong = np.flatnonzero(lesson.others >= lesson.threshold)
     wrong = wrong[np.argsort(-lesson.others[wrong])].tolist()
     nearest = None

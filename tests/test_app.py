@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import threading
 import time
 import zipfile
@@ -13,17 +14,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import BART, CLIP, ROOT, flags
 from PIL import Image
 
 import app
-from antarctic import cache_files, page, scan
+from antarctic import cache_files, page, scan, taught
+from antarctic.answers import Answers
 from antarctic.cache import search
 from antarctic.classroom import without_lesson
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.lessons import other_photos
 from antarctic.locks import locked
+from antarctic.seen import vectors_of, where_of
 from antarctic.studio import MOST_WORDS, Stopped, Studio, Words, checked_dials, lines_of
 from antarctic.taught import Thing
 from antarctic.uploads import KEPT_SECONDS, Folder, examples_of, names_of, write_downloads
@@ -191,7 +195,8 @@ def test_a_visitor_teaches_a_name_and_nobody_else_hears_of_it(classroom, tuned, 
     assert sum("Tom" in result.caption for result in named) >= 3
     assert [[entry for entry, _ in result.table] for result in named] == [
         [entry for entry, _ in table] for table in expected.tables(expected.features(new))]
-    found = classroom.search(new[0], "tom", Words(lessons=lessons))
+    found = classroom.search(new[0], "tom", Words(("TOM", "tom cat"), lessons=lessons))
+    assert [entry for entry, *_ in found["others"]] == ["tom cat"]  # TOM stands in no table
     assert found["known"] and found["kept"] and (found["text"], found["rank"]) == ("Tom", 1)
     # A second name joins the first, a name that comes again is taught anew, and words count, too.
     both, verdicts, _ = classroom.teach("Flora", "a rabbit", flora, lessons)
@@ -208,7 +213,8 @@ def test_a_visitor_teaches_a_name_and_nobody_else_hears_of_it(classroom, tuned, 
 
 @pytest.mark.parametrize("name, phrase, taken, named", [
     ("", "a cat", "Tom", "a name must be"), ("Tom", "cat", "Tom", "needs its article"),
-    ("Tom", "a cat", "", "there are 0"), ("Tom", "a cat", "bad", "cannot be read"),
+    ("Tom", "a cat", "", "there are 0"),
+    ("Tom", "a cat", "bad", "bad.png: this image cannot be read"),
     ("Tom", "a cat", "many", "50 photos of Tom are enough"),
     ("Bo", "a cat", "Tom", "those of Tom, or too like them")])
 def test_what_cannot_be_taught_is_told_to_the_visitor(classroom, photos, tmp_path, name, phrase,
@@ -216,9 +222,11 @@ def test_what_cannot_be_taught_is_told_to_the_visitor(classroom, photos, tmp_pat
     lessons, _, _ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
     (tmp_path / "bad.png").write_bytes(b"no image")
     places = {"": [], "bad": [tmp_path / "bad.png"], "Tom": paths_in(photos / "Tom"),
-              "many": [path for path in paths_in(photos / "others")[:60]]}
+              "many": paths_in(photos / "others")[:60]}
     with pytest.raises(InputError, match=named):
         classroom.teach(name, phrase, places[taken], lessons)
+    with pytest.raises(InputError, match="banned on this page"):
+        Studio(classroom.model.with_words(ban="tom")).teach("Tom", "a cat", places["Tom"])
     few = Studio(classroom.model, others=list)
     with pytest.raises(InputError, match="there are 0: --features"):
         few.teach("Tom", "a cat", paths_in(photos / "Tom"))
@@ -240,6 +248,66 @@ def test_a_saved_name_is_one_that_the_command_uses(script, classroom, cache, che
         record = json.loads((tmp_path / "out" / "details.jsonl").read_text())
         assert record["caption"] == classroom.caption(new, words)[0].caption
         assert "Tom" in record["caption"]
+
+
+def test_a_saved_name_adds_no_entry_and_keeps_what_the_page_began_with(script, cache, checkpoint,
+                                                                       photos, tmp_path):
+    """The cache knows a name already, the page has --only and --ban, and the class word is no
+    entry: the command's table and caption are the page's."""
+    [textfile, embfile], new = [tmp_path / "c.txt", tmp_path / "c.npy"], paths_in(photos / "new")[0]
+    for path, copied in ((cache.textfile, textfile), (cache.embfile, embfile),
+                         (f"{cache.embfile}.json", f"{embfile}.json")):
+        shutil.copy(path, copied)
+    run = script("compute_cache", "--teach", "Flora", photos / "Flora", "--as", "a rabbit",
+                 "--others", *paths_in(photos / "others")[:110], *paths_in(photos / "Tom"),
+                 *flags({"textfile": textfile, "embfile": embfile, "clip_model": CLIP}))
+    assert run.code == 0, run.err
+    entries = textfile.read_text().splitlines()
+    half = [*entries[::2], "Flora"]
+    for only, ban, own in ((None, ["night"], ()), (half, None, ("penguin",))):
+        model = Model.load(CLIP, BART, checkpoint, textfile, embfile, only=only, ban=ban, topk=5,
+                           table="mmr", device="cpu")
+        studio = Studio(model, others=partial(other_photos, model.clip, None, [photos / "others"]),
+                        only=only)
+        lessons, *_ = studio.teach("Tom", "a tabby kitten", paths_in(photos / "Tom"))
+        words = Words(own, lessons=lessons)
+        files = studio.save(words, tmp_path / "saved")
+        assert "kitten" not in Path(files["--textfile"]).read_text()
+        args = SimpleNamespace(textfile=[textfile], embfile=[embfile], clip_model=CLIP, lm=BART,
+                               ckpt=checkpoint, topk=5, table="mmr")
+        command = app.command_of(args)(files).split()
+        run = script("sampler", "--images", new, *command[4:], "--savedir", tmp_path / "out")
+        assert run.code == 0, run.err
+        record = json.loads((tmp_path / "out" / "details.jsonl").read_text())
+        result = studio.caption(new, words)[0]
+        assert record["caption"] == result.caption and "Tom" in dict(result.table)
+        assert [[*each] for each in result.table] == record["table"]
+
+
+def test_names_are_fitted_once_to_a_vocabulary_and_size_of_tables(classroom, photos, monkeypatch):
+    first, second, *_ = paths_in(photos / "new")
+    lessons, *_ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
+    words, searches = Words(("penguin",), lessons=lessons), []
+    monkeypatch.setattr(taught, "search", lambda *args: searches.append(1) or search(*args))
+    captions = [classroom.caption(path, words, {"topk": 3})[0] for path in (first, first)]
+    before = len(searches)
+    assert before and "Tom" in dict(captions[0].table)
+    captions.append(classroom.caption(second, words, {"topk": 3})[0])
+    where = classroom.where(first, captions[0].table, words)
+    assert len(searches) == before  # which take seconds in large caches
+    model = classroom.with_words(words).with_words(topk=3)
+    _, c, box = classroom.decompose(file_sha256(first), first)
+    assert where == where_of(box, c, captions[0].table, vectors_of(model, [captions[0].table]))
+
+
+def test_what_is_forgotten_is_told(classroom, photos, tmp_path):
+    answers = Answers(classroom, Folder(tmp_path), tmp_path, None)
+    lessons, _ = answers.teach((), paths_in(photos / "Tom"), "Tom", "a cat")
+    for name, left, told in ((" tom ", 0, "left: none"), ("", 0, "left: none"), (" ", 0, "none"),
+                             ("Bo", 1, "Bo is no name that you have taught")):
+        kept, shown = answers.forget(lessons, name)
+        assert len(kept) == left and told in shown
+        assert "taught no name here" in answers.forget((), name)[1]
 
 
 def test_a_cache_of_saved_words_has_one_writer_at_a_time(studio, tmp_path):
@@ -299,6 +367,17 @@ def test_a_caption_is_stopped_between_two_tokens(studio, penguin):
     studio.stop("ann")
     thread.join(20)
     assert stopped and studio.caption(penguin, Words(("long",)))[0].caption  # others go on
+
+
+def test_teaching_is_stopped_between_two_photos(classroom, photos, monkeypatch):
+    classroom.classroom.others()
+    encode, encoded = classroom.vector, []
+    monkeypatch.setattr(classroom, "vector", lambda *photo: encoded.append(photo) or
+                        classroom.stop("ann") or encode(*photo))
+    with pytest.raises(Stopped):
+        classroom.teach("Tom", "a cat", paths_in(photos / "Tom"), visitor="ann")
+    assert len(encoded) == 1
+    assert classroom.teach("Tom", "a cat", paths_in(photos / "Tom"), visitor="bob")
 
 
 # ------------------------------------------------------------------------------------ text is text
@@ -368,6 +447,7 @@ def test_the_demo_is_found_where_nothing_is_better(tmp_path, monkeypatch, capsys
     args = app.parse()
     app.check(args)
     assert args.textfile == ["demo/cache.txt"] and args.clip_model == "snowglobe/weights/clip"
+    assert args.others is None  # its images were removed
     assert "by default: the snowglobe" in capsys.readouterr().out
     for name in ("cache.txt", "cache.npy"):
         (tmp_path / name).touch()
@@ -377,11 +457,24 @@ def test_the_demo_is_found_where_nothing_is_better(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("options", [{"auth": "user"}, {"port": 70000}, {"max_mb": 0},
-                                     {"num_beams": 0}], ids=str)
-def test_flags_that_cannot_work_are_refused(monkeypatch, options):
+                                     {"num_beams": 0}, {"others": "none/"},
+                                     {"features": "none/"}], ids=str)
+def test_flags_that_cannot_work_are_refused(monkeypatch, cache, options):
+    options |= {"textfile": cache.textfile, "embfile": cache.embfile, "ckpt": "none"}
     monkeypatch.setattr("sys.argv", ["app.py", *map(str, flags(options))])
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=next(iter(options))):
         app.check(app.parse())
+
+
+def test_too_few_photos_of_other_things_are_told_of_at_the_start(monkeypatch, cache, photos,
+                                                                 tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    monkeypatch.setattr("sys.argv", ["app.py", *map(str, flags({
+        "textfile": cache.textfile, "embfile": cache.embfile, "clip_model": CLIP, "lm": BART,
+        "ckpt": "none", "others": [*paths_in(photos / "new"), tmp_path / "bad.png"]}))])
+    args = app.parse()
+    app.load_page(args, app.check(args), tmp_path / "page", torch.device("cpu"), torch.float32)
+    assert "give 4 photos, and 100 are needed" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ for programs
@@ -417,6 +510,14 @@ def test_programs_get_errors_in_a_sentence(served, client, tmp_path):
 def get(address, path, **named):
     import httpx
     return httpx.get(address.rstrip("/") + path, timeout=20, **named)
+
+
+def test_a_name_that_is_taught_anew_captions_anew(served):
+    """Also where what is said of it stays the same."""
+    config = get(served.address, "/config").json()
+    [state] = [part["id"] for part in config["components"] if part["type"] == "state"]
+    assert [each["api_name"] for each in config["dependencies"]
+            if [state, "change"] in each["targets"]] == ["show"]
 
 
 def post(address, path, **named):

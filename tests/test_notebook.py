@@ -64,6 +64,12 @@ def files_of(folder):
             if name.parts[0] != "demo" and "__pycache__" not in name.parts}
 
 
+def test_it_is_saved_as_it_ran_from_top_to_bottom():
+    cells = code_of(nbformat.read(NOTEBOOK, 4))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert "now:" in printed(cell_of(cells, "model.teach("))
+
+
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     """A fresh copy of the repository. The kernels get an empty folder of models, and a pip that

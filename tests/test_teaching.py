@@ -11,7 +11,7 @@ import torch
 from conftest import BART, CLIP, commands, flags
 from numpy.linalg import inv
 
-from antarctic import teaching
+from antarctic import lessons, teaching
 from antarctic.cache import read_cache
 from antarctic.errors import InputError
 from antarctic.images import read_image
@@ -134,6 +134,15 @@ def test_where_nothing_was_taught_tables_candidates_and_scores_stay():
     assert taught.entries_among(["dog"]) == ["dog"] and taught.entries_among(None) is None
 
 
+@pytest.mark.parametrize("entries, topk", [(50, 1), (1, 5)])
+def test_a_table_of_one_entry_names_what_was_taught_and_little_else(entries, topk):
+    notes = notes_of(("Tom", images(5, 2, [1])))
+    taught = Taught(notes).fitted(torch.from_numpy(images(entries, 20)), topk)
+    named = [(torch.from_numpy(vectors) @ taught.rows[0] > taught.least).float().mean()
+             for vectors in (notes.others, images(60, 8, [1]))]
+    assert named[0] < .1 and named[1] > .7  # the last entry of its tables is the first
+
+
 # --------------------------------------------------------------------------------------- the words
 
 @pytest.mark.parametrize("name, phrase, text, twin, spoken", [
@@ -253,6 +262,16 @@ def test_an_entry_of_the_text_of_a_name_is_not_the_thing():
         pytest.approx((shown @ taught.rows.T).item())]
 
 
+def test_a_name_is_known_with_and_without_its_article_and_in_any_case():
+    notes, embeddings = notes_of(("an owl", images(5, 2, [1]))), torch.from_numpy(images(50, 20))
+    for line in ("an owl", "owl", "Owl", "the owl"):
+        taught = fitted(notes).fitted(embeddings, 5, only=[line, "dog"])
+        assert [thing.name for thing in taught.things] == ["an owl"]
+        assert taught.entries_among([line, "dog"]) == ["dog"] and taught.noun_like(line) == "owl"
+        other = torch.from_numpy(images(1, 4))
+        assert taught.lay_over([[(line, .9), ("dog", .8)]], other) == [[("dog", .8)]]
+
+
 def test_names_that_differ_in_case_alone_are_one(script, mine, photos):
     others = {"others": [photos / "others"]}
     for name in ("Zo\u00e9", "ZOE\u0301"):
@@ -275,6 +294,11 @@ def test_what_lies_beside_several_caches_is_one():
     assert [thing.name for thing in both.things] == ["Tom", "an owl"]
     assert np.array_equal(both.vectors[0][0], again[1]) and len(both.others) == 300
     assert joined([None]) is None
+    # Photos of one file are not among the others of another.
+    holds = notes_of(owl)._replace(others=np.concatenate([images(300, 0), tom[1]]))
+    assert len(joined([holds, notes_of(tom)]).others) == 300
+    every = notes_of(("Rex", images(300, 0)))  # but where too few were left, they stay
+    assert len(joined([every, notes_of(tom)]).others) == 300
 
 
 # ------------------------------------------------------------------------------------- the scripts
@@ -371,6 +395,36 @@ def test_a_name_that_is_taught_in_memory_is_that_of_the_command(script, mine, ch
         model.with_words(ban="Bo").teach("Bo", "a cat", own, others)
 
 
+def test_features_teach_what_their_images_do(mine, checkpoint, photos):
+    model = Model.load(CLIP, BART, checkpoint, mine.textfile, mine.embfile, device="cpu")
+    own, others = (sorted((photos / name).iterdir()) for name in ("Tom", "others"))
+    expected = model.with_words().teach("an owl", "a bird", own, others)
+    features = model.features(own), model.features(others)
+    for own_type, others_type in ((torch.float64, torch.float64), (torch.float32, torch.float64)):
+        one = model.with_words()
+        given = [each.clone().to(kind).requires_grad_()
+                 for each, kind in zip(features, (own_type, others_type))]
+        assert one.teach("an owl", "a bird", *given)[:5] == expected[:5]
+        assert one.tables(features[0])[0][0][0] == "owl"
+    places = one.places(features[0][0], ["owl", "an owl", "Owl"])
+    assert places == places[:1] * 3 and places[0][1] == 1
+    # Without others it takes those of earlier names, and says which of them would be wrong.
+    wrong = one.teach("Flora", "a rabbit", sorted((photos / "Flora").iterdir())).wrong
+    assert wrong and all(0 <= number < 120 for number in wrong)
+    only = one.with_words(only=["dog", "sea", "tree"])  # the names are not left
+    only.teach("Bo", "a rabbit", sorted((photos / "Flora").iterdir()))
+    assert [thing.name for thing in only.taught.things] == ["Bo"]
+    for wrong in (features[0][:, :9], features[0][0], features[0] * 7, features[0] * np.nan):
+        with pytest.raises(InputError, match="unit vectors"):
+            model.teach("Tom", "a cat", wrong, features[1])
+    for name, phrase, wrong, named in (("Tom", "a cat", None, "there are 0"),
+                                       (None, "a cat", own, "a name must be"),
+                                       ("Tom", None, own, "a class word must be")):
+        with pytest.raises(InputError, match=named):
+            model.with_words(ban="Bo").teach(name, phrase, wrong, features[1])
+    assert not model.taught.things
+
+
 def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photos, tmp_path,
                                                              monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there are no results
@@ -387,6 +441,17 @@ def test_photos_of_a_taught_thing_are_never_among_the_others(script, mine, photo
         notes = read_taught(mine.embfile)
         own = np.concatenate([vectors for vectors, _ in notes.vectors])
         assert len(notes.others) == count and (notes.others @ own.T).max() < .9999
+
+
+def test_of_very_many_others_some_are_encoded(photos, tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.chdir(tmp_path)  # where nothing is kept
+    monkeypatch.setattr(lessons, "MOST_OTHERS", 25)
+    monkeypatch.setattr(lessons, "encode_files", lambda clip, paths, *_: encoded.extend(paths) or (
+        [str(path).encode() for path in paths], dict.fromkeys(
+            [str(path).encode() for path in paths]), {}))
+    found = lessons.other_photos(None, None, [photos / "others"])
+    assert 25 < len(found) == len(encoded) <= 50
 
 
 def test_no_twin_holds_a_banned_word(mine, checkpoint):
@@ -413,6 +478,7 @@ def test_no_twin_holds_a_banned_word(mine, checkpoint):
     ("Tom", "a cat", {"photos": "same"}, "there is 1"),
     ("Tom", "a cat", {"photos": "bad"}, "cannot be read"),
     ("Tom", "a cat", {"others": "new"}, "there are 4"),
+    ("Tom", "a cat", {"others": "none"}, "--others names photos of other things"),
     ("Tom", "a cat", {"photos": "mixed"}, "not apart"),
 ])
 def test_what_cannot_be_taught_is_refused(script, mine, photos, tmp_path, name, phrase, changed,
