@@ -7,18 +7,19 @@ from pathlib import Path
 import gradio as gr
 
 from antarctic import page
-from antarctic.classroom import without_lesson
+from antarctic.classroom import without_name
 from antarctic.errors import InputError
-from antarctic.studio import AS_IT_IS, Stopped, Words, lines_of
+from antarctic.studio import Stopped
 from antarctic.uploads import MOST_IMAGES, list_html, names_of, write_downloads
+from antarctic.visitors import AS_IT_IS, Words, lines_of
 
 DIALS = ("topk", "do_sample", "num_beams", "num_return_sequences", "temperature", "top_p",
          "lm_weight", "seed")
 SHOWN_BY_BROWSERS = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif"
 
 
-def as_words(words, only, ban, lessons=()):
-    return Words(*map(lines_of, (words, only, ban)), lessons)
+def as_words(words, only, ban, own_names=()):
+    return Words(*map(lines_of, (words, only, ban)), own_names)
 
 
 def answer(function, *args):
@@ -60,60 +61,61 @@ class Answers:
             before, _ = self.studio.caption(photo, AS_IT_IS, dials, visitor)
         return before, result, seconds
 
-    def show(self, photo, words, only, ban, lessons, *dials, request: gr.Request = None):
+    def show(self, photo, words, only, ban, own_names, *dials, request: gr.Request = None):
         def html_of():
             if not photo:
                 return page.WAITING
-            visitor, own = request and request.session_hash, as_words(words, only, ban, lessons)
+            visitor, own = request and request.session_hash, as_words(words, only, ban, own_names)
             before, result, seconds = self.record(photo, own, dials, visitor)
             where = [one and self.studio.where(photo, one.table, words, visitor)
                      for one, words in ((result, own), (before, AS_IT_IS))]
             return page.caption_html(result, seconds, before, where)
         return answer(html_of)
 
-    def teach(self, lessons, photos, name, phrase, request: gr.Request = None):
-        """(the visitor's Lessons, what was made of them as HTML). photos: uploads, or None."""
+    def teach(self, own_names, photos, name, phrase, request: gr.Request = None):
+        """(the visitor's OwnNames, what was made of them as HTML). photos: uploads, or None."""
         try:
-            lessons, verdicts, wrong = self.studio.teach(
-                name, phrase, photos or [], lessons, request and request.session_hash)
-            return lessons, page.lessons_html(verdicts, wrong)
+            own_names, verdicts, wrong = self.studio.teach(
+                name, phrase, photos or [], own_names, request and request.session_hash)
+            return own_names, page.verdicts_html(verdicts, wrong)
         except InputError as error:
-            return lessons, page.problem(error)
+            return own_names, page.problem(error)
         except Stopped:
-            return lessons, page.problem("stopped; nothing was taught")
+            return own_names, page.problem("stopped; nothing was taught")
 
-    def forget(self, lessons, name):
+    def forget(self, own_names, name):
         """As teach(): without the name, or where it is empty without any."""
         name = " ".join(str(name or "").split())
-        kept = without_lesson(lessons, name) if name else ()
-        names = ", ".join(lesson.name for lesson in kept)
-        if not lessons:
-            return lessons, page.problem("you have taught no name here, so there is none to forget")
-        if len(kept) == len(lessons):
-            return lessons, page.problem(f"{name} is no name that you have taught here; you have "
-                                         f"taught {names}")
+        kept = without_name(own_names, name) if name else ()
+        names = ", ".join(own.name for own in kept)
+        if not own_names:
+            return own_names, page.problem("you have taught no name here, so there is none to "
+                                           "forget")
+        if len(kept) == len(own_names):
+            return own_names, page.problem(f"{name} is no name that you have taught here; you "
+                                           f"have taught {names}")
         return kept, page.told_html(f"Forgotten. Names that are left: {names or 'none'}.")
 
-    def look_up(self, text, photo, words, only, ban, lessons, topk):
+    def look_up(self, text, photo, words, only, ban, own_names, topk):
         def html_of():
             if not photo:
                 raise InputError("give the page an image first")
-            found = self.studio.search(photo, text, as_words(words, only, ban, lessons), topk)
+            found = self.studio.search(photo, text, as_words(words, only, ban, own_names), topk)
             return page.search_html(found)
         return answer(html_of)
 
-    def save(self, words, only, ban, lessons):
+    def save(self, words, only, ban, own_names):
         def html_of():
-            files = self.studio.save(as_words(words, only, ban, lessons), self.save_to)
+            files = self.studio.save(as_words(words, only, ban, own_names), self.save_to)
             return page.saved_html(files.values(), self.command(files))
         return answer(html_of)
 
-    def tell(self, photo, words, only, ban, lessons, *dials, request: gr.Request = None):
+    def tell(self, photo, words, only, ban, own_names, *dials, request: gr.Request = None):
         def html_of():
             if not photo:
                 raise InputError("give the page an image first")
             visitor = request and request.session_hash
-            own = as_words(words, only, ban, lessons)
+            own = as_words(words, only, ban, own_names)
             _, result, _ = self.record(photo, own, dials, visitor)
             if not result.caption:
                 raise InputError("there is no caption to continue")
@@ -135,10 +137,10 @@ class Answers:
     def leave(self, request: gr.Request):
         self.studio.stop(request.session_hash)
 
-    def many(self, files, words, only, ban, lessons, *dials, request: gr.Request = None):
+    def many(self, files, words, only, ban, own_names, *dials, request: gr.Request = None):
         """Captions uploads one after the other: (state, gallery, downloads) again and again."""
         try:
-            words, dials = as_words(words, only, ban, lessons), dict(zip(DIALS, dials))
+            words, dials = as_words(words, only, ban, own_names), dict(zip(DIALS, dials))
             files = files or []
             if not 0 < len(files) <= MOST_IMAGES:
                 raise InputError(f"give from 1 to {MOST_IMAGES} images, not {len(files)}; "

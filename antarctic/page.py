@@ -198,7 +198,7 @@ def told_html(text):
     return f'<div class="ac-card" role="status">{as_text(text)}</div>'
 
 
-def lessons_html(verdicts, wrong):
+def verdicts_html(verdicts, wrong):
     """What the visitor's names are worth, as HTML. verdicts: a verdicts.Verdict each, the new one
     first. wrong: data: URIs of other photos that would wrongly get the new name."""
     lines = "".join(f"<p>{as_text(str(verdict))}.</p>" for verdict in verdicts)

@@ -7,8 +7,8 @@ import gradio as gr
 from antarctic import page
 from antarctic.errors import InputError
 from antarctic.gallery_page import VEIL
-from antarctic.studio import BOUNDS
 from antarctic.uploads import MOST_IMAGES
+from antarctic.visitors import BOUNDS
 
 # Wide windows have the words below the image and the result beside both. In narrow ones the result
 # follows the image.
@@ -112,7 +112,7 @@ class Page:
         return blocks
 
     def caption_tab(self):
-        """Returns the components of photo, words, only, ban, the lessons and the dials."""
+        """Returns the components of photo, words, only, ban, own names and the dials."""
         with gr.Row(elem_id="ac-grid"):
             with gr.Column(elem_id="ac-photo"):
                 photo = uploads_only(gr.Image(
@@ -136,12 +136,12 @@ class Page:
                     find = gr.Button("Search", elem_id="find", size="sm")
                     found = gr.HTML(elem_id="found", padding=False)
             with gr.Column(elem_id="ac-words"):
-                lessons = gr.State(())
-                words, only, ban, use = self.word_boxes(lessons)
-                self.lesson_boxes(lessons)
+                own_names = gr.State(())
+                words, only, ban, use = self.word_boxes(own_names)
+                self.name_boxes(own_names)
                 dials = self.dials()
-        settings = [photo, words, only, ban, lessons, *dials]
-        changes = [photo.change, use.click, lessons.change, *(dial.change for dial in dials)]
+        settings = [photo, words, only, ban, own_names, *dials]
+        changes = [photo.change, use.click, own_names.change, *(dial.change for dial in dials)]
         running = [gr.on(changes, self.answers.show, settings, result, show_progress="minimal",
                          trigger_mode="always_last", **DEVICE, **PRIVATE)]
         photo.upload(self.answers.preview, photo, photo, show_progress="hidden", **DEVICE,
@@ -149,11 +149,11 @@ class Page:
         if self.answers.story:
             running.append(tell.click(self.answers.tell, settings, story, **DEVICE, **PRIVATE))
         gr.on([find.click, text.submit], self.answers.look_up,
-              [text, photo, words, only, ban, lessons, dials[0]], found, **DEVICE, **PRIVATE)
+              [text, photo, words, only, ban, own_names, dials[0]], found, **DEVICE, **PRIVATE)
         stop.click(self.answers.leave, cancels=running, queue=False, **PRIVATE)
         return settings
 
-    def word_boxes(self, lessons):
+    def word_boxes(self, own_names):
         with gr.Accordion("Your words", open=True):
             words = gr.Textbox("", label="Add, a word or phrase a line", lines=3, max_lines=12,
                                placeholder="penguin\npenguins", max_length=20_000,
@@ -169,11 +169,11 @@ class Page:
                 use = gr.Button("Caption again", variant="primary", elem_id="use-words", size="sm")
                 save = gr.Button("Save", elem_id="save", size="sm")
             saved = gr.HTML(elem_id="saved", padding=False)
-        save.click(self.answers.save, [words, only, ban, lessons], saved, **DEVICE, **PRIVATE)
+        save.click(self.answers.save, [words, only, ban, own_names], saved, **DEVICE, **PRIVATE)
         return words, only, ban, use
 
-    def lesson_boxes(self, lessons):
-        """Names from photos. lessons: their gr.State."""
+    def name_boxes(self, own_names):
+        """Names from photos. own_names: their gr.State."""
         with gr.Accordion("A name from photos", open=False, elem_id="teaching"):
             photos = uploads_only(gr.File(
                 file_count="multiple", elem_id="teach-photos", height=140,
@@ -187,10 +187,11 @@ class Page:
                 teach = gr.Button("Teach", variant="primary", elem_id="teach", size="sm")
                 forget = gr.Button("Forget", elem_id="forget", size="sm")
             learned = gr.HTML(elem_id="taught", padding=False)
-        gr.on([teach.click, phrase.submit], self.answers.teach, [lessons, photos, name, phrase],
-              [lessons, learned], **DEVICE, **PRIVATE)
+        gr.on([teach.click, phrase.submit], self.answers.teach, [own_names, photos, name, phrase],
+              [own_names, learned], **DEVICE, **PRIVATE)
         # In one queue with teaching, so that what is forgotten meanwhile does not come back.
-        forget.click(self.answers.forget, [lessons, name], [lessons, learned], **DEVICE, **PRIVATE)
+        forget.click(self.answers.forget, [own_names, name], [own_names, learned], **DEVICE,
+                     **PRIVATE)
 
     def dials(self):
         """The components of answers.DIALS."""

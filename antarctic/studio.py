@@ -4,15 +4,13 @@ import hashlib
 import os
 import threading
 import time
-from collections import OrderedDict
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import NamedTuple
 
 from antarctic.cache import search
 from antarctic.cache_files import cache_lock, finish_cache
-from antarctic.classroom import MOST_PHOTOS, Classroom, with_lesson
+from antarctic.classroom import MOST_PHOTOS, Classroom, with_name
 from antarctic.errors import InputError
 from antarctic.files import file_sha256, output_folder, write_lines
 from antarctic.images import MOST_PIXELS, read_image
@@ -20,80 +18,14 @@ from antarctic.locks import locked
 from antarctic.scan import kept_in_memory
 from antarctic.seen import vectors_of, where_of
 from antarctic.taught_files import write_taught
-from antarctic.texts import one_line
+from antarctic.visitors import AS_IT_IS, BOUNDS, Recent, Words, checked_dials, lines_of
 from antarctic.where import contributions, map_box, require_maps
 
-MOST_WORDS, LONGEST_WORD = 1000, 200  # lines of a box; characters of a line
 MOST_SAVED = 1000  # caches in the folder of "Save"
-# The least and the greatest value of each dial. An image must not keep the others waiting for long.
-BOUNDS = {"topk": (1, 100), "num_beams": (1, 16), "num_return_sequences": (1, 1000),
-          "temperature": (0.05, 5), "top_p": (0.01, 1), "lm_weight": (0, 5),
-          "seed": (-2**53, 2**53)}
 
 
 class Stopped(Exception):
     """The visitor does not want the caption any more."""
-
-
-class Words(NamedTuple):
-    """A visitor's vocabulary: three tuples of lines, and one of Lessons."""
-
-    words: tuple = ()  # entries that lie over the cache
-    only: tuple = ()  # the only entries
-    ban: tuple = ()  # what no entry and no caption may hold
-    lessons: tuple = ()  # names from photos: classroom.Lessons
-
-
-AS_IT_IS = Words()
-
-
-def lines_of(text):
-    """The distinct lines of a box, a tuple. Raises InputError where they are too many, or one is
-    too long."""
-    lines = [line for line in str(text or "").splitlines() if line.strip()]
-    if len(lines) > MOST_WORDS:
-        raise InputError(f"a box takes {MOST_WORDS:,} lines, not {len(lines):,}; "
-                         f"compute_cache.py --entries makes a cache of more")
-    return tuple(dict.fromkeys(one_line(line, "the box", LONGEST_WORD) for line in lines))
-
-
-def checked_dials(dials):
-    """The dials as numbers within BOUNDS. Raises InputError."""
-    checked = {}
-    for name, value in dials.items():
-        if name not in BOUNDS:
-            checked[name] = bool(value)
-            continue
-        low, high = BOUNDS[name]
-        number = value if isinstance(value, int | float) else low - 1  # an empty field is None
-        if not low <= number <= high:  # nan is not
-            raise InputError(f"{name} must be a number from {low:g} to {high:g}")
-        checked[name] = number if name in ("temperature", "top_p", "lm_weight") else int(number)
-    if not checked.get("do_sample"):
-        beams = checked.get("num_beams", 1)
-        checked["num_return_sequences"] = min(beams, checked.get("num_return_sequences", beams))
-    return checked
-
-
-class Recent(OrderedDict):
-    """The values that were used last, at most `most` of them."""
-
-    def __init__(self, most):
-        super().__init__()
-        self.most, self.lock = most, threading.Lock()
-
-    def find(self, key, make):
-        """The value of a key; make() computes it where it is not there."""
-        with self.lock:
-            if key in self:
-                self.move_to_end(key)
-                return self[key]
-        value = make()
-        with self.lock:
-            self[key] = value
-            while len(self) > self.most:
-                self.popitem(last=False)
-        return value
 
 
 class Studio:
@@ -216,10 +148,10 @@ class Studio:
 
         def make():
             model, known = self.model, 0  # lines that were encoded for a shorter list
-            if words.lessons:
-                model = model.with_words(taught=self.classroom.taught(words.lessons))
+            if words.own_names:
+                model = model.with_words(taught=self.classroom.taught(words.own_names))
             for length in range(len(words.words) - 1, 0, -1):
-                shorter = self.models.get(Words(words.words[:length], lessons=words.lessons))
+                shorter = self.models.get(Words(words.words[:length], own_names=words.own_names))
                 if shorter is not None:
                     model, known = shorter, length
                     break
@@ -234,11 +166,11 @@ class Studio:
         """The Model of a vocabulary and a size of tables, which the rows of names depend on."""
         return self.fits.find((words, topk), lambda: self.with_words(words).with_words(topk=topk))
 
-    def teach(self, name, phrase, paths, lessons=(), visitor=None):
-        """A name that a visitor teaches: (the visitor's classroom.Lessons with the new one first,
+    def teach(self, name, phrase, paths, own_names=(), visitor=None):
+        """A name that a visitor teaches: (the visitor's classroom.OwnNames with the new one first,
         the Verdict on each, data: URIs of other photos that would wrongly get the new name).
 
-        name, phrase: "Tom" and "a cat". paths: uploads. lessons: what the visitor has taught.
+        name, phrase: "Tom" and "a cat". paths: uploads. own_names: what the visitor has taught.
         Raises InputError, and Stopped.
         """
         name, phrase = (" ".join(str(text or "").split()) for text in (name, phrase))
@@ -246,9 +178,9 @@ class Studio:
             raise InputError(f'"{name}" is banned on this page')
         with self.turn(visitor):
             photos = {self.key_of(path): path for path in paths[:MOST_PHOTOS + 1]}
-            lessons = with_lesson(lessons, name, phrase, tuple(photos.items()))
-            verdicts = self.classroom.verdicts(lessons)
-            return lessons, verdicts, self.classroom.wrongly(lessons, verdicts[0])
+            own_names = with_name(own_names, name, phrase, tuple(photos.items()))
+            verdicts = self.classroom.verdicts(own_names)
+            return own_names, verdicts, self.classroom.wrongly(own_names, verdicts[0])
 
     def caption(self, path, words=AS_IT_IS, dials=None, visitor=None):
         """(the model.Caption of an image, the seconds that it took).
@@ -315,13 +247,13 @@ class Studio:
         cache."""
         if not any(words):
             raise InputError("there is nothing to save yet: write a word into one of the boxes")
-        lessons = [(*each[:2], sorted(key for key, _ in each.photos)) for each in words.lessons]
+        taught = [(*each[:2], sorted(key for key, _ in each.photos)) for each in words.own_names]
         only, ban = words.only, words.ban
         if self.only and not only:
-            only = (*self.only, *words.words, *(lesson.name for lesson in words.lessons))
+            only = (*self.only, *words.words, *(own.name for own in words.own_names))
         if self.model.banned:
             ban = (*self.model.banned.lines, *ban)
-        parts = (words.words, only, ban, *([lessons] if lessons else ()))
+        parts = (words.words, only, ban, *([taught] if taught else ()))
         name = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
         folder = output_folder(folder)
         base, files = folder / f"words-{name}", {}
@@ -329,7 +261,7 @@ class Studio:
             raise InputError(f"{folder} holds {MOST_SAVED:,} lists of words; remove some of them")
         own = tuple(dict.fromkeys((*words.words, *words.only)))
         with self.turn(None):
-            notes = self.classroom.notes_of(words.lessons) if words.lessons else None
+            notes = self.classroom.notes_of(words.own_names) if words.own_names else None
         if notes and not own:  # a cache has an entry at least: one that is no new one
             known = set(self.model.entries)
             said = [thing.word for thing in notes.things if thing.word in known]

@@ -22,16 +22,17 @@ import app
 from antarctic import cache_files, page, scan, taught
 from antarctic.answers import Answers
 from antarctic.cache import search
-from antarctic.classroom import without_lesson
+from antarctic.classroom import without_name
 from antarctic.errors import InputError
 from antarctic.files import file_sha256
 from antarctic.lessons import other_photos
 from antarctic.locks import locked
 from antarctic.seen import vectors_of, where_of
-from antarctic.studio import MOST_WORDS, Stopped, Studio, Words, checked_dials, lines_of
+from antarctic.studio import Stopped, Studio
 from antarctic.taught import Thing
 from antarctic.uploads import KEPT_SECONDS, Folder, examples_of, names_of, write_downloads
 from antarctic.verdicts import Verdict
+from antarctic.visitors import MOST_WORDS, Words, checked_dials, lines_of
 from model import Caption, Model
 
 HOSTILE = '<img src=x onerror="document.title=1">${document.title=2}{{3}}</style><script>'
@@ -185,26 +186,26 @@ def test_a_visitor_teaches_a_name_and_nobody_else_hears_of_it(classroom, tuned, 
     monkeypatch.chdir(tmp_path)  # where nothing is kept
     tom, flora, new = (paths_in(photos / name) for name in ("Tom", "Flora", "new"))
     before = [classroom.caption(path)[0] for path in new]
-    lessons, [verdict], wrong = classroom.teach(" Tom ", "a cat", tom)
+    own_names, [verdict], wrong = classroom.teach(" Tom ", "a cat", tom)
     expected = tuned.with_words()
     told = expected.teach("Tom", "a cat", tom, paths_in(photos / "others"))
     assert (verdict.photos, verdict.others) == (told.photos, told.others) == (5, 120)
     assert all(uri.startswith("data:image/jpeg;base64,") for uri in wrong)
     assert len(wrong) == min(8, len(verdict.wrong)) and "only 120 photos" in verdict.remarks[0]
-    named = [classroom.caption(path, Words(lessons=lessons))[0] for path in new]
+    named = [classroom.caption(path, Words(own_names=own_names))[0] for path in new]
     assert sum("Tom" in result.caption for result in named) >= 3
     assert [[entry for entry, _ in result.table] for result in named] == [
         [entry for entry, _ in table] for table in expected.tables(expected.features(new))]
-    found = classroom.search(new[0], "tom", Words(("TOM", "tom cat"), lessons=lessons))
+    found = classroom.search(new[0], "tom", Words(("TOM", "tom cat"), own_names=own_names))
     assert [entry for entry, *_ in found["others"]] == ["tom cat"]  # TOM stands in no table
     assert found["known"] and found["kept"] and (found["text"], found["rank"]) == ("Tom", 1)
     # A second name joins the first, a name that comes again is taught anew, and words count, too.
-    both, verdicts, _ = classroom.teach("Flora", "a rabbit", flora, lessons)
+    both, verdicts, _ = classroom.teach("Flora", "a rabbit", flora, own_names)
     assert [each.thing.name for each in verdicts] == ["Flora", "Tom"]
     assert verdicts[0].nearest[0] == "Tom"
     again, *_ = classroom.teach("TOM", "a cat", tom[:4], both)
     assert [each.name for each in again] == ["TOM", "Flora"] and len(again[0].photos) == 4
-    assert without_lesson(again, "tom") == again[1:]
+    assert without_name(again, "tom") == again[1:]
     banned = Words(("penguin",), (), ("Tom",), both)
     assert "Tom" not in dict(classroom.caption(new[0], banned)[0].table)
     assert not tuned.taught.things  # the page's own model, and another visitor's captions
@@ -219,12 +220,12 @@ def test_a_visitor_teaches_a_name_and_nobody_else_hears_of_it(classroom, tuned, 
     ("Bo", "a cat", "Tom", "those of Tom, or too like them")])
 def test_what_cannot_be_taught_is_told_to_the_visitor(classroom, photos, tmp_path, name, phrase,
                                                       taken, named):
-    lessons, _, _ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
+    own_names, _, _ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
     (tmp_path / "bad.png").write_bytes(b"no image")
     places = {"": [], "bad": [tmp_path / "bad.png"], "Tom": paths_in(photos / "Tom"),
               "many": paths_in(photos / "others")[:60]}
     with pytest.raises(InputError, match=named):
-        classroom.teach(name, phrase, places[taken], lessons)
+        classroom.teach(name, phrase, places[taken], own_names)
     with pytest.raises(InputError, match="banned on this page"):
         Studio(classroom.model.with_words(ban="tom")).teach("Tom", "a cat", places["Tom"])
     few = Studio(classroom.model, others=list)
@@ -235,10 +236,10 @@ def test_what_cannot_be_taught_is_told_to_the_visitor(classroom, photos, tmp_pat
 def test_a_saved_name_is_one_that_the_command_uses(script, classroom, cache, checkpoint, photos,
                                                    tmp_path):
     new = paths_in(photos / "new")[0]
-    lessons, *_ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
+    own_names, *_ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
     args = SimpleNamespace(textfile=[cache.textfile], embfile=[cache.embfile], clip_model=CLIP,
                            lm=BART, ckpt=checkpoint)
-    for words in (Words(lessons=lessons), Words(("penguin",), lessons=lessons)):
+    for words in (Words(own_names=own_names), Words(("penguin",), own_names=own_names)):
         files = classroom.save(words, tmp_path / "saved")
         assert classroom.save(words, tmp_path / "saved") == files
         assert Path(files["--textfile"]).read_text() == f"{(words.words or ('cat',))[0]}\n"
@@ -269,8 +270,8 @@ def test_a_saved_name_adds_no_entry_and_keeps_what_the_page_began_with(script, c
                            table="mmr", device="cpu")
         studio = Studio(model, others=partial(other_photos, model.clip, None, [photos / "others"]),
                         only=only)
-        lessons, *_ = studio.teach("Tom", "a tabby kitten", paths_in(photos / "Tom"))
-        words = Words(own, lessons=lessons)
+        own_names, *_ = studio.teach("Tom", "a tabby kitten", paths_in(photos / "Tom"))
+        words = Words(own, own_names=own_names)
         files = studio.save(words, tmp_path / "saved")
         assert "kitten" not in Path(files["--textfile"]).read_text()
         args = SimpleNamespace(textfile=[textfile], embfile=[embfile], clip_model=CLIP, lm=BART,
@@ -286,8 +287,8 @@ def test_a_saved_name_adds_no_entry_and_keeps_what_the_page_began_with(script, c
 
 def test_names_are_fitted_once_to_a_vocabulary_and_size_of_tables(classroom, photos, monkeypatch):
     first, second, *_ = paths_in(photos / "new")
-    lessons, *_ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
-    words, searches = Words(("penguin",), lessons=lessons), []
+    own_names, *_ = classroom.teach("Tom", "a cat", paths_in(photos / "Tom"))
+    words, searches = Words(("penguin",), own_names=own_names), []
     monkeypatch.setattr(taught, "search", lambda *args: searches.append(1) or search(*args))
     captions = [classroom.caption(path, words, {"topk": 3})[0] for path in (first, first)]
     before = len(searches)
@@ -302,10 +303,10 @@ def test_names_are_fitted_once_to_a_vocabulary_and_size_of_tables(classroom, pho
 
 def test_what_is_forgotten_is_told(classroom, photos, tmp_path):
     answers = Answers(classroom, Folder(tmp_path), tmp_path, None)
-    lessons, _ = answers.teach((), paths_in(photos / "Tom"), "Tom", "a cat")
+    own_names, _ = answers.teach((), paths_in(photos / "Tom"), "Tom", "a cat")
     for name, left, told in ((" tom ", 0, "left: none"), ("", 0, "left: none"), (" ", 0, "none"),
                              ("Bo", 1, "Bo is no name that you have taught")):
-        kept, shown = answers.forget(lessons, name)
+        kept, shown = answers.forget(own_names, name)
         assert len(kept) == left and told in shown
         assert "taught no name here" in answers.forget((), name)[1]
 
@@ -384,7 +385,7 @@ def test_teaching_is_stopped_between_two_photos(classroom, photos, monkeypatch):
 
 def test_names_that_are_hostile_are_text():
     verdict = Verdict(Thing(HOSTILE, "a cat"), 4, 5, [1], 400, (HOSTILE, .5), [HOSTILE])
-    shown = page.lessons_html([verdict], ["data:image/jpeg;base64,AA=="])
+    shown = page.verdicts_html([verdict], ["data:image/jpeg;base64,AA=="])
     assert "<img src=x" not in shown and "<script" not in shown and shown.count("<img ") == 1
     assert "4 of 5 of its photos" in shown and "50% of the way" in shown
 

@@ -40,8 +40,9 @@ from antarctic.openai_clip import LAYERS, TOWERS, ResNetClip
 from antarctic.preprocessing import OpenAIPreprocessor
 from antarctic.records import Records
 from antarctic.seen import add_maps, seen, where_of
-from antarctic.studio import Studio, Words
+from antarctic.studio import Studio
 from antarctic.taught import Taught
+from antarctic.visitors import Words
 from antarctic.where import contributions, map_box, maps, require_maps
 from model import Caption, Model, rescore
 from snowglobe import strangers
