@@ -157,9 +157,9 @@ def add_teaching_flags(group):
 
 def add_others_flags(group, remark=""):
     """Photos of other things, from which those that teach a name differ."""
-    group.add_argument("--features", nargs="+", metavar="DIR", help="for names from photos: folders "
-                       "where sampler.py or trainer.py kept vectors of other photos (default: "
-                       "results, checkpoints)")
+    group.add_argument("--features", nargs="+", metavar="DIR", help="for names from photos: "
+                       "folders where sampler.py or trainer.py kept vectors of other photos "
+                       "(default: results, checkpoints)")
     group.add_argument("--others", nargs="+", metavar="PHOTO", help="for names from photos: other "
                        "photos, 400 or more, or their folders, in place of or beside --features"
                        f"{remark}")
