@@ -24,6 +24,7 @@ from antarctic.evidence import repeats
 from antarctic.files import existing_file, file_sha256
 from antarctic.images import read_image, read_opened
 from antarctic.index import open_indexes
+from antarctic.insertions import insertions
 from antarctic.selection import METHODS, choose_entries, shortlist_size
 from antarctic.taught import Taught, checked_thing
 from antarctic.taught_files import joined, read_taught, unit
@@ -365,25 +366,37 @@ class Model:
 
         features: (n, dim). tables, candidates: of tables() and candidates(). changes: fields of
         self.decoding; lm_weight lets BART's likelihood count beside CLIP's cosine, repeat_weight
-        the words that a candidate says again.
+        the words that a candidate says again. With insert_cost there are more candidates, see
+        insertions().
         """
-        decoding = replace(self.decoding, **changes)
+        decoding, inserted = replace(self.decoding, **changes), [{}] * len(tables)
+        if decoding.insert_cost is not None:
+            inserted = list(map(self.insertions, tables, candidates))
+            candidates = [own | more for own, more in zip(candidates, inserted)]
 
-        def worth(text, cosine, likelihood):
+        def worth(text, cosine, likelihood, made):
             repeated = repeats(text) if decoding.repeat_weight else 0
-            return cosine + decoding.lm_weight * likelihood - decoding.repeat_weight * repeated
+            return (cosine + decoding.lm_weight * likelihood - decoding.repeat_weight * repeated
+                    - (decoding.insert_cost if text in made else 0))
 
         all_cosines = self.scores(features, tables, candidates)
         captions = []
-        for table, likelihoods, cosines in zip(tables, candidates, all_cosines):
+        for table, likelihoods, cosines, made in zip(tables, candidates, all_cosines, inserted):
             ranked = [(text, round(cosine, 5), round(likelihood, 5))
                       for (text, likelihood), cosine in zip(likelihoods.items(), cosines)]
             # Where scores are equal, the likelier text comes first.
-            ranked.sort(key=lambda each: (-worth(*each), -each[2]))
+            ranked.sort(key=lambda each: (-worth(*each, made), -each[2]))
             text, score = ranked[0][:2] if ranked else ("", 0.0)
             table = [(entry, round(cosine, 5)) for entry, cosine in table]
             captions.append(Caption(text, score, table, ranked))
         return captions
+
+    def insertions(self, table, candidates):
+        """{text: likelihood}: candidates with an entry of their table that none of them says. Names
+        from photos have a way of their own, and a banned word stays out."""
+        table = [each for each in table if self.taught.noun_like(each[0]) is None]
+        return {text: likelihood for text, likelihood in insertions(candidates, table).items()
+                if not (self.banned and self.banned.search(text))}
 
     def scores(self, features, tables, candidates):
         """How well each candidate fits its image: CLIP's cosine, and what taught names add to it.

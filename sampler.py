@@ -130,7 +130,10 @@ def settings_of(args, model):
     if model.taught.things:
         words.append(model.taught.key())
     sizes = [model.topk, model.table, captioner.maxlen_enc, captioner.maxlen_dec]
-    return fingerprint([models, words, sizes, asdict(model.decoding)])
+    decoding = asdict(model.decoding)
+    if decoding["insert_cost"] is None:
+        del decoding["insert_cost"]  # records of the version that did not have it stay
+    return fingerprint([models, words, sizes, decoding])
 
 
 def caption_missing(model, features, pictures, records, save, batch_size):

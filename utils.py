@@ -35,6 +35,7 @@ class Decoding:
     seed: int = 0
     lm_weight: float = 0.0  # of BART's mean log-probability a token, beside CLIP's cosine
     repeat_weight: float = 0.0  # taken from the cosine for each content word that is said again
+    insert_cost: float | None = None  # of candidates with an entry that none says; None: no such
 
     def __post_init__(self):
         require_at_least(1, self, "num_beams", "num_return_sequences")
@@ -43,8 +44,8 @@ class Decoding:
                              f"{self.num_return_sequences} candidates; raise --num_beams, or give "
                              f"--do_sample")
         check_sampling(self)
-        for name in ("lm_weight", "repeat_weight"):
-            if not math.isfinite(getattr(self, name)):
+        for name in ("lm_weight", "repeat_weight", "insert_cost"):
+            if not math.isfinite(getattr(self, name) or 0):
                 raise InputError(f"--{name} must be a number, not {getattr(self, name)}")
 
 

@@ -179,6 +179,10 @@ def add_decoding_flags(group):
     group.add_argument("--repeat_weight", type=float, default=0.0, help="what a candidate's cosine "
                        "loses in the choice for each word that it says again, in English; .02 is a "
                        "good value for samples (default %(default)s)")
+    group.add_argument("--insert_cost", type=float, metavar="COST", help="also choose among "
+                       "candidates in which a noun of the table that none says takes the place of "
+                       "another, in English, less so much of their cosine; .02 is a good value for "
+                       "new words and beam search (default: no such candidates)")
 
 
 def require_at_least(least, args, *names):

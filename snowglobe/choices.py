@@ -98,11 +98,14 @@ def evidence_scores(captions, records, described):
     return {"cover_area": area(covers, wrong), "score_area": area(cosines, wrong), **shares}
 
 
-def measure(folder, world, cache, method, seed, topk, samples):
+def measure(folder, world, cache, method, seed, topk, samples, insert_cost):
     """Trains and captions: {split: scores}, as of measure.score_run, with those of the tables."""
-    scores, drawn = {}, []
+    scores, how, name = {}, [], ""
     if samples:
-        drawn = ["--do_sample", "--num_return_sequences", samples, "--top_p", 0.9]
+        how = ["--do_sample", "--num_return_sequences", samples, "--top_p", 0.9]
+        name = f"-{samples}"
+    if insert_cost is not None:
+        how, name = [*how, "--insert_cost", insert_cost], f"{name}-insert{insert_cost}"
     trained = folder / f"{cache.name}-{method}-{seed}"
     files = ["--textfile", f"{cache}.txt", "--embfile", f"{cache}.npy"]
     if not (trained / "loss.csv").exists() or list(trained.glob("state-*")):
@@ -110,11 +113,11 @@ def measure(folder, world, cache, method, seed, topk, samples):
                method, "--topk", topk, "--lrate", "7e-2", "--epochs", 2, "--seed", seed)
     for split, ending in (("val2017", ""), ("near", "-added")):
         files = ["--textfile", f"{cache}{ending}.txt", "--embfile", f"{cache}{ending}.npy"]
-        savedir = trained / (f"{split}-{samples}" if samples else split)
+        savedir = trained / f"{split}{name}"
         if not (savedir / "gallery.html").exists():  # the last file that a run writes
             script("sampler.py", "--datadir", world, "--split", split, *files, *MODELS, "--ckpt",
                    trained / "best.safetensors", "--savedir", savedir, "--features", folder,
-                   "--gallery", 0, "--batch_size", 64, *drawn)
+                   "--gallery", 0, "--batch_size", 64, *how)
         captions, records = read_captions(savedir), read_details(savedir)
         tables = {i: [entry for entry, _ in record["table"]] for i, record in records.items()}
         references = {each.id: list(each.captions) for each in read_coco(world, split)}
@@ -159,6 +162,7 @@ def main():
                         "%(default)s)")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="samples of an image, "
                         "of which CLIP chooses; 0: beam search (default %(default)s)")
+    parser.add_argument("--insert_cost", type=float, help="as of sampler.py (default: none)")
     args = parser.parse_args()
     folder, results = (args.folder / "choices").resolve(), {}
     widths = [max(14, len(heading) + 2) for heading in COLUMNS]
@@ -177,7 +181,7 @@ def main():
             for method in args.tables:
                 key = f"{seed}, {name}, {method}"
                 results[key] = [measure(folder / str(seed), world, cache, method, training,
-                                        args.topk, args.samples)
+                                        args.topk, args.samples, args.insert_cost)
                                 for training in args.trainings]
                 print(f"{key:24}" + "".join(f"{text:>{width}}" for text, width in zip(
                     cells(results[key]), widths)), flush=True)

@@ -16,6 +16,7 @@ from PIL import Image
 import model as models
 from antarctic.errors import InputError
 from antarctic.images import read_image
+from antarctic.insertions import insertions
 from model import Model
 
 SAMPLING = {
@@ -115,6 +116,35 @@ def test_a_candidate_loses_for_each_word_that_it_says_again(method, monkeypatch,
         pytest.approx(0.4 - 0.1 * i) for i in order]  # CLIP's own
 
 
+def test_a_noun_of_the_table_that_no_candidate_says_is_inserted():
+    table = [(entry, 0.3) for entry in ("dog", "penguins", "penguin", "red hat", "sitting", "two",
+                                        "owl", "sea", "tree", "house")]
+    drafts = {"a small Dog in the sea": -1.0, "two dogs": -2.0}
+    made = insertions(drafts, table)
+    assert {text: value for text, value in made.items() if "penguin" in text} == {
+        "a penguin in the sea": -1.0, "a small Dog in the sea and a penguin": -1.0,
+        "two penguins": -2.0, "two dogs and a penguin": -2.0}
+    assert "an owl in the sea" in made and "two trees" in made
+    assert not any("house" in text for text in made)  # at most three
+    assert insertions({}, table) == insertions(drafts, table[:2]) == {}
+    many = {f"a dog {'very ' * i}far": -i for i in range(20)}
+    assert set(insertions(many, table).values()) == set(range(0, -10, -1))  # the likeliest ten
+
+
+@pytest.mark.parametrize("cost, best", [(None, 0), (0.0, 1), (0.02, 1), (0.2, 0)])
+def test_an_insertion_is_chosen_where_it_fits_better_by_its_cost(method, monkeypatch, cost, best):
+    table, texts = [[("penguin", 0.3), ("dog", 0.2)]], ["a dog", "a penguin", "a dog and a penguin"]
+    cosines = dict(zip(texts, (0.3, 0.4, 0.2)))
+    monkeypatch.setattr(models, "rescore", lambda clip, features, candidates: [
+        [cosines[text] for text in each] for each in candidates])
+    [result] = method.choose(torch.zeros(1, 4), table, [{"a dog": -1.0}], insert_cost=cost)
+    assert (result.caption, result.score) == (texts[best], cosines[texts[best]])  # CLIP's own
+    assert len(result.candidates) == (1 if cost is None else 3)
+    banned = method.with_words(ban="dog and a penguin")
+    [result] = banned.choose(torch.zeros(1, 4), table, [{"a dog": -1.0}], insert_cost=0.0)
+    assert [text for text, *_ in result.candidates] == ["a penguin", "a dog"]
+
+
 @pytest.mark.parametrize("prefix", ["", "a photo of "])
 def test_added_words_are_those_of_a_cache_laid_over_it(script, load, cache, paths, tmp_path,
                                                        prefix):
@@ -170,7 +200,7 @@ def test_images_are_paths_or_pictures(method, paths, tmp_path):
 @pytest.mark.parametrize("changes", [
     {"num_beams": 0}, {"num_return_sequences": 4}, {"temperature": 0.0},
     {"temperature": float("nan")}, {"top_p": 1.5}, {"lm_weight": float("inf")},
-    {"repeat_weight": float("nan")}], ids=str)
+    {"repeat_weight": float("nan")}, {"insert_cost": float("inf")}], ids=str)
 def test_settings_that_cannot_work_are_refused_at_once_and_later(load, method, paths, changes):
     with pytest.raises(InputError):
         load(clip_model="is not loaded", **changes)

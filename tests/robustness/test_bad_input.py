@@ -348,6 +348,7 @@ SETTINGS = [
     ("sampler", "gallery", -1),
     ("sampler", "lm_weight", "nan"),
     ("sampler", "repeat_weight", "inf"),
+    ("sampler", "insert_cost", "nan"),
     *((name, "device", "toaster") for name in SCRIPTS),
 ]
 
