@@ -49,9 +49,9 @@ def choose_entries(method, embeddings, cosines, indices, k):
     cache's, which are read at these rows.
     """
     k, tables, whole = min(k, indices.shape[1]), [], None
-    numbers = len(embeddings) * embeddings[:1].shape[1]
-    if method == "mmr" and len(embeddings) <= indices.numel() and numbers <= MOST_NUMBERS:
-        whole = embeddings[:]  # sooner than row by row for each image
+    if method == "mmr" and len(embeddings) <= indices.numel():
+        if len(embeddings) * embeddings[:1].shape[1] <= MOST_NUMBERS:
+            whole = embeddings[:]  # sooner than row by row for each image
     for near, rows in zip(cosines, indices):
         places = slice(k)
         if method == "mmr" and k:

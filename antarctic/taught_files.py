@@ -18,8 +18,7 @@ from safetensors.torch import load, save
 from antarctic.bounded import parse_json, read_bytes
 from antarctic.errors import InputError
 from antarctic.files import atomic, remove
-from antarctic.taught import Thing, checked_thing
-from antarctic.words import fold
+from antarctic.taught import Thing, checked_thing, noun_of
 
 MOST_BYTES = 1 << 28
 MOST_OTHERS = 4096  # 4 a dimension of the largest CLIPs
@@ -134,7 +133,7 @@ def joined(notes):
     pairs = {}
     for each in notes:
         for thing, vectors in zip(each.things, each.vectors):
-            pairs[fold(thing.noun)] = thing, vectors
+            pairs[noun_of(thing.name)] = thing, vectors
     others = np.unique(np.concatenate([each.others for each in notes]), axis=0)
     photos = np.concatenate([photos for _, (photos, _) in pairs.values()])
     apart = others[(others @ photos.T).max(1) < SAME]  # photos of a name are not others of another

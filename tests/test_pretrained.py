@@ -129,7 +129,7 @@ def test_every_script_runs_by_the_default_names_then_without_a_network(served, w
     command(*runs[2], **offline)
     assert (results / "preds.txt").read_text() == first
     other = ("--dtype", "int8", "--table", "topk", "--workers", "2", "--batch_size", "auto",
-             "--where")
+             "--where", "--insert_cost", ".02")
     output = command(*runs[2], *other, **offline)
     assert f"{BART_LARGE} on cpu, int8" in output and "trained on tables by mmr" in output
     assert len((results / "preds.txt").read_text().splitlines()) == VAL
