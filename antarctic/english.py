@@ -146,6 +146,11 @@ def head_of(words):
     return words[-1]
 
 
+def article(word):
+    """The article before a singular: "a" or "an"."""
+    return "an" if re.match("(?!uni|use|one|eu)[aeiou]|hour", word.lower()) else "a"
+
+
 def with_article(words, known=False):
     """The words as inside of a sentence: a singular noun gets an article, and only names keep a
     capital. known: whether "the" was before the words, so that they are not a name."""
@@ -158,7 +163,7 @@ def with_article(words, known=False):
     bare = words if first in NAMES else [words[0][:1].lower() + words[0][1:], *words[1:]]
     if is_plural(head) or head.lower() in MASS:
         return bare
-    return ["an" if re.match("(?!uni|use|one|eu)[aeiou]|hour", first) else "a", *bare]
+    return [article(first), *bare]
 
 
 def noun_phrase(caption):

@@ -7,6 +7,7 @@ whether that fits better.
 
 import re
 
+from antarctic.english import article
 from antarctic.evidence import VERB, content
 from antarctic.taught import Thing
 
@@ -31,7 +32,7 @@ def insertions(candidates, table):
     likeliest = sorted(candidates.items(), key=lambda each: -each[1])[:MOST_TEXTS]
     made = {}
     for noun in unsaid(candidates, table):
-        name = f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+        name = f"{article(noun)} {noun}"
         for text, likelihood in likeliest:
             for new in (*Thing(name, name).called(text, anything=True), f"{text} and {name}"):
                 made.setdefault(new, likelihood)

@@ -126,6 +126,8 @@ def test_a_noun_of_the_table_that_no_candidate_says_is_inserted():
         "two penguins": -2.0, "two dogs and a penguin": -2.0}
     assert "an owl in the sea" in made and "two trees" in made
     assert not any("house" in text for text in made)  # at most three
+    assert set(insertions({"two dogs": -1.0}, [("unicorn", 0.3)])) == {
+        "two unicorns", "two dogs and a unicorn"}
     assert insertions({}, table) == insertions(drafts, table[:2]) == {}
     many = {f"a dog {'very ' * i}far": -i for i in range(20)}
     assert set(insertions(many, table).values()) == set(range(0, -10, -1))  # the likeliest ten
